@@ -1,0 +1,82 @@
+"""Blobs and action records in a store: content addressed, shared by everyone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.records import ActionRecord
+from artifacts.refs import ArtifactRef
+from artifacts.store import Store
+
+
+def blob_path(digest: str) -> str:
+    """Return where the blob of this SHA-256 lies in a store."""
+    return f"cache/blobs/sha256/{digest[:2]}/{digest}"
+
+
+def record_path(stage: str, key: str) -> str:
+    """Return where the record of this action lies in a store."""
+    return f"cache/actions/{stage}/{key}.json"
+
+
+@dataclass(frozen=True)
+class ActionCache:
+    """Action records and their blobs. `warn` is told, in one sentence, of every hit that had to become a miss."""
+
+    store: Store
+    warn: Callable[[str], None] = lambda _message: None
+
+    def lookup(self, stage: str, key: str) -> ActionRecord | None:
+        """Return the record of an action if it and every blob it names are there, else None.
+
+        Blobs are checked for presence and size here; their bytes are checked whenever they are read.
+        """
+        path = record_path(stage, key)
+        try:
+            record = ActionRecord.from_bytes(self.store.read(path))
+        except NotFoundError:
+            return None
+        except IntegrityError as err:
+            self.warn(f"{path}: {err}; treated as a miss")
+            return None
+        if record.key != key or record.stage != stage:
+            self.warn(f"{path}: holds the record of {record.stage} {record.key[:12]}; treated as a miss")
+            return None
+        for name, ref in record.outputs.items():
+            info = self.store.info(blob_path(ref.digest))
+            if info is None or info.size != ref.size:
+                found = "is gone" if info is None else f"has {info.size} bytes instead of {ref.size}"
+                self.warn(f"{stage} {key[:12]}: its output {name} ({ref.digest[:12]}) {found}; treated as a miss")
+                return None
+        return record
+
+    def put_record(self, record: ActionRecord) -> ActionRecord:
+        """Store a record whose blobs are stored already, and return the one that counts.
+
+        Of two builders of one key the first wins and the second gets the first's record. A record
+        that no longer holds (damaged, or its blobs are gone) is replaced.
+        """
+        path = record_path(record.stage, record.key)
+        if self.store.write(path, record.to_bytes(), if_absent=True):
+            return record
+        winner = ActionCache(self.store).lookup(record.stage, record.key)
+        if winner is not None:
+            return winner
+        self.store.write(path, record.to_bytes())
+        return record
+
+    def put_blob(self, source: Path, ref: ArtifactRef) -> None:
+        """Store a file as a blob, checking that its bytes are `ref`; a blob that is there is not sent again."""
+        self.store.put_file(blob_path(ref.digest), source, ref)
+
+    def get_blob(self, ref: ArtifactRef, target: Path) -> None:
+        """Bring a blob to `target`, checked; a damaged blob is removed from the store before IntegrityError is raised."""
+        path = blob_path(ref.digest)
+        try:
+            self.store.get_file(path, ref, target)
+        except IntegrityError as err:
+            self.store.delete(path)
+            raise IntegrityError(f"{err}; removed it, so that the stage that made it runs again") from err

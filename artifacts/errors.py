@@ -1,0 +1,30 @@
+"""What can go wrong in the store, by whose fault.
+
+ArtifactError
+├── StoreError             the store cannot be used (network, permission, disk, layout)
+│   └── NotFoundError      nothing is stored at this path
+└── IntegrityError         bytes are there but are not what their name or record says
+"""
+
+from __future__ import annotations
+
+
+class ArtifactError(Exception):
+    """Base of every error of this package."""
+
+
+class StoreError(ArtifactError):
+    """The store could not be read or written; the message names the store, the path and what to do."""
+
+
+class NotFoundError(StoreError):
+    """Nothing is stored at the path that was asked for."""
+
+    def __init__(self, store: str, path: str) -> None:
+        self.store = store
+        self.path = path
+        super().__init__(f"{store}: nothing at {path}")
+
+
+class IntegrityError(ArtifactError):
+    """Stored bytes do not match the digest, size or schema that their reference promises."""

@@ -1,0 +1,111 @@
+"""The one key function: sha256 over canonical JSON, and the difference between two preimages.
+
+An action is a stage applied to given inputs, parameters and toolchain. Its key is the SHA-256 of
+all of these; the record keeps the preimage, so that every miss can say which value changed. Paths,
+times and host names never enter an action.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from artifacts.refs import digest_bytes
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True)
+class Action:
+    """A stage applied to inputs (file name -> SHA-256), parameters and toolchain (name -> version)."""
+
+    stage: str
+    stage_version: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    toolchain: Mapping[str, Any] = field(default_factory=dict)
+
+    def preimage(self) -> dict[str, Any]:
+        """Return the JSON document whose digest is the key."""
+        return {
+            "stage": self.stage,
+            "stage_version": self.stage_version,
+            "params": dict(self.params),
+            "inputs": dict(self.inputs),
+            "toolchain": dict(self.toolchain),
+        }
+
+    @property
+    def key(self) -> str:
+        """The action's key: 64 lower-case hex digits."""
+        return digest_bytes(canonical_json(self.preimage()))
+
+
+def canonical_json(value: object) -> bytes:
+    """Serialise JSON values to their one canonical spelling: sorted keys, no spaces, UTF-8.
+
+    Raises TypeError for anything that is not JSON (a path, a tuple, an enum, a key that is not a
+    string) and ValueError for NaN or infinity, so that nothing enters a key by way of its repr.
+    """
+    _require_json(value, "$")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _require_json(value: object, path: str) -> None:
+    if value is None or type(value) in (bool, int, str):
+        return
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: {value} cannot enter a key")
+        return
+    if type(value) is list:
+        for index, item in enumerate(value):
+            _require_json(item, f"{path}[{index}]")
+        return
+    if type(value) is dict:
+        for name, item in value.items():
+            if type(name) is not str:
+                raise TypeError(f"{path}: key {name!r} is not a string")
+            _require_json(item, f"{path}.{name}")
+        return
+    raise TypeError(f"{path}: {type(value).__name__} cannot enter a key (JSON values only)")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One value that differs between two preimages; `old` or `new` is None where a side lacks it."""
+
+    path: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} {_brief(self.old)} -> {_brief(self.new)}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return every leaf that differs between two JSON objects, in path order."""
+    return list(_differences(old, new, ""))
+
+
+def _differences(old: object, new: object, path: str) -> Iterator[Difference]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (left, right) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(left, right, f"{path}[{index}]")
+    elif type(old) is not type(new) or old != new:
+        yield Difference(path, old, new)
+
+
+def _brief(value: object) -> str:
+    if value is None:
+        return "(none)"
+    if isinstance(value, str):
+        return f"{value[:12]}…" if len(value) == 64 and not value.strip("0123456789abcdef") else value
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

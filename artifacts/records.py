@@ -1,0 +1,91 @@
+"""Action records: what an action produced, with its preimage, facts and timings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from artifacts.errors import IntegrityError
+from artifacts.keys import canonical_json
+from artifacts.refs import ArtifactRef, digest_bytes
+
+RECORD_SCHEMA: Final = 1
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """What one action produced.
+
+    `outputs` maps file names to references; `facts` is a small JSON object of what was measured or
+    found (it is read by the planner and goes into manifests); `seconds` is wall time; `started` is
+    RFC 3339 in UTC; `producer` says who ran it (host name, Enginery's version) and never enters a key.
+    """
+
+    preimage: Mapping[str, Any]
+    outputs: Mapping[str, ArtifactRef]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    started: str = ""
+    producer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        """The stage that ran."""
+        return str(self.preimage["stage"])
+
+    @property
+    def key(self) -> str:
+        """The action's key, computed from the preimage (never stored apart from it)."""
+        return digest_bytes(canonical_json(dict(self.preimage)))
+
+    def to_bytes(self) -> bytes:
+        """Serialise the record as indented JSON, for people who read the store."""
+        document = {
+            "schema": RECORD_SCHEMA,
+            "key": self.key,
+            "preimage": dict(self.preimage),
+            "outputs": {name: ref.to_json() for name, ref in self.outputs.items()},
+            "facts": dict(self.facts),
+            "seconds": round(self.seconds, 4),
+            "started": self.started,
+            "producer": dict(self.producer),
+        }
+        return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ActionRecord:
+        """Read a record back.
+
+        Raises IntegrityError where it is not JSON, has another schema, lacks a field, or where its
+        preimage does not hash to the key that it states.
+        """
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as err:
+            raise IntegrityError(f"action record is not JSON: {err}") from err
+        if not isinstance(document, dict) or document.get("schema") != RECORD_SCHEMA:
+            found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+            raise IntegrityError(f"action record: schema {found!r}, expected {RECORD_SCHEMA}")
+        try:
+            record = cls(
+                preimage=_mapping(document["preimage"]),
+                outputs={name: ArtifactRef.from_json(ref) for name, ref in _mapping(document["outputs"]).items()},
+                facts=_mapping(document["facts"]),
+                seconds=float(document["seconds"]),
+                started=str(document["started"]),
+                producer=_mapping(document["producer"]),
+            )
+            key, stated = record.key, document["key"]
+        except (KeyError, TypeError, ValueError) as err:
+            raise IntegrityError(f"action record is incomplete: {err!r}") from err
+        if key != stated:
+            raise IntegrityError(f"action record states key {str(stated)[:12]} but its preimage hashes to {key[:12]}")
+        return record
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,89 @@
+"""Gates: does a precision pass, given what was measured and what the recipe accepts.
+
+Thresholds are applied here, to recorded measurements, and not inside the `verify` stage, so that a
+changed threshold re-runs no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from recipes.schema import Acceptance, Parity, Precision
+
+# Default bounds on the distance to the fp32 source. Relative L2 is |y - x| / |x| over all elements of an output.
+# fp32: NVIDIA's Polygraphy compares with rtol = atol = 1e-5, and export parity of 1e-5 is what users of OCR encoders
+# ask for (facts: peers.md); 1e-4 leaves room for reordered sums in deep graphs. tf32 and fp16 keep 10 mantissa bits
+# (unit roundoff 2^-11 = 4.9e-4) and bf16 keeps 7 (2^-8 = 3.9e-3); both are given about 20 roundoffs, since errors grow
+# with depth. int8: the measured 8.4e-3 of a small net (facts: tensorrt.md section 8) grows to several percent in real
+# ones, so its bound only catches collapse, and the metric is the gate that matters.
+DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
+    "fp32": Parity(relative_l2=1e-4),
+    "tf32": Parity(relative_l2=1e-2, cosine=0.999),
+    "fp16": Parity(relative_l2=1e-2, cosine=0.999),
+    "bf16": Parity(relative_l2=8e-2, cosine=0.99),
+    "int8": Parity(relative_l2=0.25, cosine=0.97),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the gates passed; `reasons` names each gate that failed, with the bound and what was found."""
+
+    passed: bool
+    reasons: tuple[str, ...] = ()
+
+
+def parity_bounds(acceptance: Acceptance, precision: Precision) -> Parity:
+    """Return the bounds in force: the recipe's where it states them, else the default of the precision."""
+    stated = acceptance.parity.get(precision)
+    return stated if stated is not None else DEFAULT_PARITY[precision]
+
+
+def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision) -> Verdict:
+    """Judge the facts of a `verify` record.
+
+    `facts` is `{"executed", "parity": {"relative_l2", "max_abs", "cosine", "non_finite"}, "metric": {"name", "value",
+    "source"} or None}`. What was not executed does not pass.
+    """
+    if not facts.get("executed"):
+        return Verdict(passed=False, reasons=(f"not executed: {facts.get('reason', 'no reason recorded')}",))
+    reasons: list[str] = []
+    parity = facts["parity"]
+    if parity["non_finite"]:
+        reasons.append(f"{parity['non_finite']} NaN or Inf in the outputs")
+    bounds = parity_bounds(acceptance, precision)
+    for name in ("relative_l2", "max_abs"):
+        bound = getattr(bounds, name)
+        if bound is not None and not _at_most(parity[name], bound):
+            reasons.append(f"{name} {_number(parity[name])} > {bound:g}")
+    if bounds.cosine is not None and not _at_least(parity["cosine"], bounds.cosine):
+        reasons.append(f"cosine {_number(parity['cosine'])} < {bounds.cosine:g}")
+    gate = acceptance.metric
+    if gate is not None:
+        metric = facts.get("metric")
+        if metric is None:
+            reasons.append(f"{gate.name} was not measured")
+        else:
+            value, source = metric["value"], metric["source"]
+            if gate.floor is not None and not _at_least(value, gate.floor):
+                reasons.append(f"{gate.name} {_number(value)} < floor {gate.floor:g}")
+            if gate.max_drop is not None and not (
+                value is not None and source is not None and _at_most(source - value, gate.max_drop)
+            ):
+                reasons.append(f"{gate.name} {_number(value)} is more than {gate.max_drop:g} below {_number(source)}")
+    return Verdict(passed=not reasons, reasons=tuple(reasons))
+
+
+# A measure that could not be expressed (NaN, infinite) is recorded as None, and never passes.
+def _at_most(value: float | None, bound: float) -> bool:
+    return value is not None and value <= bound + 1e-12
+
+
+def _at_least(value: float | None, bound: float) -> bool:
+    return value is not None and value >= bound - 1e-12
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -1,0 +1,286 @@
+"""Recipe schema, version 1: strict, frozen, and the only description of what a recipe may say.
+
+Every rule that needs one value is a field constraint here; rules that need several values raise
+`ValueError` from validators, and the loader adds file and line to all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SCHEMA_VERSION: Final = 1
+
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+AXIS_PATTERN: Final = r"^[a-z][a-z0-9_]*$"
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
+DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Axis = Annotated[str, Field(pattern=AXIS_PATTERN)]
+Extent = Annotated[int, Field(ge=1, le=1 << 31)]
+Range = Annotated[list[Extent], Field(min_length=3, max_length=3)]
+RelativePath = Annotated[str, Field(min_length=1, max_length=400)]
+CodeReference = Annotated[str, Field(pattern=r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+
+# What each runtime can build for, and in which precision. TensorRT-RTX: facts/tensorrt.md sections 1 and 2
+# (its ComputeCapability enum, and the builds that were tried); fp32 GEMM and bf16 do not compile for sm75.
+GPUS: Final[dict[str, tuple[str, ...]]] = {
+    "tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    "tensorrt": ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121"),
+    "onnxruntime": ("cpu",),
+}
+PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
+    "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16", "int8"),
+    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8"),
+    "onnxruntime": ("fp32", "fp16", "int8"),
+}
+
+
+class Model(BaseModel):
+    """Base of every part of a recipe: unknown keys are faults, nothing is coerced, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileReference(Model):
+    """A file by path (relative to the recipe) or `s3://` address; a remote one needs its digest."""
+
+    file: RelativePath = Field(description="Path relative to the recipe, or s3://bucket/key.")
+    sha256: Sha256 | None = Field(default=None, description="SHA-256 of the file; a mismatch stops the build.")
+
+    @model_validator(mode="after")
+    def _remote_needs_digest(self) -> FileReference:
+        if self.file.startswith("s3://") and self.sha256 is None:
+            raise ValueError("a remote file needs its sha256 (planning reads no network)")
+        return self
+
+
+class TorchSource(Model):
+    """A PyTorch module, returned by a callable of the recipe's own code."""
+
+    framework: Literal["torch"]
+    model: CodeReference = Field(description="file.py:callable, relative to the recipe; it returns a torch.nn.Module.")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the callable (JSON values)."
+    )
+    weights: FileReference | None = Field(
+        default=None, description="Weights: .safetensors, or a .pt/.pth read with weights_only=True."
+    )
+    include: list[RelativePath] = Field(
+        default_factory=list,
+        description="Further files the code reads or imports dynamically, as globs relative to the recipe.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the initialisation, for models without a weights file.")
+
+
+class OnnxSource(Model):
+    """An ONNX file; external data beside it is found and taken along."""
+
+    framework: Literal["onnx"]
+    model: FileReference
+
+
+Source = Annotated[TorchSource | OnnxSource, Field(discriminator="framework")]
+
+
+class Export(Model):
+    """How the source becomes one simplified fp32 ONNX graph."""
+
+    opset: int | None = Field(
+        default=None, ge=11, le=23, description="ONNX opset; default 18 for torch, unchanged for onnx."
+    )
+    exporter: Literal["dynamo", "torchscript"] = Field(default="dynamo", description="Which PyTorch exporter.")
+    simplifier: Literal["onnxsim", "onnxslim", "none"] = Field(default="onnxsim")
+
+
+class Tensor(Model):
+    """One input of the model."""
+
+    dtype: DType = Field(default="float32")
+    shape: list[Extent | Axis] = Field(min_length=0, max_length=8, description="Sizes, or names of dynamic axes.")
+    low: float | None = Field(
+        default=None, description="Least value of the seeded inputs used for parity (default -1, or 0 for integers)."
+    )
+    high: float | None = Field(
+        default=None, description="Greatest value of the seeded inputs used for parity (default 1)."
+    )
+
+
+class ImageFolder(Model):
+    """How a folder of images becomes an array NCHW float32."""
+
+    size: Annotated[list[Extent], Field(min_length=2, max_length=2)] = Field(description="[height, width] in pixels.")
+    resize: Literal["stretch", "shorter-side-crop", "letterbox"] = Field(default="stretch")
+    color: Literal["rgb", "bgr", "gray"] = Field(default="rgb")
+    scale: float = Field(default=1.0 / 255.0, gt=0, description="Pixels are multiplied by this, then normalised.")
+    mean: list[float] = Field(default_factory=lambda: [0.0])
+    std: list[float] = Field(default_factory=lambda: [1.0])
+    input: str | None = Field(default=None, description="Which input the images are; default: the only one.")
+
+
+class Dataset(Model):
+    """Samples: an .npz, a folder of .npy/.npz (one sample each), a folder of images, or a Python callable."""
+
+    data: RelativePath = Field(description="Path relative to the recipe, or file.py:callable.")
+    sha256: Sha256 | None = Field(default=None, description="SHA-256 of a single-file set.")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of a callable (JSON values)."
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="Input (or label) name -> array name, where they differ."
+    )
+    images: ImageFolder | None = Field(default=None, description="Preprocessing, for a folder of images.")
+    samples: int | None = Field(default=None, ge=1, description="How many samples to take; default all.")
+    order: Literal["sequential", "shuffled"] = Field(
+        default="sequential", description="Which ones: the first, or a seeded choice."
+    )
+    seed: int = Field(default=0, ge=0)
+
+
+class Calibration(Dataset):
+    """Representative inputs for int8 ranges; real data, never the held-out set of the gate."""
+
+    method: Literal["entropy", "minmax", "percentile"] = Field(default="entropy")
+    percentile: float = Field(default=99.99, gt=50.0, le=100.0)
+    batch: int = Field(default=8, ge=1, description="Samples in one calibration run; memory grows with it.")
+
+
+class PrecisionPlan(Model):
+    """Which precisions to build, how ranges are found, and what gives way to what."""
+
+    build: list[Precision] = Field(default=["fp32"], min_length=1, description="Most wanted first.")
+    fallback: dict[Precision, list[Precision]] = Field(
+        default_factory=dict, description="What takes a precision's place, in order, when its gate fails."
+    )
+    keep: list[str] = Field(default_factory=list, description="Name globs of ONNX nodes that stay fp32.")
+    io: Literal["float32", "native"] = Field(default="float32", description="Type of float inputs and outputs.")
+    calibration: Calibration | None = None
+
+    @field_validator("build")
+    @classmethod
+    def _unique(cls, value: list[Precision]) -> list[Precision]:
+        if len(set(value)) != len(value):
+            raise ValueError("the same precision is named twice")
+        return value
+
+
+class Parity(Model):
+    """Largest distance from the source framework's outputs on seeded inputs, over every output and shape."""
+
+    relative_l2: float | None = Field(default=None, gt=0)
+    max_abs: float | None = Field(default=None, gt=0)
+    cosine: float | None = Field(default=None, ge=-1, le=1, description="Least cosine similarity.")
+
+
+class Metric(Model):
+    """The recipe's own measure on labelled, held-out data, and how much of it may be lost."""
+
+    name: str = Field(
+        description="top1, exact-match, or file.py:callable taking (outputs, labels) and returning a float."
+    )
+    data: Dataset
+    labels: str = Field(default="label", description="Array of the data set that holds the labels.")
+    output: str | None = Field(default=None, description="Which output is judged; default: the first.")
+    floor: float | None = Field(default=None, description="Least acceptable value.")
+    max_drop: float | None = Field(default=None, ge=0, description="Largest acceptable loss from the source framework.")
+
+
+class Acceptance(Model):
+    """Gates: a precision that fails one is not published."""
+
+    parity: dict[Precision, Parity] = Field(default_factory=dict, description="Overrides of the defaults by precision.")
+    metric: Metric | None = None
+
+
+class Target(Model):
+    """What engines are for. `gpus` names compute capabilities; `onnxruntime` takes [cpu]."""
+
+    runtime: Runtime
+    gpus: list[str] = Field(default_factory=lambda: ["cpu"], min_length=1)
+    version: str | None = Field(
+        default=None, description="Full runtime version; default: the one installed where it compiles."
+    )
+    precision: list[Precision] | None = Field(default=None, description="Instead of precision.build.")
+
+    @model_validator(mode="after")
+    def _known(self) -> Target:
+        for gpu in self.gpus:
+            if gpu not in GPUS[self.runtime]:
+                raise ValueError(
+                    f"{self.runtime} does not build for {gpu!r} (allowed: {', '.join(GPUS[self.runtime])})"
+                )
+        for precision in self.precision or ():
+            if precision not in PRECISIONS[self.runtime]:
+                allowed = ", ".join(PRECISIONS[self.runtime])
+                raise ValueError(f"{self.runtime} has no precision {precision!r} (allowed: {allowed})")
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError("the same GPU is named twice")
+        return self
+
+
+class Build(Model):
+    """Options of the compiler, and limits of its process."""
+
+    workspace: str | None = Field(
+        default=None, pattern=r"^[1-9][0-9]*(MiB|GiB)$", description="Scratch memory on the GPU."
+    )
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
+    version_compatible: bool = False
+    timeout: str = Field(default="60m", pattern=r"^[1-9][0-9]*[smh]$", description="Time limit of each stage.")
+    memory: str = Field(
+        default="16GiB", pattern=r"^[1-9][0-9]*(MiB|GiB)$", description="Memory limit of each stage's process."
+    )
+
+
+class Publish(Model):
+    """Where engines go besides the store that the build uses."""
+
+    to: str | None = Field(default=None, description="Another store: a folder or s3://bucket/prefix.")
+
+
+class Recipe(Model):
+    """One model: where it comes from, what must stay true of it, and which engines it becomes."""
+
+    enginery: Literal[1] = Field(description="Version of the recipe schema.")
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str = ""
+    source: Source
+    export: Export = Field(default_factory=Export)
+    inputs: dict[str, Tensor] = Field(min_length=1)
+    outputs: list[str] | None = Field(default=None, description="Names of the outputs, in order; required for torch.")
+    profiles: dict[str, dict[Axis, Range]] = Field(
+        default_factory=dict, description="Profile name -> dynamic axis -> [min, opt, max]."
+    )
+    precision: PrecisionPlan = Field(default_factory=PrecisionPlan)
+    acceptance: Acceptance = Field(default_factory=Acceptance)
+    targets: list[Target] = Field(min_length=1)
+    build: Build = Field(default_factory=Build)
+    driver: Literal["ignore", "branch", "exact"] = Field(default="branch", description="Which driver changes rebuild.")
+    publish: Publish = Field(default_factory=Publish)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the dynamic axes, in the order in which the inputs name them."""
+        names = (axis for tensor in self.inputs.values() for axis in tensor.shape if isinstance(axis, str))
+        return tuple(dict.fromkeys(names))
+
+
+def size_bytes(text: str) -> int:
+    """Turn `512MiB` or `4GiB` into bytes."""
+    match = re.fullmatch(r"([0-9]+)(MiB|GiB)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size (write 512MiB or 4GiB)")
+    return int(match[1]) << (20 if match[2] == "MiB" else 30)
+
+
+def duration_seconds(text: str) -> int:
+    """Turn `90s`, `30m` or `2h` into seconds."""
+    match = re.fullmatch(r"([0-9]+)([smh])", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration (write 90s, 30m or 2h)")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
