@@ -1,0 +1,38 @@
+"""A host's fingerprint, as plain values: what may be built here, and what may be loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU. `compute_capability` is spelled `sm89`; memory is in bytes."""
+
+    name: str
+    uuid: str
+    compute_capability: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine: operating system, architecture, driver, GPUs, and the full version of every installed runtime."""
+
+    name: str
+    os: str
+    arch: str
+    driver: str | None = None
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    runtimes: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fingerprint as JSON values."""
+        return asdict(self)
+
+    def has_gpu(self, compute_capability: str) -> bool:
+        """Tell whether a GPU of this compute capability is here; every host has `cpu`."""
+        return compute_capability == "cpu" or any(gpu.compute_capability == compute_capability for gpu in self.gpus)

@@ -1,0 +1,226 @@
+r"""The portable part of the pipeline: what runs once, whatever the number of targets.
+
+fetch > export > simplify > calibrate > type > verify
+        reference (the source's own outputs)  /
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
+from recipes.schema import Calibration, Dataset, OnnxSource, Precision, Recipe, TorchSource
+from recipes.shapes import parity_cases, profile_shapes, random_cases, trace_shapes
+from recipes.steps import Output, Step, Steps
+
+DEFAULT_OPSET: Final = 18
+EVALUATION_BATCH: Final = 32
+RANDOM_CASES: Final = 3
+Version = Callable[[str], str | None]
+
+
+@dataclass
+class Pipeline:
+    """Describes the portable steps of one recipe to `steps`; every method adds its steps once and returns what they make."""
+
+    recipe: Recipe
+    files: RecipeFiles
+    version: Version
+    steps: Steps
+    profiles: list[dict[str, Any]] = field(init=False)
+    tensors: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.profiles = profile_shapes(self.recipe)
+        self.tensors = {name: tensor.model_dump() for name, tensor in self.recipe.inputs.items()}
+
+    # ---- what comes from outside -------------------------------------------------------------------------------
+
+    def versions(self, *packages: str) -> dict[str, str | None]:
+        """Return the full version of each package, None where it is not installed."""
+        return {package: self.version(package) for package in sorted(packages)}
+
+    def _code(self, subject: str, bundle: CodeBundle) -> Output:
+        params = {"kind": "code", "members": dict(bundle.digests)}
+        local = (bundle, {"code.tar": bundle.digest})
+        return Output(self.steps.add(f"fetch:{subject}", params=params, local=local), "code.tar")
+
+    def _source_files(self) -> list[Output]:
+        found: list[Output] = []
+        if self.files.code is not None:
+            found.append(self._code("code", self.files.code))
+        for subject, file in (("weights", self.files.weights), *(("model", file) for file in self.files.model)):
+            if file is not None:
+                step_id = (
+                    f"fetch:{subject}" if "." not in file.name[6:] or subject == "weights" else f"fetch:{file.name}"
+                )
+                step = self.steps.add(step_id, params={"kind": "file"}, local=(file, {file.name: file.digest}))
+                found.append(Output(step, file.name))
+        return found
+
+    def _dataset(self, subject: str, spec: Dataset, files: DatasetFiles, label: str | None) -> Output:
+        names = [*self.recipe.inputs, *([label] if label is not None else [])]
+        params = {
+            "kind": "dataset",
+            "format": files.format,
+            "entry": files.code.entry if files.code is not None else None,
+            "arguments": spec.arguments,
+            "fields": spec.fields,
+            "names": names,
+            "label": label,
+            "images": spec.images.model_dump() if spec.images is not None else None,
+            "samples": spec.samples,
+            "order": spec.order,
+            "seed": spec.seed,
+            "tensors": self.tensors,
+        }
+        name = {"npz": "data.npz", "callable": "code.tar"}.get(files.format, "data")
+        toolchain = self.versions("numpy", *(("pillow",) if files.format == "images" else ()))
+        if files.code is not None:
+            toolchain |= self.versions(*files.code.packages)
+        step = self.steps.add(
+            f"fetch:{subject}", params=params, toolchain=toolchain, local=(files, {name: files.digest})
+        )
+        return Output(step, "dataset.safetensors")
+
+    # ---- portable stages ---------------------------------------------------------------------------------------
+
+    def _source_params(self) -> dict[str, Any]:
+        source = self.recipe.source
+        common = {"framework": source.framework, "tensors": self.tensors, "outputs": self.recipe.outputs}
+        if isinstance(source, TorchSource):
+            entry = self.files.code.entry if self.files.code is not None else ""
+            return common | {"entry": entry, "arguments": source.arguments, "seed": source.seed}
+        return common
+
+    def _source_toolchain(self, *packages: str) -> dict[str, Any]:
+        code = self.files.code.packages if self.files.code is not None else ()
+        return self.versions(*packages, *code)
+
+    def export(self) -> Step:
+        """Export the source to ONNX. Exporters see one sample shape, so profiles enter only through it."""
+        export = self.recipe.export
+        if isinstance(self.recipe.source, OnnxSource):
+            params = self._source_params() | {"opset": export.opset}
+            return self.steps.add(
+                "export", params=params, inputs=self._source_files(), toolchain=self._source_toolchain("onnx")
+            )
+        params = self._source_params() | {
+            "exporter": export.exporter,
+            "opset": export.opset or DEFAULT_OPSET,
+            "trace": trace_shapes(self.recipe),
+        }
+        toolchain = self._source_toolchain("torch", "onnxscript", "onnx")
+        return self.steps.add("export", params=params, inputs=self._source_files(), toolchain=toolchain)
+
+    def reference(self) -> Output:
+        """Keep the source framework's own outputs on seeded inputs, at min, opt and max of every profile."""
+        params = self._source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}
+        step = self.steps.add(
+            "reference:parity", params=params, inputs=self._source_files(), toolchain=self._reference_toolchain()
+        )
+        return Output(step, "reference.safetensors")
+
+    def labelled(self) -> list[Output]:
+        """Bring the held-out data, the source framework's outputs on it, and the code of the recipe's own metric."""
+        metric = self.recipe.acceptance.metric
+        if metric is None or self.files.labelled is None:
+            return []
+        data = self._dataset("labelled", metric.data, self.files.labelled, metric.labels)
+        params = self._source_params() | {"kind": "dataset", "batch": EVALUATION_BATCH}
+        step = self.steps.add(
+            "reference:labelled",
+            params=params,
+            inputs=[*self._source_files(), data],
+            toolchain=self._reference_toolchain(),
+        )
+        code = [self._code("metric", self.files.metric)] if self.files.metric is not None else []
+        return [data, Output(step, "outputs.safetensors"), *code]
+
+    def _reference_toolchain(self) -> dict[str, Any]:
+        framework = "onnxruntime" if isinstance(self.recipe.source, OnnxSource) else "torch"
+        return self._source_toolchain(framework, "numpy")
+
+    def simplify(self) -> Step:
+        """Simplify the exported graph, comparing the two inside the profiles."""
+        simplifier = self.recipe.export.simplifier
+        params = {
+            "simplifier": simplifier,
+            "profiles": self.profiles,
+            "cases": [*parity_cases(self.recipe)[:1], *random_cases(self.recipe, RANDOM_CASES)],
+            "tensors": self.tensors,
+            "input_seed": 1,
+        }
+        packages = ("onnx", "onnxruntime", *(() if simplifier == "none" else (simplifier,)))
+        return self.steps.add(
+            "simplify", params=params, inputs=graph_files(self.export()), toolchain=self.versions(*packages)
+        )
+
+    def calibrate(self, spec: Calibration, files: DatasetFiles) -> Output:
+        """Find the range of every tensor that int8 may quantise; kept layers do not enter, so changing them re-uses it."""
+        data = self._dataset("calibration", spec, files, None)
+        params = {
+            "method": spec.method,
+            "percentile": spec.percentile if spec.method == "percentile" else None,
+            "batch": spec.batch,
+            "tensors": self.tensors,
+        }
+        toolchain = self.versions("onnx", "onnxruntime", "numpy")
+        step = self.steps.add(
+            "calibrate", params=params, inputs=[*graph_files(self.simplify()), data], toolchain=toolchain
+        )
+        return Output(step, "ranges.json")
+
+    def calibration_digest(self) -> str | None:
+        """Return the content digest of the calibration data, where there is any."""
+        return self.files.calibration.digest if self.files.calibration is not None else None
+
+    def typed(self, precision: Precision) -> Step:
+        """Write the precision into the graph."""
+        inputs = graph_files(self.simplify())
+        spec, files = self.recipe.precision.calibration, self.files.calibration
+        if precision == "int8" and spec is not None and files is not None:
+            inputs.append(self.calibrate(spec, files))
+        full = precision in ("fp32", "tf32")
+        params = {
+            "precision": "fp32" if full else precision,
+            "keep": [] if full else self.recipe.precision.keep,
+            "io": "float32" if full else self.recipe.precision.io,
+        }
+        # tf32 is a flag of the compiler: its graph is the fp32 one.
+        name = "fp32" if full else precision
+        return self.steps.add(
+            f"type:{name}", params=params, inputs=inputs, toolchain=self.versions("onnx", "onnxruntime")
+        )
+
+    def verify(self, step_id: str, subject: str, graph: Step) -> Step:
+        """Measure one graph's parity with the source, and the recipe's metric on the held-out data."""
+        metric = self.recipe.acceptance.metric
+        params: dict[str, Any] = {
+            "subject": subject,
+            "executor": "onnxruntime",
+            "batch": EVALUATION_BATCH,
+            "metric": None,
+            "tensors": self.tensors,
+        }
+        toolchain = self.versions("onnx", "onnxruntime", "numpy")
+        if metric is not None:
+            own = self.files.metric
+            params["metric"] = {
+                "name": metric.name if own is None else "callable",
+                "entry": own.entry if own is not None else None,
+                "label": metric.labels,
+                "output": metric.output,
+            }
+            toolchain |= self.versions(*(own.packages if own is not None else ()))
+        inputs = [*graph_files(graph), self.reference(), *self.labelled()]
+        return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
+
+
+def graph_files(step: Step, name: str = "model.onnx") -> list[Output]:
+    """Return the files of the graph (or plan) that a step makes: one, and its external data where it has any."""
+    data = f"{name}.data"
+    has_data = step.record is not None and data in step.record.outputs
+    return [Output(step, name), *([Output(step, data)] if has_data else [])]

@@ -1,0 +1,80 @@
+"""What a plan is: every step of a recipe with its state, and every engine that it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.gates import Verdict
+from recipes.schema import Precision
+from recipes.steps import Step
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One precision that was tried for an engine, and what its gates said (None: not measured yet)."""
+
+    precision: Precision
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine that the recipe asks for: what it takes, or why it cannot be had.
+
+    `state`: cached (published), run (something has to run first), waiting (needs a host that is not here),
+    failed (no precision passed its gates, or a step failed).
+    """
+
+    target: str
+    runtime: str
+    runtime_version: str
+    gpu: str
+    asked: Precision
+    given: Precision | None
+    state: Literal["cached", "run", "waiting", "failed"]
+    why: str = ""
+    trials: tuple[Trial, ...] = ()
+    compile: Step | None = None
+    verify: Step | None = None
+    engine_verify: Step | None = None
+    publish: Step | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step of a recipe with its state, and every engine that it asks for."""
+
+    recipe: str
+    steps: tuple[Step, ...]
+    engines: tuple[EnginePlan, ...]
+
+    @property
+    def ready(self) -> tuple[Step, ...]:
+        """The steps that can run now."""
+        return tuple(step for step in self.steps if step.ready)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has to run."""
+        return all(step.state == "cached" for step in self.steps)
+
+    @property
+    def status(self) -> int:
+        """The exit status that the plan stands for: 1 something failed, 3 something waits for another host, 0 else."""
+        if any(step.state in ("failed", "blocked") for step in self.steps) or any(
+            engine.state == "failed" for engine in self.engines
+        ):
+            return 1
+        return 3 if any(engine.state == "waiting" for engine in self.engines) else 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a recipe's targets are meant: `RUNTIME` or `RUNTIME:GPU`; empty means all."""
+
+    targets: tuple[str, ...] = ()
+
+    def includes(self, runtime: str, gpu: str) -> bool:
+        """Tell whether engines of this runtime for this GPU are meant."""
+        return not self.targets or runtime in self.targets or f"{runtime}:{gpu}" in self.targets

@@ -1,0 +1,202 @@
+"""The planner: a recipe, its files and a host become steps with keys, and engines with what they need.
+
+Pure: records come through `lookup`, versions through `version`. The build runs the steps that are
+`ready`, plans again, and ends when none is left, so this is the only description of the order of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from artifacts.host import Host
+from recipes.files import RecipeFiles
+from recipes.gates import Verdict, judge, parity_bounds
+from recipes.pipeline import Pipeline, Version, graph_files
+from recipes.plan import EnginePlan, Plan, Selection, Trial
+from recipes.schema import Precision, Recipe, Target, size_bytes
+from recipes.steps import Lookup, Step, Steps
+
+# The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
+RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
+PLAN_NAMES: Final = {"tensorrt-rtx": "model.plan", "tensorrt": "model.plan", "onnxruntime": "model.onnx"}
+
+
+def plan(
+    recipe: Recipe,
+    files: RecipeFiles,
+    host: Host,
+    *,
+    version: Version,
+    lookup: Lookup,
+    previous: Mapping[str, Mapping[str, Any]] | None = None,
+    failures: Mapping[str, str] | None = None,
+    selection: Selection | None = None,
+) -> Plan:
+    """Plan a recipe on a host.
+
+    `version` gives the full version of an installed package (None: not installed) without importing it; `lookup`
+    gives the action record of (stage, key); `previous` has the last build's preimages by step id, for explanations;
+    `failures` has what failed in this build, by key.
+    """
+    steps = Steps(lookup, previous or {}, failures or {})
+    engines = _Engines(Pipeline(recipe, files, version, steps), host)
+    chosen = selection or Selection()
+    planned = [
+        engines.plan(target, gpu, asked)
+        for target in recipe.targets
+        for gpu in target.gpus
+        if chosen.includes(target.runtime, gpu)
+        for asked in target.precision or recipe.precision.build
+    ]
+    return Plan(recipe.name, steps.all(), tuple(planned))
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """Describes what each engine takes beyond the portable steps: compile, verify where it can run, publish."""
+
+    pipeline: Pipeline
+    host: Host
+
+    def plan(self, target: Target, gpu: str, asked: Precision) -> EnginePlan:
+        """Plan one engine: the first precision of the chain that passes its gates is compiled and published."""
+        recipe = self.pipeline.recipe
+        version = self.host.runtimes.get(target.runtime, target.version or "")
+        name = "-".join(part for part in (target.runtime, version, gpu) if part)
+        base = EnginePlan(name, target.runtime, version, gpu, asked, None, "run")
+        for step in self._portable_gates():
+            verdict = self._verdict(step, "fp32")
+            if verdict is not None and not verdict.passed:
+                what = "exported" if step.subject == "export" else "simplified"
+                return replace(base, state="failed", why=f"the {what} graph fails: {', '.join(verdict.reasons)}")
+        waiting = self._waits(target, gpu)
+        trials: list[Trial] = []
+        for precision in (asked, *recipe.precision.fallback.get(asked, ())):
+            graph = self.pipeline.verify(f"verify:{precision}", "graph", self.pipeline.typed(precision))
+            verdict = self._verdict(graph, precision)
+            if waiting is not None and (verdict is None or verdict.passed):
+                return replace(base, state="waiting", why=waiting, trials=(*trials, Trial(precision, verdict)))
+            if verdict is None or verdict.passed:
+                engine = replace(base, given=precision, compile=self._compile(base, precision, graph), verify=graph)
+                engine = replace(engine, engine_verify=self._execute(engine, precision))
+                verdict = verdict and self._verdict(engine.engine_verify or graph, precision)
+                if verdict is None or verdict.passed:
+                    return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))))
+            trials.append(Trial(precision, verdict))
+        tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
+        return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
+
+    def _portable_gates(self) -> list[Step]:
+        """Measure the untyped graphs: where they differ from the source, no precision can be right."""
+        export, simplify = self.pipeline.export(), self.pipeline.simplify()
+        return [
+            self.pipeline.verify("verify:export", "graph", export),
+            self.pipeline.verify("verify:simplify", "graph", simplify),
+        ]
+
+    def _verdict(self, step: Step, precision: Precision) -> Verdict | None:
+        if step.facts is None:
+            return None
+        return judge(step.facts, self.pipeline.recipe.acceptance, precision)
+
+    def _waits(self, target: Target, gpu: str) -> str | None:
+        """Say what a host needs to compile this, or None if this host can."""
+        needed = f"{target.runtime} {target.version}" if target.version is not None else target.runtime
+        device = f" and an {gpu} GPU" if target.runtime == "tensorrt" else ""
+        installed = self.host.runtimes.get(target.runtime)
+        if installed is None:
+            return f"waits for a host with {needed}{device}; {target.runtime} is not installed here"
+        if target.version not in (None, installed):
+            return f"waits for a host with {needed}{device}; {installed} is installed here"
+        if device and not self.host.has_gpu(gpu):
+            return f"waits for a host with {needed}{device}; no such GPU is here"
+        return None
+
+    def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Step:
+        """Compile for one GPU; nothing of other targets, and no name or path, enters the key."""
+        build = self.pipeline.recipe.build
+        params = {
+            "runtime": engine.runtime,
+            "gpu": engine.gpu,
+            "tf32": precision == "tf32",
+            "profiles": self.pipeline.profiles,
+            "workspace": size_bytes(build.workspace) if build.workspace is not None else None,
+            "optimization_level": build.optimization_level,
+            "hardware_compatibility": build.hardware_compatibility,
+            "version_compatible": build.version_compatible,
+        }
+        toolchain = {
+            RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version,
+            "os": self.host.os,
+            "arch": self.host.arch,
+        }
+        return self.pipeline.steps.add(
+            f"compile:{engine.runtime}:{engine.gpu}:{precision}",
+            params=params,
+            inputs=graph_files(self.pipeline.typed(precision)),
+            toolchain=toolchain,
+            gates=[*self._portable_gates(), gate],
+        )
+
+    def _execute(self, engine: EnginePlan, precision: Precision) -> Step | None:
+        """Verify the compiled engine itself, where this host can execute it."""
+        if engine.runtime != "onnxruntime" or engine.compile is None:
+            return None
+        return self.pipeline.verify(f"verify:{engine.runtime}:{engine.gpu}:{precision}", "engine", engine.compile)
+
+    def _published(self, engine: EnginePlan) -> EnginePlan:
+        """Publish a compiled engine; everything that its manifest states enters the key, but for times and names."""
+        if engine.given is None or engine.compile is None or engine.verify is None:
+            raise ValueError(f"{engine.target}: nothing to publish")
+        recipe = self.pipeline.recipe
+        executed = engine.engine_verify
+        params = {
+            "recipe": recipe.name,
+            "target": engine.target,
+            "runtime": engine.runtime,
+            "runtime_version": engine.runtime_version,
+            "gpu": engine.gpu,
+            "asked": engine.asked,
+            "given": engine.given,
+            "tried": [
+                {"precision": trial.precision, "reasons": list(trial.verdict.reasons)}
+                for trial in engine.trials
+                if trial.verdict is not None and not trial.verdict.passed
+            ],
+            "inputs": self.pipeline.tensors,
+            "profiles": self.pipeline.profiles,
+            "gates": {
+                "parity": parity_bounds(recipe.acceptance, engine.given).model_dump(),
+                "metric": _metric_gate(recipe),
+            },
+            "calibration": self.pipeline.calibration_digest() if engine.given == "int8" else None,
+            "to": recipe.publish.to,
+        }
+        not_executed = {
+            "executed": False,
+            "reason": f"{engine.runtime} engines for {engine.gpu} do not run on this host",
+        }
+        step = self.pipeline.steps.add(
+            f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
+            params=params,
+            inputs=graph_files(engine.compile, PLAN_NAMES[engine.runtime]),
+            gates=[engine.verify] if executed is None else [engine.verify, executed],
+            measured={
+                "typed": self.pipeline.typed(engine.given).facts,
+                "graph": engine.verify.facts,
+                "engine": executed.facts if executed is not None else not_executed,
+            },
+        )
+        state: Literal["cached", "run", "failed"] = "run"
+        if step.state == "cached":
+            state = "cached"
+        elif step.state in ("failed", "blocked"):
+            state = "failed"
+        return replace(engine, state=state, why="; ".join(step.why), publish=step)
+
+
+def _metric_gate(recipe: Recipe) -> dict[str, Any] | None:
+    metric = recipe.acceptance.metric
+    return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop} if metric is not None else None
