@@ -1,0 +1,52 @@
+# Everything from a fresh machine with Python 3.10 or newer: `make demo` builds the digits recipe, `make test` runs the tests.
+# Pins are in constraints.txt (what was tested); PYTHON, VENV and RECIPE can be set.
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= recipes/digits.yaml
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-fast test-slow check fix docs clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## set up and build the digits recipe into .enginery/
+	$(BIN)/enginery build $(RECIPE)
+
+test: check test-slow ## set up and pass every test: gates and fast tests first, then the slow ones
+
+check: $(VENV)/.dev ## the gates: ruff, mypy --strict, lint-imports, fast tests, coverage of the core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test-fast
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term-missing:skip-covered
+	$(BIN)/coverage report --include='artifacts/*,recipes/*.py' --fail-under=95 --skip-covered
+
+test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+fix: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## write the published JSON schemas anew
+	$(BIN)/enginery schema recipe > docs/recipe-v1.schema.json
+	$(BIN)/enginery schema manifest > docs/manifest-v1.schema.json
+
+clean: ## remove the environment and the store
+	rm -rf $(VENV) .enginery

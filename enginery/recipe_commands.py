@@ -1,0 +1,206 @@
+"""Commands on recipes: validate, plan, build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from enginery.output import (
+    DEFAULT_STORE,
+    DONE,
+    WRONG,
+    JsonOption,
+    StoreOption,
+    explains_errors,
+    note,
+    print_json,
+)
+from recipes.errors import Fault, RecipeError
+
+if TYPE_CHECKING:
+    from tasks.session import BuildSession
+
+RecipesArgument = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes (YAML), or folders of them.")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", metavar="RUNTIME[:GPU]", help="Only these targets, e.g. tensorrt-rtx:sm89. Repeatable."),
+]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: compiler logs, every step.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("validate")(validate)
+    app.command("plan")(plan)
+    app.command("build")(build)
+
+
+@explains_errors
+def validate(
+    recipes: RecipesArgument,
+    show: Annotated[bool, typer.Option("--print", help="Print each recipe as merged with what it includes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check recipes and everything they name; report all faults at once, with file and line.
+
+    No code of a recipe is run, and nothing is written.
+
+    Example: enginery validate recipes/
+    """
+    from recipes.files import gather
+    from recipes.loader import dump_merged, load
+
+    faults: list[Fault] = []
+    names: dict[str, Path] = {}
+    good: list[tuple[Path, str]] = []
+    for path in recipe_paths(recipes):
+        try:
+            loaded = load(path)
+            gather(loaded)
+        except RecipeError as err:
+            faults.extend(err.faults)
+            continue
+        name = loaded.recipe.name
+        if name in names:
+            faults.append(Fault(str(path), 0, "name", f"{name!r} is the name of {names[name]} too; names are unique"))
+        names.setdefault(name, path)
+        good.append((path, name))
+        if show and not as_json:
+            typer.echo(f"# {path}\n{dump_merged(loaded)}")
+    if as_json:
+        listed = [{"file": fault.file, "line": fault.line, "path": fault.path, "what": fault.what} for fault in faults]
+        print_json({"valid": [{"file": str(path), "name": name} for path, name in good], "faults": listed})
+    elif not show:
+        for path, name in good:
+            typer.echo(f"{path}: ok ({name})")
+    for fault in faults:
+        note(str(fault))
+    raise typer.Exit(WRONG if faults else DONE)
+
+
+@explains_errors
+def plan(
+    recipes: RecipesArgument,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say for every stage why it runs, with the value that changed.")
+    ] = False,
+    target: TargetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a build would run, and why. Touches nothing, runs no code of a recipe, starts no server.
+
+    Example: enginery plan recipes/digits.yaml --explain
+    """
+    from enginery.tables import print_plan
+    from tasks.report import plan_report
+
+    plans = [(session, session.plan()) for session in _sessions(recipes, store, target)]
+    if as_json:
+        documents = [plan_report(planned) for _session, planned in plans]
+        print_json(documents[0] if len(documents) == 1 else documents)
+    else:
+        for _session, planned in plans:
+            print_plan(planned, explain=explain)
+    raise typer.Exit(max(planned.status for _session, planned in plans))
+
+
+@explains_errors
+def build(
+    recipes: RecipesArgument,
+    target: TargetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many stages run at once.")] = 2,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run every stage that is stale, and publish verified engines.
+
+    Cached stages cost nothing: a second build of an unchanged recipe only says so.
+
+    Example: enginery build recipes/digits.yaml --target tensorrt-rtx:sm89
+    """
+    from enginery.building import build_session
+    from enginery.tables import print_build
+
+    reports = []
+    for session in _sessions(recipes, store, target, jobs=jobs):
+        document = build_session(session, verbose=verbose, quiet=as_json)
+        reports.append(document)
+        if not as_json:
+            print_build(document)
+    if as_json:
+        print_json(reports[0] if len(reports) == 1 else reports)
+    raise typer.Exit(_worst([document["status"] for document in reports]))
+
+
+def recipe_paths(paths: list[Path]) -> list[Path]:
+    """Return the recipes that are meant: files as they are, and of a folder every *.yaml that states a version.
+
+    A folder's other YAML files (shared bases, data) are left out: a recipe is a file with a top-level `enginery:`.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [file for file in sorted(path.glob("*.yaml")) if _states_version(file)]
+            if not inside:
+                raise RecipeError(
+                    [Fault(str(path), 0, "", "no recipe in this folder (a *.yaml file with a top-level 'enginery: 1')")]
+                )
+            found.extend(inside)
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _states_version(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return any(line.startswith(b"enginery:") for line in stream)
+
+
+def _sessions(recipes: list[Path], store: str, target: list[str] | None, *, jobs: int = 2) -> list[BuildSession]:
+    """Open every recipe before anything is run, so that all faults of all of them are told at once."""
+    from artifacts.store import open_store
+    from tasks.session import open_session
+
+    opened = open_store(store)
+    sessions: list[BuildSession] = []
+    faults: list[Fault] = []
+    for path in recipe_paths(recipes):
+        try:
+            session = open_session(
+                path, opened, targets=tuple(target or ()), jobs=jobs, warn=lambda text: note(f"warning: {text}")
+            )
+        except RecipeError as err:
+            faults.extend(err.faults)
+        else:
+            faults.extend(_unknown_targets(session, path, target or []))
+            sessions.append(session)
+    if faults:
+        raise RecipeError(faults)
+    return sessions
+
+
+def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> list[Fault]:
+    known = {
+        name
+        for spec in session.loaded.recipe.targets
+        for gpu in spec.gpus
+        for name in (spec.runtime, f"{spec.runtime}:{gpu}")
+    }
+    return [
+        Fault(
+            str(path),
+            0,
+            "targets",
+            f"--target {name}: no such target in this recipe (allowed: {', '.join(sorted(known))})",
+        )
+        for name in targets
+        if name not in known
+    ]
+
+
+def _worst(statuses: list[int]) -> int:
+    return next((status for status in (1, 3) if status in statuses), 0)

@@ -1,0 +1,101 @@
+"""Tables of plans and builds: stages (state, seconds, why) and engines (size, accuracy, parity, where)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from enginery.output import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from recipes.plan import Plan
+
+_STYLES = {"cached": "dim", "built": "green", "run": "yellow", "follows": "yellow", "waiting": "cyan"}
+
+
+def print_plan(planned: Plan, *, explain: bool) -> None:
+    """Print a plan: what would run; with `explain` also why, and what is cached."""
+    counts = {state: sum(step.state == state for step in planned.steps) for state in ("run", "follows", "cached")}
+    out = console()
+    table = _table("stage", "subject", "state", *(["why"] if explain else []))
+    for step in planned.steps:
+        if explain or step.state != "cached":
+            why = ["\n".join(step.why)] if explain else []
+            table.add_row(step.stage, step.subject, _styled(step.state), *why)
+    if table.row_count:
+        out.print(table)
+    out.print(
+        f"{planned.recipe}: {counts['run']} to run, {counts['follows']} more if their input changes, {counts['cached']} cached",
+        highlight=False,
+    )
+    for engine in planned.engines:
+        if engine.state in ("waiting", "failed"):
+            out.print(f"{engine.state}: {engine.target} {engine.asked}: {engine.why}", markup=False)
+
+
+def print_build(document: dict[str, Any]) -> None:
+    """Print the report of a build: a table of stages and a table of engines."""
+    out = console()
+    stages = _table("stage", "subject", "state", "seconds", "why", title=document["recipe"])
+    for step in document["steps"]:
+        seconds = f"{step['seconds']:.1f}" if step["state"] == "built" else ""
+        why = "" if step["state"] == "cached" else "; ".join(step["why"])
+        stages.add_row(step["stage"], step["subject"], _styled(step["state"]), seconds, _brief(why))
+    out.print(stages)
+    metric = next((engine["metric_name"] for engine in document["engines"] if engine["metric_name"]), "metric")
+    engines = _table(
+        "runtime", "GPU", "precision", "size", metric, "source", "parity (rel. L2)", "executed", "published"
+    )
+    for engine in document["engines"]:
+        asked, given = engine["precision"]["asked"], engine["precision"]["given"]
+        engines.add_row(
+            f"{engine['runtime']} {engine['runtime_version']}".strip(),
+            engine["gpu"],
+            asked if given in (asked, None) else f"{given} (asked {asked})",
+            size_text(engine["size"]),
+            _figure(engine["metric"], ".4f"),
+            _figure(engine["source_metric"], ".4f"),
+            _figure(engine["parity"], ".1e"),
+            "yes" if engine["executed"] else "no",
+            engine["path"] if engine["state"] == "cached" and engine["path"] else f"{engine['state']}: {engine['why']}",
+        )
+    out.print(engines)
+    out.print(f"store: {document['store']}", markup=False)
+    if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
+        out.print(
+            "executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.",
+            markup=False,
+        )
+
+
+def size_text(size: int | None) -> str:
+    """Return a size in bytes as people read it."""
+    if size is None:
+        return "-"
+    from rich.filesize import decimal
+
+    return decimal(size)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("seconds", "size") else "left", overflow="fold")
+    return table
+
+
+def _styled(state: str) -> str:
+    style = _STYLES.get(state, "bold red")
+    return f"[{style}]{state}[/]"
+
+
+def _figure(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _brief(text: str, limit: int = 90) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

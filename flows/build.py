@@ -1,0 +1,30 @@
+"""Build one recipe: plan, run every stage that is stale as a task, plan again until nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from artifacts.store import open_store
+from tasks.cache import StageTasks
+from tasks.report import report
+from tasks.session import active_session, drive, open_session
+
+
+@flow(name="build", flow_run_name="build {recipe}", persist_result=False, validate_parameters=True)
+async def build(
+    recipe: str, store: str = ".enginery", targets: list[str] | None = None, jobs: int = 2
+) -> dict[str, Any]:
+    """Build a recipe's stale engines and publish them.
+
+    `recipe` is a path; `store` a folder or s3:// address; `targets` limits to `RUNTIME` or `RUNTIME:GPU`; `jobs`
+    bounds how many stages run at once. Returns the report that `enginery build --json` prints.
+    """
+    session = active_session(recipe) or open_session(
+        Path(recipe), open_store(store), targets=tuple(targets or ()), jobs=jobs
+    )
+    planned = await drive(session, StageTasks(session), show_cached=True)
+    session.finish(planned)
+    return report(session, planned)

@@ -1,0 +1,54 @@
+"""Where Prefect's task states meet action records: the only such place.
+
+A Prefect state named `Cached` always means that the step's record and blobs were in the store and
+matched; a step that ran in this build ends `Completed`, one that failed ends `Failed`. Prefect's own
+result cache is off, since the action record is the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from recipes.plan import Plan
+from recipes.steps import Step
+from tasks.session import BuildSession, Outcome
+
+
+class StageTasks:
+    """Runs the steps of one session as Prefect tasks, each named after its stage and subject."""
+
+    def __init__(self, session: BuildSession) -> None:
+        """Take the session that runs the steps."""
+        self._session = session
+        # Steps wait for one another's slots in these threads; the session bounds how many really run.
+        self._threads = ThreadPoolExecutor(max_workers=32, thread_name_prefix="stage")
+
+    async def __call__(self, step: Step, planned: Plan) -> Outcome:
+        """Run one step as a Prefect task run and return what became of it."""
+        outcomes: list[Outcome] = []
+
+        async def stage(key: str, why: list[str]) -> State[Any]:
+            """Run a stage, or find that it is cached."""
+            logger = get_run_logger()
+            logger.info("%s %s: %s", step.id, key[:12], "; ".join(why) or "cached")
+            loop = asyncio.get_running_loop()
+            outcome = await loop.run_in_executor(self._threads, self._session.ensure, step, planned)
+            outcomes.append(outcome)
+            if outcome.state == "failed":
+                logger.error("%s: %s", step.id, outcome.message)
+                return Failed(message=outcome.message)
+            if outcome.state == "cached":
+                return Completed(name="Cached", message=f"record and blobs of {key[:12]} are in the store")
+            return Completed(message=f"built in {outcome.seconds:.1f} s")
+
+        run = task(
+            stage, name=step.stage, task_run_name=step.id, cache_policy=NO_CACHE, persist_result=False, retries=0
+        )
+        await run(step.action.key if step.action is not None else "", list(step.why), return_state=True)
+        return outcomes[0]

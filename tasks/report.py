@@ -1,0 +1,89 @@
+"""What a build did, as JSON: every step with its state and seconds, every engine with what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes.plan import EnginePlan, Plan
+from recipes.steps import Step
+from tasks.session import BuildSession
+
+
+def report(session: BuildSession, planned: Plan) -> dict[str, Any]:
+    """Return the report of a build: recipe, exit status, steps and engines."""
+    return {
+        "recipe": planned.recipe,
+        "store": session.store.uri,
+        "status": planned.status,
+        "steps": [_step(session, step) for step in planned.steps],
+        "engines": [engine_report(engine) for engine in planned.engines],
+    }
+
+
+def plan_report(planned: Plan) -> dict[str, Any]:
+    """Return a plan as JSON: recipe, exit status, steps with state, key and why, and engines."""
+    return {
+        "recipe": planned.recipe,
+        "status": planned.status,
+        "steps": [
+            {
+                "id": step.id,
+                "stage": step.stage,
+                "subject": step.subject,
+                "state": step.state,
+                "key": step.action.key if step.action is not None else None,
+                "why": list(step.why),
+                "after": list(step.after),
+            }
+            for step in planned.steps
+        ],
+        "engines": [engine_report(engine) for engine in planned.engines],
+    }
+
+
+def _step(session: BuildSession, step: Step) -> dict[str, Any]:
+    outcome = session.outcomes.get(step.id)
+    state = outcome.state if outcome is not None else step.state
+    return {
+        "id": step.id,
+        "stage": step.stage,
+        "subject": step.subject,
+        "state": state,
+        "seconds": round(outcome.seconds, 3) if outcome is not None and state == "built" else 0.0,
+        "key": step.action.key if step.action is not None else None,
+        "why": list(outcome.step.why if outcome is not None and state == "built" else step.why),
+    }
+
+
+def engine_report(engine: EnginePlan) -> dict[str, Any]:
+    """Return one engine as JSON: what was asked and given, its size, its measures and where it was published."""
+    measured = (engine.engine_verify or engine.verify or _NOTHING).facts or {}
+    metric = measured.get("metric") or {}
+    published = engine.publish.facts if engine.publish is not None and engine.publish.facts is not None else {}
+    return {
+        "target": engine.target,
+        "runtime": engine.runtime,
+        "runtime_version": engine.runtime_version,
+        "gpu": engine.gpu,
+        "precision": {"asked": engine.asked, "given": engine.given},
+        "state": engine.state,
+        "why": engine.why,
+        "tried": [
+            {"precision": trial.precision, "passed": trial.verdict.passed, "reasons": list(trial.verdict.reasons)}
+            for trial in engine.trials
+            if trial.verdict is not None
+        ],
+        "size": sum(ref.size for ref in engine.compile.record.outputs.values())
+        if engine.compile is not None and engine.compile.record is not None
+        else None,
+        "parity": (measured.get("parity") or {}).get("relative_l2"),
+        "metric": metric.get("value"),
+        "source_metric": metric.get("source"),
+        "metric_name": metric.get("name"),
+        "executed": engine.engine_verify is not None and engine.engine_verify.record is not None,
+        "path": published.get("path"),
+        "build": published.get("build"),
+    }
+
+
+_NOTHING = Step("nothing", "nothing", "blocked")

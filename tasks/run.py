@@ -1,0 +1,158 @@
+"""One step to its action record: bring its inputs, run its stage in a child process, keep what it made.
+
+Blobs are stored before the record, and the record is written only if there is none, so that a build
+that dies at any instant leaves nothing visible, and two builders of one key produce one record.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.cache import ActionCache
+from artifacts.records import ActionRecord
+from artifacts.refs import BYTES, ONNX, SAFETENSORS, TAR, ArtifactRef, digest_file
+from artifacts.store import Store, open_store
+from recipes.files import CodeBundle, DatasetFiles, LocalFile
+from recipes.steps import Step
+from tasks.process import Limits, run_stage
+
+_MEDIA_TYPES: Final[Mapping[str, str]] = {".onnx": ONNX, ".safetensors": SAFETENSORS, ".tar": TAR}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something a running step says: how far it is (0..1, None where unknown) and a short text, or a log line."""
+
+    step_id: str
+    kind: str  # "started" | "progress" | "log" | "done" | "failed"
+    fraction: float | None = None
+    text: str = ""
+    seconds: float = 0.0
+
+
+Listener = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """Runs steps against one store; safe to use from many threads."""
+
+    store: Store
+    cache: ActionCache
+    limits: Limits
+    producer: Mapping[str, Any]
+    listen: Listener = lambda _progress: None
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, step: Step) -> tuple[ActionRecord, bool]:
+        """Return the step's record, and whether it was made here rather than found (another builder may be faster).
+
+        Raises TaskError, RecipeError, StoreError, and IntegrityError where an input's blob is damaged (it is
+        removed, so that planning again finds the stage that makes it missing).
+        """
+        action = step.action
+        if action is None:
+            raise ValueError(f"{step.id}: its inputs are not known yet")
+        with self.store.lock(f"{action.stage}-{action.key}"):
+            found = self.cache.lookup(action.stage, action.key)
+            if found is not None:
+                return found, False
+            self.listen(Progress(step.id, "started", text="; ".join(step.why)))
+            started = dt.datetime.now(dt.timezone.utc)
+            begin = time.perf_counter()
+            outputs, facts = self._make(step)
+            record = ActionRecord(
+                preimage=action.preimage(),
+                outputs=outputs,
+                facts=facts,
+                seconds=time.perf_counter() - begin,
+                started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                producer=self.producer,
+            )
+            kept = self.cache.put_record(record)
+        self.listen(Progress(step.id, "done", seconds=record.seconds))
+        return kept, kept is record
+
+    def _make(self, step: Step) -> tuple[dict[str, ArtifactRef], dict[str, Any]]:
+        with self.store.scratch() as folder:
+            inputs = folder / "inputs"
+            inputs.mkdir()
+            if isinstance(step.local, LocalFile):
+                return {step.local.name: self._fetch_file(step.local, inputs)}, {}
+            if isinstance(step.local, CodeBundle):
+                return {"code.tar": self._fetch_code(step.local, inputs)}, {}
+            files = _dataset_inputs(step.local, inputs) if step.local is not None else {}
+            for name, ref in step.inputs.items():
+                self.cache.get_blob(ref, inputs / name)
+                files[name] = inputs / name
+            return self._run_stage(step, files, folder)
+
+    def _run_stage(
+        self, step: Step, files: Mapping[str, Path], folder: Path
+    ) -> tuple[dict[str, ArtifactRef], dict[str, Any]]:
+        output_dir = folder / "outputs"
+        output_dir.mkdir()
+        result = run_stage(
+            step.stage,
+            step.action.params if step.action is not None else {},
+            files,
+            output_dir,
+            limits=self.limits,
+            on_progress=lambda fraction, text: self.listen(Progress(step.id, "progress", fraction, text)),
+            on_log=lambda line: self.listen(Progress(step.id, "log", text=line)),
+            cancel=self.cancel,
+        )
+        outputs: dict[str, ArtifactRef] = {}
+        for name, media_type in result.outputs.items():
+            path = output_dir / name
+            ref = ArtifactRef(digest_file(path), path.stat().st_size, media_type)
+            self.cache.put_blob(path, ref)
+            outputs[name] = ref
+        return outputs, dict(result.facts)
+
+    def _fetch_file(self, file: LocalFile, folder: Path) -> ArtifactRef:
+        """Bring one file into the store, checked against the digest that was planned with."""
+        path, size = Path(file.address), file.size
+        if file.address.startswith("s3://"):
+            parent, _, name = file.address.rpartition("/")
+            remote = open_store(parent)
+            info = remote.info(name)
+            size = info.size if info is not None else 0
+            path = folder / file.name
+            remote.get_file(name, ArtifactRef(file.digest, size, BYTES), path)
+        ref = ArtifactRef(file.digest, size, _MEDIA_TYPES.get(Path(file.name).suffix, BYTES))
+        self.cache.put_blob(path, ref)
+        return ref
+
+    def _fetch_code(self, bundle: CodeBundle, folder: Path) -> ArtifactRef:
+        from recipes.bundle import write_tar
+
+        target = folder / "code.tar"
+        write_tar(bundle, target)
+        ref = ArtifactRef(bundle.digest, bundle.size, TAR)
+        self.cache.put_blob(target, ref)
+        return ref
+
+
+def _dataset_inputs(local: object, folder: Path) -> dict[str, Path]:
+    """Put what a data set is read from where its stage looks for it."""
+    if not isinstance(local, DatasetFiles):
+        raise TypeError(f"not a data set: {local!r}")
+    if local.code is not None:
+        from recipes.bundle import write_tar
+
+        target = folder / "code.tar"
+        write_tar(local.code, target)
+        return {"code.tar": target}
+    if local.format == "npz":
+        target = folder / "data.npz"
+        shutil.copyfile(local.path, target)
+        return {"data.npz": target}
+    return {"data": local.path}

@@ -1,0 +1,287 @@
+"""One build of one recipe: plan, run what is ready, plan again, until nothing is left.
+
+Everything that a build knows is in the store, so a session can be left at any instant and another
+continues. Within a process, a step that several callers ask for (the head start of the command line,
+and the Prefect task that shows it) runs once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.cache import ActionCache
+from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
+from artifacts.host import Host
+from artifacts.keys import canonical_json
+from artifacts.records import ActionRecord
+from artifacts.store import Store
+from recipes.errors import RecipeError
+from recipes.files import RecipeFiles, gather
+from recipes.loader import LoadedRecipe, load
+from recipes.plan import Plan, Selection
+from recipes.planner import plan
+from recipes.schema import duration_seconds, size_bytes
+from recipes.steps import Step
+from tasks.errors import TaskError
+from tasks.process import Limits
+from tasks.publish import is_published, publish_engine
+from tasks.run import Listener, Progress, StepRunner
+from tasks.toolchain import probe_host, version
+
+DEFAULT_JOBS: Final = 2
+_RERUNS: Final = 3
+
+
+def latest_path(recipe: str) -> str:
+    """Return where a store keeps the preimages of a recipe's last build: only a hint, to explain misses with."""
+    return f"cache/latest/{recipe}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step in this build. `seconds` is the wall time that making it took, whenever that was."""
+
+    step: Step
+    state: str  # "built" | "cached" | "failed"
+    seconds: float
+    message: str = ""
+
+
+@dataclass
+class BuildSession:
+    """A recipe, a store and a host; `plan` and `ensure` may be called from any thread."""
+
+    loaded: LoadedRecipe
+    files: RecipeFiles
+    store: Store
+    host: Host
+    selection: Selection = field(default_factory=Selection)
+    jobs: int = DEFAULT_JOBS
+    warn: Callable[[str], None] = lambda _message: None
+    listen: Listener = lambda _progress: None
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Prepare the cache, the limits of stages and the explanations."""
+        build = self.loaded.recipe.build
+        self._cache = ActionCache(self.store, self._warn_once)
+        self._runner = StepRunner(
+            self.store,
+            self._cache,
+            Limits(timeout_s=duration_seconds(build.timeout), memory_bytes=size_bytes(build.memory)),
+            producer={"host": self.host.name, "os": self.host.os},
+            listen=self._tell,
+        )
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(self.jobs)
+        self._known: dict[tuple[str, str], ActionRecord | None] = {}
+        self._running: dict[str, Future[tuple[ActionRecord, bool]]] = {}
+        self._failures: dict[str, str] = {}
+        self._attempts: dict[str, int] = {}
+        self._warned: set[str] = set()
+        self._previous: Mapping[str, Mapping[str, Any]] | None = None
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe's name."""
+        return self.loaded.recipe.name
+
+    def plan(self) -> Plan:
+        """Plan with what the store holds and what failed in this session."""
+        if self._previous is None:
+            self._previous = self._read_latest()
+        with self._lock:
+            failures = dict(self._failures)
+        return plan(
+            self.loaded.recipe,
+            self.files,
+            self.host,
+            version=version,
+            lookup=self._lookup,
+            previous=self._previous,
+            failures=failures,
+            selection=self.selection,
+        )
+
+    def ensure(self, step: Step, planned: Plan) -> Outcome:
+        """Run a ready step, or join the one that runs it, or find that it is cached; failures are outcomes."""
+        if step.action is None:
+            raise ValueError(f"{step.id}: its inputs are not known yet")
+        if step.record is not None:
+            return self._note(Outcome(step, "cached", step.record.seconds))
+        key = step.action.key
+        with self._lock:
+            future = self._running.get(key)
+            mine = future is None
+            if future is None:
+                future = self._running[key] = Future()
+        if mine:
+            self._run(step, planned, future)
+        try:
+            record, built = future.result()
+        except (TaskError, RecipeError, ArtifactError) as err:
+            return self._note(Outcome(step, "failed", 0.0, str(err)))
+        return self._note(Outcome(step, "built" if built else "cached", record.seconds))
+
+    def on_progress(self, listen: Listener) -> None:
+        """Tell `listen` from now on what running steps say; it is called from several threads."""
+        self.listen = listen
+
+    def _tell(self, progress: Progress) -> None:
+        self.listen(progress)
+
+    def cancel(self) -> None:
+        """Stop every stage that runs."""
+        self._runner.cancel.set()
+
+    def finish(self, planned: Plan) -> None:
+        """Keep the preimages of this build, so that the next plan can say what changed."""
+        steps = {step.id: step.action.preimage() for step in planned.steps if step.record is not None and step.action}
+        if steps:
+            document = {**(self._previous or {}), **steps}
+            if document != self._previous:
+                self.store.write(latest_path(self.recipe_name), canonical_json(document))
+
+    def _run(self, step: Step, planned: Plan, future: Future[tuple[ActionRecord, bool]]) -> None:
+        key = step.action.key if step.action is not None else ""
+        try:
+            with self._slots:
+                result = self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+        except (IntegrityError, NotFoundError) as err:
+            self._input_gone(step, key, err, future)
+        except (TaskError, RecipeError, ArtifactError) as err:
+            self._fail(step, key, err, future)
+        except BaseException as err:
+            future.set_exception(err)
+            raise
+        else:
+            with self._lock:
+                self._known[step.stage, key] = result[0]
+            future.set_result(result)
+
+    def _publish(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
+        engine = next(
+            engine for engine in planned.engines if engine.publish is not None and engine.publish.id == step.id
+        )
+        self._tell(Progress(step.id, "started", text="; ".join(step.why)))
+        record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store)
+        kept = self._cache.put_record(record)
+        self._tell(Progress(step.id, "done", seconds=record.seconds))
+        return kept, kept is record
+
+    def _input_gone(self, step: Step, key: str, err: ArtifactError, future: Future[tuple[ActionRecord, bool]]) -> None:
+        """Forget what was known, since an input's blob is damaged or gone: the next plan makes it again."""
+        self._warn_once(f"{step.id}: {err}")
+        with self._lock:
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            self._known.clear()
+            self._running.pop(key, None)
+            given_up = self._attempts[key] >= _RERUNS
+        if given_up:
+            self._fail(step, key, err, future)
+        else:
+            future.set_exception(err)
+
+    def _fail(self, step: Step, key: str, err: Exception, future: Future[tuple[ActionRecord, bool]]) -> None:
+        with self._lock:
+            self._failures[key] = str(err)
+        self._tell(Progress(step.id, "failed", text=str(err)))
+        future.set_exception(err)
+
+    def _lookup(self, stage: str, key: str) -> ActionRecord | None:
+        """Look a record up once in a session: what is missing stays missing until this session makes it."""
+        with self._lock:
+            if (stage, key) in self._known:
+                return self._known[stage, key]
+        record = self._cache.lookup(stage, key)
+        if record is not None and stage == "publish" and not is_published(record, self.store):
+            self._warn_once(f"publish {key[:12]}: what it published is gone; treated as a miss")
+            record = None
+        with self._lock:
+            return self._known.setdefault((stage, key), record)
+
+    def _note(self, outcome: Outcome) -> Outcome:
+        with self._lock:
+            first = self.outcomes.get(outcome.step.id)
+            if first is None or (first.state == "failed" and outcome.state != "failed"):
+                self.outcomes[outcome.step.id] = outcome
+            return self.outcomes[outcome.step.id]
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            self.warn(message)
+
+    def _read_latest(self) -> Mapping[str, Mapping[str, Any]]:
+        try:
+            document = json.loads(self.store.read(latest_path(self.recipe_name)))
+        except (NotFoundError, ValueError):
+            return {}
+        return document if isinstance(document, dict) else {}
+
+
+def open_session(
+    recipe: Path,
+    store: Store,
+    *,
+    targets: tuple[str, ...] = (),
+    jobs: int = DEFAULT_JOBS,
+    warn: Callable[[str], None] = lambda _message: None,
+    listen: Listener = lambda _progress: None,
+) -> BuildSession:
+    """Load a recipe and gather what it names; nothing is written and none of its code runs. Raises RecipeError."""
+    loaded = load(recipe)
+    return BuildSession(
+        loaded, gather(loaded), store, probe_host(), Selection(targets), jobs=jobs, warn=warn, listen=listen
+    )
+
+
+_ACTIVE: dict[str, BuildSession] = {}
+
+
+@contextmanager
+def activate(recipe: str, session: BuildSession) -> Iterator[None]:
+    """Offer a session of this process to the flow that is about to build the same recipe."""
+    _ACTIVE[recipe] = session
+    try:
+        yield
+    finally:
+        del _ACTIVE[recipe]
+
+
+def active_session(recipe: str) -> BuildSession | None:
+    """Return the session that this process has begun for a recipe, if any."""
+    return _ACTIVE.get(recipe)
+
+
+RunStep = Callable[[Step, Plan], Awaitable[Outcome]]
+
+
+async def drive(session: BuildSession, run_step: RunStep, *, show_cached: bool = False) -> Plan:
+    """Run what is ready through `run_step`, plan again whenever a step ends, and return the last plan.
+
+    With `show_cached`, `run_step` also gets every step that is cached, once, so that it can be shown as such.
+    """
+    running: dict[asyncio.Task[Outcome], str] = {}
+    shown: set[str] = set()
+    while True:
+        planned = await asyncio.to_thread(session.plan)
+        cached = [step for step in planned.steps if step.record is not None and step.id not in shown]
+        for step in (*planned.ready, *(cached if show_cached else ())):
+            if step.id not in running.values():
+                running[asyncio.ensure_future(run_step(step, planned))] = step.id
+                shown.add(step.id)
+        if not running:
+            return planned
+        done, _pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            del running[task]
+            task.result()
