@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. `compute_capability` is spelled `sm89`; memory is in bytes."""
+    """One NVIDIA GPU. `compute_capability` is spelled `sm89`; memory is in bytes, None where it is the host's own."""
 
     name: str
     uuid: str
     compute_capability: str
-    memory_bytes: int
+    memory_bytes: int | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What is installed here, and what this host is: versions and devices, found without importing what they describe."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from functools import cache
+from importlib import metadata
+from typing import Any, Final
+
+from artifacts.host import Gpu, Host
+
+# The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
+BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
+
+_ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+@cache
+def version(package: str) -> str | None:
+    """Return the full version of an installed package by its import or distribution name, else None.
+
+    Where several distributions provide one import name (a namespace package), all are named with their versions.
+    """
+    found = _distribution_version(package)
+    if found is not None:
+        return found
+    provided = {name: _distribution_version(name) for name in sorted(set(_distributions().get(package, ())))}
+    versions = {name: found for name, found in provided.items() if found is not None}
+    if len(versions) == 1:
+        return next(iter(versions.values()))
+    return ", ".join(f"{name}=={found}" for name, found in versions.items()) or None
+
+
+def probe_host() -> Host:
+    """Return this machine's fingerprint; GPUs are seen through NVML, where `nvidia-ml-py` and a driver are there."""
+    driver, cuda, gpus = _probe_gpus()
+    machine = platform.machine().lower()
+    installed = {runtime: version(package) for runtime, package in BACKENDS.items()}
+    return Host(
+        name=platform.node(),
+        os=platform.system().lower(),
+        arch=_ARCHITECTURES.get(machine, machine),
+        driver=driver,
+        cuda=cuda,
+        gpus=gpus,
+        runtimes={runtime: found for runtime, found in installed.items() if found is not None},
+    )
+
+
+def _distribution_version(name: str) -> str | None:
+    try:
+        # An interrupted uninstall leaves a distribution whose metadata has no version.
+        return metadata.version(name) or None
+    except (metadata.PackageNotFoundError, KeyError, ValueError):
+        return None
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    # Reads the file list of every installed distribution, so it is asked only for names that are no distribution's.
+    return dict(metadata.packages_distributions())
+
+
+def _probe_gpus() -> tuple[str | None, str | None, tuple[Gpu, ...]]:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None, None, ()
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None, None, ()
+    try:
+        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        found = [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        gpus = tuple(gpu for gpu in found if gpu is not None)
+        return _text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}", gpus
+    except nvml.NVMLError:
+        return None, None, ()
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, index: int) -> Gpu | None:
+    try:
+        device = nvml.nvmlDeviceGetHandleByIndex(index)
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(device)
+        name, uuid = _text(nvml.nvmlDeviceGetName(device)), _text(nvml.nvmlDeviceGetUUID(device))
+    except nvml.NVMLError:
+        # Fallen off the bus, or not ours to see: nothing may be built for it or loaded on it.
+        return None
+    try:
+        memory = int(nvml.nvmlDeviceGetMemoryInfo(device).total)
+    except nvml.NVMLError:
+        memory = None
+    return Gpu(name, uuid, f"sm{major}{minor}", memory)
+
+
+def _text(value: str | bytes) -> str:
+    # Older releases of nvidia-ml-py return bytes.
+    return value.decode() if isinstance(value, bytes) else value
