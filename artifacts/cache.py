@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.records import ActionRecord
 from artifacts.refs import ArtifactRef
 from artifacts.store import Store
@@ -62,10 +62,12 @@ class ActionCache:
         path = record_path(record.stage, record.key)
         if self.store.write(path, record.to_bytes(), if_absent=True):
             return record
-        winner = ActionCache(self.store).lookup(record.stage, record.key)
-        if winner is not None:
-            return winner
-        self.store.write(path, record.to_bytes())
+        # Of two builders that find the same damaged record, too, one replaces it and the other sees that.
+        with self.store.lock(path):
+            winner = ActionCache(self.store).lookup(record.stage, record.key)
+            if winner is not None:
+                return winner
+            self.store.write(path, record.to_bytes())
         return record
 
     def put_blob(self, source: Path, ref: ArtifactRef) -> None:
@@ -73,10 +75,16 @@ class ActionCache:
         self.store.put_file(blob_path(ref.digest), source, ref)
 
     def get_blob(self, ref: ArtifactRef, target: Path) -> None:
-        """Bring a blob to `target`, checked; a damaged blob is removed from the store before IntegrityError is raised."""
+        """Bring a blob to `target`, checked; a damaged blob is removed from the store before IntegrityError is raised.
+
+        Raises NotFoundError and StoreError as the store does.
+        """
         path = blob_path(ref.digest)
         try:
             self.store.get_file(path, ref, target)
-        except IntegrityError as err:
-            self.store.delete(path)
-            raise IntegrityError(f"{err}; removed it, so that the stage that made it runs again") from err
+        except IntegrityError as damage:
+            try:
+                self.store.delete(path)
+            except StoreError as err:
+                raise IntegrityError(f"{damage}; it could not be removed ({err}): remove it by hand") from err
+            raise IntegrityError(f"{damage}; removed it, so that the stage that made it runs again") from damage

@@ -76,35 +76,53 @@ def _require_json(value: object, path: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value that differs between two preimages; `old` or `new` is None where a side lacks it."""
+    """One value that differs between two preimages.
+
+    Where a side lacks it, that side is None here, and `added` or `removed` tells it from a JSON null.
+    """
 
     path: str
     old: Any
     new: Any
+    added: bool = False
+    removed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path} {_brief(self.old)} -> {_brief(self.new)}"
+        old = "(none)" if self.added else _brief(self.old)
+        new = "(none)" if self.removed else _brief(self.new)
+        if old == new:  # 18 and "18", or long values that differ at their ends
+            old, new = (json.dumps(value, sort_keys=True, ensure_ascii=False) for value in (self.old, self.new))
+        return f"{self.path} {old} -> {new}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return every leaf that differs between two JSON objects, in path order."""
+    """Return every leaf that differs between two JSON objects, in path order.
+
+    The list is empty exactly where both have the same canonical JSON. Raises TypeError and ValueError as
+    `canonical_json` does.
+    """
     return list(_differences(old, new, ""))
 
 
 def _differences(old: object, new: object, path: str) -> Iterator[Difference]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+            inner = f"{path}.{name}" if path else name
+            if name not in old:
+                yield Difference(inner, None, new[name], added=True)
+            elif name not in new:
+                yield Difference(inner, old[name], None, removed=True)
+            else:
+                yield from _differences(old[name], new[name], inner)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (left, right) in enumerate(zip(old, new, strict=True)):
             yield from _differences(left, right, f"{path}[{index}]")
-    elif type(old) is not type(new) or old != new:
+    # Not `old != new`: to Python 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    elif canonical_json(old) != canonical_json(new):
         yield Difference(path, old, new)
 
 
 def _brief(value: object) -> str:
-    if value is None:
-        return "(none)"
     if isinstance(value, str):
         return f"{value[:12]}…" if len(value) == 64 and not value.strip("0123456789abcdef") else value
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)

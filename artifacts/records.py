@@ -10,6 +10,7 @@ from typing import Any, Final
 from artifacts.errors import IntegrityError
 from artifacts.keys import canonical_json
 from artifacts.refs import ArtifactRef, digest_bytes
+from artifacts.store import is_relative_path
 
 RECORD_SCHEMA: Final = 1
 
@@ -58,11 +59,12 @@ class ActionRecord:
     def from_bytes(cls, data: bytes) -> ActionRecord:
         """Read a record back.
 
-        Raises IntegrityError where it is not JSON, has another schema, lacks a field, or where its
-        preimage does not hash to the key that it states.
+        Raises IntegrityError where it is not JSON, has another schema, lacks a field, names an output outside the
+        folder that outputs are brought to, or where its preimage does not hash to the key that it states.
         """
         try:
             document = json.loads(data)
+            canonical_json(document)  # finite numbers and whole strings, so that what was read can be written again
         except (ValueError, RecursionError) as err:
             raise IntegrityError(f"action record is not JSON: {err}") from err
         if not isinstance(document, dict) or document.get("schema") != RECORD_SCHEMA:
@@ -70,15 +72,17 @@ class ActionRecord:
             raise IntegrityError(f"action record: schema {found!r}, expected {RECORD_SCHEMA}")
         try:
             record = cls(
-                preimage=_mapping(document["preimage"]),
-                outputs={name: ArtifactRef.from_json(ref) for name, ref in _mapping(document["outputs"]).items()},
+                preimage=_preimage(document["preimage"]),
+                outputs={
+                    _file_name(name): ArtifactRef.from_json(ref) for name, ref in _mapping(document["outputs"]).items()
+                },
                 facts=_mapping(document["facts"]),
                 seconds=float(document["seconds"]),
                 started=str(document["started"]),
                 producer=_mapping(document["producer"]),
             )
             key, stated = record.key, document["key"]
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise IntegrityError(f"action record is incomplete: {err!r}") from err
         if key != stated:
             raise IntegrityError(f"action record states key {str(stated)[:12]} but its preimage hashes to {key[:12]}")
@@ -89,3 +93,16 @@ def _mapping(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object, got {type(value).__name__}")
     return value
+
+
+def _preimage(value: object) -> dict[str, Any]:
+    preimage = _mapping(value)
+    if type(preimage["stage"]) is not str:
+        raise TypeError(f"stage is {preimage['stage']!r}")
+    return preimage
+
+
+def _file_name(name: str) -> str:
+    if not is_relative_path(name):
+        raise ValueError(f"output {name!r} is not a file name")
+    return name

@@ -68,3 +68,16 @@ def digest_file(path: Path) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_size(what: str, ref: ArtifactRef, size: int) -> None:
+    """Raise IntegrityError unless `size`, in bytes, is the reference's."""
+    if size != ref.size:
+        raise IntegrityError(f"{what}: {size} bytes, expected {ref.size} of {ref.digest[:12]}")
+
+
+def require_match(what: str, ref: ArtifactRef, digest: str, size: int) -> None:
+    """Raise IntegrityError unless bytes of this SHA-256 and size are what the reference names."""
+    require_size(what, ref, size)
+    if digest != ref.digest:
+        raise IntegrityError(f"{what}: its SHA-256 is {digest[:12]}, expected {ref.digest[:12]}")

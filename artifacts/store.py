@@ -1,7 +1,8 @@
 """The store's edge: named objects with atomic writes, in a folder or in S3.
 
 Everything above this Protocol (blobs, records, engines) is the same for every store. Paths are
-relative, use `/`, and never contain `..`, an empty part or a backslash.
+relative, use `/`, and never contain `..`, an empty part or a backslash. The first parts `tmp` and
+`locks` belong to the store itself. Reading creates nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from artifacts.errors import StoreError
 from artifacts.refs import ArtifactRef
+
+PATH_BYTES: Final = 900
+PART_BYTES: Final = 255
+RESERVED: Final = ("tmp", "locks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +55,17 @@ class Store(Protocol):
         """
 
     def get_file(self, path: str, ref: ArtifactRef, target: Path) -> None:
-        """Bring an object to the local path `target` (which must not exist), checking its digest on the way.
+        """Bring an object to the local path `target` (a new name in a folder that exists), checking its digest.
 
         A folder store may hard-link: `target` must not be written to. Raises NotFoundError, StoreError, and
         IntegrityError (leaving no `target`) where bytes or size do not match.
         """
 
     def copy(self, source: str, target: str) -> None:
-        """Copy an object inside the store (a hard link, or a server-side copy), atomically."""
+        """Copy an object inside the store (a hard link, or a server-side copy), atomically, over what is there.
+
+        Raises NotFoundError, StoreError.
+        """
 
     def info(self, path: str) -> ObjectInfo | None:
         """Return size and time of an object, or None where there is none."""
@@ -71,30 +79,64 @@ class Store(Protocol):
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold an exclusive lock that dies with its holder, where the store has one (a folder); else no lock."""
 
+    def scratch(self) -> AbstractContextManager[Path]:
+        """Yield a new, empty local folder, removed afterwards; what a killed process leaves is removed later.
+
+        Files made in it reach the store cheapest: a folder store links them instead of copying.
+        """
+
+
+def is_relative_path(path: str) -> bool:
+    """Tell whether `path` is a plain relative path: parts joined by `/`, none of which leads elsewhere.
+
+    Parts are printable, of at most 255 bytes in UTF-8 (file systems), 900 in all (S3 keys end at 1024).
+    """
+    if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= PART_BYTES for part in path.split("/"))
+
 
 def check_path(path: str) -> str:
     """Return `path` if it is a valid object path, else raise StoreError."""
-    parts = path.split("/")
-    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts) or len(path) > 900:
-        raise StoreError(f"not an object path: {path!r}")
+    if not is_relative_path(path):
+        raise StoreError(
+            f"not an object path: {path!r} (expected printable parts joined by '/', no '..', no '\\', <= {PATH_BYTES} bytes)"
+        )
+    if path.split("/", 1)[0] in RESERVED:
+        raise StoreError(f"not an object path: {path!r} ({' and '.join(RESERVED)} belong to the store itself)")
     return path
 
 
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if objects may start with it (an object path, with or without a last `/`, or empty)."""
+    if prefix:
+        check_path(prefix.removesuffix("/"))
+    return prefix
+
+
 def open_store(uri: str) -> Store:
-    """Open `file:///path`, a plain path, or `s3://bucket/prefix`; raise StoreError for anything else."""
+    """Open `file:///path`, a plain path (`~` is the home folder), or `s3://bucket/prefix`; nothing is touched yet.
+
+    Raises StoreError for anything else, and where S3 is asked for without boto3.
+    """
     scheme, separator, rest = uri.partition("://")
-    if not separator:
-        from artifacts.folder import FolderStore
+    if scheme == "s3" and separator:
+        from artifacts.s3 import S3Store
 
-        return FolderStore(Path(uri))
-    if scheme == "file":
-        from artifacts.folder import FolderStore
-
-        return FolderStore(Path(rest))
-    if scheme == "s3":
-        try:
-            from artifacts.s3 import S3Store
-        except ImportError as err:
-            raise StoreError(f"{uri}: S3 needs boto3; install it with: pip install 'enginery[s3]'") from err
         return S3Store.from_uri(uri)
-    raise StoreError(f"{uri}: unknown kind of store {scheme!r} (allowed: a folder, file://, s3://)")
+    if separator and scheme != "file":
+        raise StoreError(f"{uri}: unknown kind of store {scheme!r} (allowed: a folder, file:///folder, s3://bucket)")
+    if separator and not rest.startswith("/"):
+        raise StoreError(f"{uri}: a file:// address needs an absolute path (write file:///folder, or a plain path)")
+    if not uri:
+        raise StoreError("the store's address is empty (expected a folder, file:///folder or s3://bucket/prefix)")
+    from artifacts.folder import FolderStore
+
+    return FolderStore(Path(rest) if separator else _home(Path(uri)))
+
+
+def _home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as err:
+        raise StoreError(f"{path}: {err} (write the whole path)") from err

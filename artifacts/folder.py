@@ -1,0 +1,251 @@
+"""A store in a local folder: atomic renames, hard links, and locks that the kernel drops with their holder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from artifacts.errors import NotFoundError, StoreError
+from artifacts.files import (
+    arriving,
+    check_chunks,
+    create_file,
+    file_chunks,
+    link_file,
+    make_folders,
+    open_regular,
+    os_faults,
+    store_error,
+    sync_file,
+    sync_folder,
+)
+from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_size
+from artifacts.scratch import held_folder, held_name, sweep
+from artifacts.store import ObjectInfo, check_path, check_prefix, is_relative_path
+
+# Before the umask: nobody but the owner may write, and content-addressed bytes not even the owner.
+_MODE: Final = 0o644
+_MODE_BLOB: Final = 0o444
+
+
+class FolderStore:
+    """A folder; its objects are plain files, its own `tmp/` and `locks/` are no objects."""
+
+    def __init__(self, root: Path) -> None:
+        # Absolute at once: the working directory may change later.
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - Path.resolve() would follow links, and show another path
+        self._tmp = self.root / "tmp"
+
+    def __repr__(self) -> str:
+        return f"FolderStore({str(self.root)!r})"
+
+    @property
+    def uri(self) -> str:
+        """Where it is: `file:///...`, not percent-encoded."""
+        return f"file://{self.root}"
+
+    def read(self, path: str) -> bytes:
+        """Return a small object. Raises NotFoundError, StoreError."""
+        with self._reading(path) as stream:
+            return stream.read()
+
+    def write(self, path: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a small object atomically; with `if_absent`, return False where one exists. Raises StoreError."""
+        target = self._locate(path)
+        with self._faults(path):
+            if if_absent and os.path.lexists(target):
+                return False
+            with self._temporary() as temporary:
+                with create_file(temporary, _MODE) as stream:
+                    stream.write(data)
+                    sync_file(stream)
+                return self._place(temporary, target, if_absent=if_absent)
+
+    def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
+        """Store a file, checking its bytes on the way; linked, not copied, where it lies in a scratch folder.
+
+        Raises IntegrityError where the file's bytes are not `ref`, StoreError.
+        """
+        target = self._locate(path)
+        with self._faults(path), open_regular(source) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            require_size(str(source), ref, size)
+            there = self.info(path)
+            if there is not None and there.size == size:
+                return
+            with self._temporary() as temporary:
+                if self._may_link(source, stream) and link_file(source, temporary, stream):
+                    # Read-only before it is hashed, so that what was hashed is what is kept.
+                    temporary.chmod(stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & _MODE_BLOB)
+                    check_chunks(file_chunks(stream), ref, str(source))
+                    sync_file(stream)
+                else:
+                    with create_file(temporary, _MODE_BLOB) as copy:
+                        check_chunks(file_chunks(stream), ref, str(source), copy.write)
+                        sync_file(copy)
+                self._place(temporary, target)
+
+    def get_file(self, path: str, ref: ArtifactRef, target: Path) -> None:
+        """Bring an object to `target` by a hard link where that works, else by a copy; its bytes are hashed first.
+
+        Raises NotFoundError, StoreError (also where `target` exists), and IntegrityError, leaving no `target`.
+        """
+        what = f"{self.uri}/{path}"
+        with self._reading(path) as stream:
+            require_size(what, ref, os.fstat(stream.fileno()).st_size)
+            with arriving(target) as temporary:
+                if link_file(self._locate(path), temporary, stream):
+                    check_chunks(file_chunks(stream), ref, what)
+                else:
+                    with create_file(temporary, _MODE_BLOB) as copy:
+                        check_chunks(file_chunks(stream), ref, what, copy.write)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the store by a hard link, or by its bytes where links do not work.
+
+        Raises NotFoundError, StoreError.
+        """
+        goal = self._locate(target)
+        with self._reading(source) as stream, self._faults(target), self._temporary() as temporary:
+            if not link_file(self._locate(source), temporary, stream):
+                with create_file(temporary, stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & _MODE) as copy:
+                    shutil.copyfileobj(stream, copy, CHUNK_BYTES)
+                    sync_file(copy)
+            self._place(temporary, goal)
+
+    def info(self, path: str) -> ObjectInfo | None:
+        """Return size and time of an object, or None where there is none. Raises StoreError."""
+        file = self._locate(path)
+        with self._faults(path):
+            try:
+                status = file.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return _info(path, status) if stat.S_ISREG(status.st_mode) else None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
+        folder, _slash, start = check_prefix(prefix).rpartition("/")
+        base = self._locate(folder) if folder else self._checked_root()
+        return self._walk(base, f"{folder}/" if folder else "", start)
+
+    def delete(self, path: str) -> None:
+        """Remove an object; no error where there is none. Raises StoreError."""
+        file = self._locate(path)
+        with self._faults(path), suppress(FileNotFoundError, NotADirectoryError):
+            file.unlink()
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold an exclusive lock; waits for its holder, and never for a dead one. Raises StoreError."""
+        from filelock import FileLock
+
+        with ExitStack() as stack:
+            with self._faults(f"locks/{name}"):
+                folder = self._checked_root() / "locks"
+                make_folders(folder)
+                # Hashed: names are paths and keys, and a file name has neither slashes nor more than 255 bytes.
+                stack.enter_context(FileLock(folder / f"{digest_bytes(name.encode())}.lock"))
+            yield
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a new, empty folder on the store's file system; first removes what killed processes left there.
+
+        Raises StoreError.
+        """
+        with ExitStack() as stack:
+            with self._faults("tmp"):
+                self._checked_root()
+                make_folders(self._tmp)
+                sweep(self._tmp)
+                folder = stack.enter_context(held_folder(self._tmp))
+            yield folder
+
+    def _walk(self, folder: Path, prefix: str, start: str) -> Iterator[ObjectInfo]:
+        try:
+            with os.scandir(folder) as entries:
+                # A folder sorts as its name with a slash, so that whole paths come out in order ("a.b" before "a/b").
+                found = sorted(
+                    (f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
+                    for entry in entries
+                    if entry.name.startswith(start) and is_relative_path(entry.name)
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as err:
+            raise store_error(f"{self.uri}: {prefix or '/'}", err) from err
+        for name, entry in found:
+            if name.endswith("/"):
+                if prefix or name not in ("tmp/", "locks/"):
+                    yield from self._walk(Path(entry.path), prefix + name, "")
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield _info(prefix + name, status)
+
+    def _checked_root(self) -> Path:
+        with os_faults(self.uri):
+            if self.root.exists() and not self.root.is_dir():
+                raise StoreError(f"{self.uri} is a file, not a folder; give another --store")
+        return self.root
+
+    def _locate(self, path: str) -> Path:
+        check_path(path)
+        with self._faults(path):
+            file = self._checked_root() / path
+            if Path(os.path.realpath(file)) != Path(os.path.realpath(self.root)) / path:
+                raise StoreError(
+                    f"{self.uri}: {path} goes through a symbolic link, and the store follows none; move it"
+                )
+        return file
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[BinaryIO]:
+        file = self._locate(path)
+        with self._faults(path):
+            try:
+                stream = file.open("rb")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
+                raise NotFoundError(self.uri, path) from err
+            with stream:
+                yield stream
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        make_folders(self._tmp)
+        with held_name(self._tmp) as path:
+            yield path
+
+    def _place(self, temporary: Path, target: Path, *, if_absent: bool = False) -> bool:
+        """Give a complete, synced file its name; the name too is on disk when this returns."""
+        make_folders(target.parent)
+        if if_absent:
+            try:
+                # A link fails where the name exists: of many writers, exactly one gets it.
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+        else:
+            temporary.replace(target)
+        sync_folder(target.parent)
+        return True
+
+    def _may_link(self, source: Path, stream: BinaryIO) -> bool:
+        # Only a scratch file that has no other name: nobody else can change its bytes, or mind that they turn read-only.
+        return os.fstat(stream.fileno()).st_nlink == 1 and source.resolve().is_relative_to(self._tmp.resolve())
+
+    def _faults(self, path: str) -> AbstractContextManager[None]:
+        return os_faults(f"{self.uri}: {path}")
+
+
+def _info(path: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, status.st_size, status.st_mtime)

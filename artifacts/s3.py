@@ -1,0 +1,307 @@
+"""A store in S3, or in anything that speaks its protocol and honours conditional writes.
+
+Credentials, profile, region and endpoint come the way they do for every AWS tool (environment,
+`~/.aws`, instance role; `AWS_ENDPOINT_URL_S3` for another service). `ENGINERY_S3_ADDRESSING` is
+`path`, `virtual` or `auto` (default: path-style where an endpoint is given, as botocore has it).
+A put that dies half-way leaves no object, but it leaves parts that cost money: give the bucket a
+lifecycle rule that aborts incomplete multipart uploads.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
+from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_size
+from artifacts.s3_faults import Place, error_code, s3_faults
+from artifacts.scratch import held_folder, sweep, system_scratch
+from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PART_BYTES: Final = 16 << 20
+_THREADS: Final = 4
+# CopyObject takes up to 5 GB (Amazon S3 User Guide, "Copying, moving, and renaming objects"); more goes by parts.
+_COPY_BYTES: Final = 5_000_000_000
+_COPY_PART_BYTES: Final = 512 << 20
+_TRIES: Final = 5
+# A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
+_PREFIX_BYTES: Final = 120
+_BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+class S3Store:
+    """A bucket, or the part of one under a prefix. Nothing is sent before the first call."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self._conditional = False
+
+    @classmethod
+    def from_uri(cls, uri: str) -> S3Store:
+        """Open `s3://bucket/prefix`. Raises StoreError for anything else, and where boto3 is not installed."""
+        bucket, _slash, prefix = uri.removeprefix("s3://").partition("/")
+        prefix = prefix.rstrip("/")
+        if not uri.startswith("s3://") or not _BUCKET.fullmatch(bucket):
+            raise StoreError(f"{uri}: not an S3 address (expected s3://bucket/prefix, a bucket of 3 to 63 of a-z0-9.-)")
+        if prefix and not (is_relative_path(prefix) and len(prefix.encode()) <= _PREFIX_BYTES):
+            raise StoreError(f"{uri}: not a prefix (expected parts joined by '/', at most {_PREFIX_BYTES} bytes)")
+        try:
+            import boto3  # noqa: F401 - asked for here, so that the advice comes before any work
+        except ImportError as err:
+            raise StoreError(f"{uri}: S3 needs boto3; install it with: pip install 'enginery[s3]'") from err
+        return cls(bucket, prefix)
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """Where it is: `s3://bucket/prefix`."""
+        return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+    def read(self, path: str) -> bytes:
+        """Return a small object. Raises NotFoundError, StoreError."""
+        key = self._key(path)
+        with self._faults(path):
+            return b"".join(self._chunks(key))
+
+    def write(self, path: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a small object; with `if_absent`, return False where one exists.
+
+        Raises StoreError, also where the service ignores `If-None-Match`: the first conditional write of a store
+        finds that out (measured: s3rver and `rclone serve s3` do, in silence; Amazon S3 and moto honour it).
+        """
+        key = self._key(path)
+        with self._faults(path):
+            if not if_absent:
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+                return True
+            if self._conditional:
+                return self._put_new(key, data)
+            if self.info(path) is not None:
+                return False
+            written = self._put_new(key, data)
+            # The same again must be refused, or the service ignores the condition.
+            if written and self._put_new(key, data):
+                self._client.delete_object(Bucket=self.bucket, Key=key)
+                raise StoreError(
+                    f"{self.uri}: {self._place.endpoint} ignores conditional writes (If-None-Match), so builders would "
+                    "overwrite each other's results; use a service that honours them (Amazon S3 does), or a folder"
+                )
+            self._conditional = True
+            return written
+
+    def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
+        """Hash a file, then store it in parts of 16 MiB; an object of the same size is not sent again.
+
+        Raises IntegrityError where the file's bytes are not `ref` (or change while they are sent), StoreError.
+        """
+        from boto3.s3.transfer import TransferConfig
+
+        key = self._key(path)
+        with open_regular(source) as stream:
+            before = os.fstat(stream.fileno())
+            require_size(str(source), ref, before.st_size)
+            there = self.info(path)
+            if there is not None and there.size == ref.size:
+                return
+            with os_faults(str(source)):
+                check_chunks(file_chunks(stream), ref, str(source))
+        with self._faults(path), os_faults(str(source)):
+            self._client.upload_file(
+                str(source),
+                self.bucket,
+                key,
+                ExtraArgs={"Metadata": {"sha256": ref.digest}, "ContentType": ref.media_type},
+                Config=TransferConfig(
+                    multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=_THREADS
+                ),
+            )
+            # boto3 opened the file by its name again; what was hashed must be what was sent.
+            after = source.stat()
+            if (after.st_ino, after.st_size, after.st_mtime_ns) != (before.st_ino, before.st_size, before.st_mtime_ns):
+                self._client.delete_object(Bucket=self.bucket, Key=key)
+                raise IntegrityError(f"{source} changed while it was stored as {path}; removed it from the store")
+
+    def get_file(self, path: str, ref: ArtifactRef, target: Path) -> None:
+        """Bring an object to `target` with flat memory, hashing it on the way; a broken connection is taken up again.
+
+        Raises NotFoundError, StoreError (also where `target` exists), and IntegrityError, leaving no `target`.
+        """
+        key = self._key(path)
+        with arriving(target) as temporary, self._faults(path), create_file(temporary, 0o444) as copy:
+            check_chunks(self._chunks(key), ref, f"{self.uri}/{path}", copy.write)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the bucket, without bringing it here. Raises NotFoundError, StoreError."""
+        from boto3.s3.transfer import TransferConfig
+
+        origin, key = self._key(source), self._key(target)
+        with self._faults(source):
+            self._client.copy(
+                {"Bucket": self.bucket, "Key": origin},
+                self.bucket,
+                key,
+                Config=TransferConfig(
+                    multipart_threshold=_COPY_BYTES, multipart_chunksize=_COPY_PART_BYTES, max_concurrency=_THREADS
+                ),
+            )
+
+    def info(self, path: str) -> ObjectInfo | None:
+        """Return size and time of an object, or None where there is none. Raises StoreError."""
+        key = self._key(path)
+        try:
+            with self._faults(path):
+                head = self._client.head_object(Bucket=self.bucket, Key=key)
+        except NotFoundError:
+            return None
+        return ObjectInfo(path, head["ContentLength"], head["LastModified"].timestamp())
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
+        return self._pages(check_prefix(prefix))
+
+    def delete(self, path: str) -> None:
+        """Remove an object; no error where there is none. Raises StoreError."""
+        key = self._key(path)
+        with self._faults(path):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def lock(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the Protocol's
+        """Return no lock: S3 has none, so two hosts may do the same work, and the first record counts.
+
+        A lease comes with the fleet.
+        """
+        return nullcontext()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a new, empty folder in the system's temporary folder (`TMPDIR`). Raises StoreError."""
+        with ExitStack() as stack:
+            with os_faults("the system's temporary folder"):
+                base = system_scratch()
+                sweep(base)
+                folder = stack.enter_context(held_folder(base))
+            yield folder
+
+    @cached_property
+    def _client(self) -> S3Client:
+        from boto3.session import Session
+        from botocore.config import Config
+
+        addressing = _addressing()
+        config = Config(retries={"mode": "standard"}, user_agent_extra="enginery")
+        if addressing:
+            config = config.merge(Config(s3={"addressing_style": addressing}))
+        if _names_endpoint() and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
+            # Since boto3 1.36 uploads carry checksums in a trailer, which many services other than AWS refuse.
+            config = config.merge(Config(request_checksum_calculation="when_required"))
+        try:
+            return Session().client("s3", config=config)
+        except ValueError as err:
+            raise StoreError(f"{self.uri}: {err}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from err
+
+    @property
+    def _place(self) -> Place:
+        client = self.__dict__.get("_client")
+        return Place(self.uri, self.bucket, client.meta.endpoint_url if client is not None else "S3")
+
+    def _faults(self, path: str) -> AbstractContextManager[None]:
+        return s3_faults(lambda: self._place, path)
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{check_path(path)}" if self.prefix else check_path(path)
+
+    def _chunks(self, key: str) -> Iterator[bytes]:
+        """Yield an object's bytes; where the connection breaks, go on from there, if the object is still the same."""
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        offset, etag = 0, ""
+        for attempt in range(_TRIES):
+            try:
+                if offset:
+                    answer = self._client.get_object(
+                        Bucket=self.bucket, Key=key, Range=f"bytes={offset}-", IfMatch=etag
+                    )
+                else:
+                    answer = self._client.get_object(Bucket=self.bucket, Key=key)
+                etag = answer["ETag"]
+                with closing(answer["Body"]) as body:
+                    for chunk in body.iter_chunks(CHUNK_BYTES):
+                        offset += len(chunk)
+                        yield chunk
+            except (HTTPClientError, IncompleteReadError):
+                if attempt + 1 == _TRIES:
+                    raise
+                _back_off(attempt)
+            else:
+                return
+
+    def _put_new(self, key: str, data: bytes) -> bool:
+        """Write an object that must not exist, and tell whether it was written."""
+        from botocore.exceptions import ClientError
+
+        writer = uuid.uuid4().hex
+        for attempt in range(_TRIES):
+            try:
+                self._client.put_object(
+                    Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer}
+                )
+            except ClientError as err:
+                code = error_code(err)
+                if code in ("PreconditionFailed", "412"):
+                    # botocore sends a request again whose answer was lost; then what is in the way may be our own.
+                    return bool(err.response["ResponseMetadata"]["RetryAttempts"]) and self._wrote(key, writer)
+                # Two conditional writes at once: S3 asks for another try.
+                if code not in ("ConditionalRequestConflict", "409") or attempt + 1 == _TRIES:
+                    raise
+                _back_off(attempt)
+            else:
+                return True
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _wrote(self, key: str, writer: str) -> bool:
+        return self._client.head_object(Bucket=self.bucket, Key=key)["Metadata"].get("writer") == writer
+
+    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+        base = f"{self.prefix}/" if self.prefix else ""
+        with self._faults(prefix or "/"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    path = item["Key"].removeprefix(base)
+                    # Folder markers that consoles make, and whatever else is no object of a store.
+                    if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
+                        yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp())
+
+
+def _addressing() -> Literal["path", "virtual", "auto"] | None:
+    match os.environ.get("ENGINERY_S3_ADDRESSING", ""):
+        case "":
+            return None
+        case "path" | "virtual" | "auto" as style:
+            return style
+        case other:
+            raise StoreError(f"ENGINERY_S3_ADDRESSING is {other!r} (allowed: path, virtual, auto)")
+
+
+def _names_endpoint() -> bool:
+    return any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+
+
+def _back_off(attempt: int) -> None:
+    # Full jitter, up to 0.1, 0.2, 0.4... seconds.
+    time.sleep(random.uniform(0, 0.1 * 2**attempt))
