@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import re
 import shutil
 import sys
 import tarfile
@@ -95,9 +96,7 @@ def own_traceback(error: BaseException) -> str:
         text = text.partition("\n")[2]
     below = _module_below(error)
     text = f"{text}\n(raised inside {below})" if below else text
-    for folder in _FOLDERS:  # the code may have put its own path into a message
-        text = text.replace(f"{folder}/", "").replace(str(folder), "the code bundle")
-    return text
+    return _without_folders(text)  # the code may have put its own path into a message
 
 
 def _unpack(tar: Path) -> Path:
@@ -174,3 +173,15 @@ def _module_below(error: BaseException) -> str | None:
         return None
     name = str(last.f_globals.get("__name__", ""))
     return None if name.startswith(("importlib", "_frozen_importlib", "tasks.")) else name or None
+
+
+def plain_words(text: str, limit: int = 2000) -> str:
+    """Return a framework's words for a message: no colours, no folders of this machine, at most `limit` characters."""
+    text = _without_folders(re.sub(r"\x1b\[[0-9;]*m", "", text)).strip()
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _without_folders(text: str) -> str:
+    for folder in _FOLDERS:
+        text = text.replace(f"{folder}/", "").replace(str(folder), "the code bundle")
+    return re.sub(r"/[^\s\"']*/(?:site-packages|lib/python3\.\d+)/", "", text)

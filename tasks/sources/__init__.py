@@ -1,1 +1,47 @@
-""""""
+"""Sources: a model as its author has it, to one fp32 ONNX graph and the outputs that it must keep.
+
+Enters: model files, and for PyTorch the recipe's own code. Leaves: `model.onnx` (`export`), or the
+source framework's outputs as safetensors (`reference`). Each source is a module with the functions
+`export` and `reference`; it imports its framework inside of them, and no sibling.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+from tasks.errors import BackendError
+from tasks.stage import StageRequest, StageResult
+
+# Framework -> (module, package that it needs, extra that installs it).
+_SOURCES: Final = {
+    "torch": ("tasks.sources.torch_source", "torch", "enginery[torch]"),
+    "onnx": ("tasks.sources.onnx_source", "onnx", "enginery"),
+}
+
+
+def run_export(request: StageRequest) -> StageResult:
+    """Write the source as `model.onnx`; facts are those of `tasks.onnx_files.graph_facts`, and warnings."""
+    return _run(request, "export")
+
+
+def run_reference(request: StageRequest) -> StageResult:
+    """Write the source's own outputs at seeded inputs or on a data set (see `tasks.references`)."""
+    return _run(request, "reference")
+
+
+def _run(request: StageRequest, function: str) -> StageResult:
+    framework = request.params["framework"]
+    if framework not in _SOURCES:
+        raise BackendError("rejected setting", f"no source {framework!r} (allowed: {', '.join(_SOURCES)})")
+    module, package, extra = _SOURCES[framework]
+    try:
+        importlib.import_module(package)
+    except ImportError as err:
+        raise BackendError(
+            "missing package", f"{package} cannot be imported: {err}", f"install it: pip install '{extra}'"
+        ) from err
+    result = getattr(importlib.import_module(module), function)(request)
+    if not isinstance(result, StageResult):
+        raise TypeError(f"{module}.{function} returned {type(result).__name__}")
+    return result

@@ -1,0 +1,102 @@
+"""What a source says: its outputs at seeded inputs (parity) or on a data set, as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from artifacts.refs import SAFETENSORS
+from tasks.errors import BackendError
+from tasks.seeded import Array, seeded_inputs
+from tasks.stage import StageRequest, StageResult
+
+REFERENCE: Final = "reference.safetensors"
+OUTPUTS: Final = "outputs.safetensors"
+
+# Runs the source: arrays by input name, and words that name the shapes for messages -> arrays by output name.
+Run = Callable[[Mapping[str, Array], str], dict[str, Array]]
+
+
+def write_reference(request: StageRequest, run: Run) -> StageResult:
+    """Run a source as `params["kind"]` asks ("parity" or "dataset") and write what it returned.
+
+    parity: "<case>/in/<input>" and "<case>/out/<output>" for every case. dataset: every output over all samples, first
+    axis samples, run in batches. Raises BackendError("bad data") where the data set does not fit the inputs.
+    """
+    if request.params["kind"] == "dataset":
+        return _dataset(request, run)
+    return _parity(request, run)
+
+
+def save_arrays(arrays: Mapping[str, Array], path: Path) -> None:
+    """Write arrays as safetensors; the same arrays give the same bytes."""
+    from safetensors.numpy import save_file
+
+    # safetensors writes the memory of an array as it lies; ascontiguousarray would give a scalar one axis.
+    save_file({name: np.array(array, order="C") for name, array in arrays.items()}, str(path))
+
+
+def _parity(request: StageRequest, run: Run) -> StageResult:
+    params = request.params
+    arrays: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
+    for index, case in enumerate(params["cases"]):
+        request.report(index / len(params["cases"]), f"source at {case['name']}")
+        inputs = seeded_inputs(params["tensors"], case["shapes"], params["input_seed"], index)
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(inputs.items()))
+        outputs = run(inputs, f"case {case['name']} ({shapes})")
+        arrays |= {f"{case['name']}/in/{name}": array for name, array in inputs.items()}
+        arrays |= {f"{case['name']}/out/{name}": array for name, array in outputs.items()}
+    save_arrays(arrays, request.output_dir / REFERENCE)
+    non_finite = sum(_non_finite(array) for name, array in arrays.items() if "/out/" in name)
+    facts = {"outputs": _describe(outputs), "non_finite": non_finite, "cases": len(params["cases"])}
+    return StageResult({REFERENCE: SAFETENSORS}, facts)
+
+
+def _dataset(request: StageRequest, run: Run) -> StageResult:
+    from safetensors.numpy import load_file
+
+    tensors: Mapping[str, Mapping[str, Any]] = request.params["tensors"]
+    data = load_file(str(request.inputs["dataset.safetensors"]))
+    absent = sorted(set(tensors) - set(data))
+    if absent:
+        raise BackendError(
+            "bad data",
+            f"the data set lacks {', '.join(absent)} (it has: {', '.join(sorted(data))})",
+            "name the arrays in the data set's `fields`",
+        )
+    samples = min(len(data[name]) for name in tensors)
+    # A model whose first axis is fixed takes exactly that many samples at once.
+    fixed = {extent for tensor in tensors.values() for extent in tensor["shape"][:1] if isinstance(extent, int)}
+    batch = max(fixed, default=int(request.params["batch"]))
+    parts: dict[str, list[Array]] = {}
+    for start in range(0, samples, batch):
+        request.report(start / samples, f"source on sample {start} of {samples}")
+        stop = min(start + batch, samples)
+        rows = np.arange(start, start + batch if fixed else stop).clip(max=samples - 1)
+        outputs = run({name: data[name][rows] for name in tensors}, f"samples {start} to {stop - 1} of the data set")
+        for name, array in outputs.items():
+            if array.shape[:1] != (len(rows),):
+                raise BackendError(
+                    "bad data",
+                    f"output {name!r} has shape {list(array.shape)} for {len(rows)} samples: its first axis is not samples",
+                    "judge an output that has one row for each sample (acceptance.metric.output)",
+                )
+            parts.setdefault(name, []).append(array[: stop - start])
+    arrays = {name: np.concatenate(rows) for name, rows in parts.items()}
+    save_arrays(arrays, request.output_dir / OUTPUTS)
+    non_finite = sum(_non_finite(array) for array in arrays.values())
+    return StageResult(
+        {OUTPUTS: SAFETENSORS}, {"outputs": _describe(arrays), "non_finite": non_finite, "samples": samples}
+    )
+
+
+def _describe(arrays: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+    return {name: {"dtype": str(array.dtype), "rank": array.ndim} for name, array in arrays.items()}
+
+
+def _non_finite(array: Array) -> int:
+    return int((~np.isfinite(array)).sum()) if np.issubdtype(array.dtype, np.floating) else 0

@@ -1,0 +1,141 @@
+"""ONNX: a file of the author's, checked, brought to the recipe's opset and axis names, and kept as its own reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.errors import BackendError
+from tasks.onnx_axes import compare_inputs, rename_axes
+from tasks.onnx_files import (
+    GRAPH,
+    INLINE_LIMIT,
+    brief,
+    check_graph,
+    graph_facts,
+    graph_inputs,
+    has_external_data,
+    infer_shapes,
+    load_graph,
+    opset_of,
+    save_graph,
+    strip_notes,
+    tensors_of,
+)
+from tasks.onnx_sessions import GraphRunner
+from tasks.references import write_reference
+from tasks.seeded import Array
+from tasks.stage import StageRequest, StageResult
+
+
+def reference(request: StageRequest) -> StageResult:
+    """Run the author's own file in ONNX Runtime without optimisations (see `tasks.references`).
+
+    Raises BackendError("bad profile"), naming the case, where the file does not run at a shape of the profiles.
+    """
+    path = request.inputs[GRAPH]
+    load_graph(path, weights=False)  # what is damaged or reaches outside its folder is refused before it is run
+    runner = GraphRunner(path)
+    wanted = request.params["outputs"]
+
+    def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+        found = runner.run(arrays, what)
+        return found if wanted is None else {name: found[name] for name in wanted}
+
+    if wanted is not None:
+        _require_outputs(runner.outputs, wanted)
+    return write_reference(request, run)
+
+
+def export(request: StageRequest) -> StageResult:
+    """Write the file with the recipe's opset, shapes and axis names; weights go to one data file or into the graph.
+
+    Raises BackendError("bad data") where the file is damaged, invalid, or disagrees with the recipe's inputs or
+    outputs; "rejected setting" where onnx cannot convert it to the opset asked for.
+    """
+    import onnx
+
+    params = request.params
+    path = request.inputs[GRAPH]
+    external = has_external_data(load_graph(path, weights=False))
+    check_graph(path)
+    model = load_graph(path)
+    _lift_initialisers(model)
+    if params["opset"] is not None and opset_of(model) != params["opset"]:
+        request.report(0.3, f"converting opset {opset_of(model)} to {params['opset']}")
+        model = _converted(onnx, model, params["opset"])
+    _agree(model, params)
+    strip_notes(model, keep_model_metadata=True)
+    outputs = save_graph(model, request.output_dir, external=external)
+    graph = infer_shapes(request.output_dir)
+    check_graph(request.output_dir / GRAPH)
+    return StageResult(outputs, graph_facts(graph))
+
+
+def _lift_initialisers(model: Any) -> None:
+    """Drop initialisers from the inputs, where IR 3 and some exporters list them: as inputs, callers may replace them."""
+    fed = graph_inputs(model)
+    if len(fed) != len(model.graph.input):
+        kept = [type(value).FromString(value.SerializeToString()) for value in fed]
+        del model.graph.input[:]
+        model.graph.input.extend(kept)
+        model.ir_version = max(model.ir_version, 4)
+
+
+def _converted(onnx: Any, model: Any, opset: int) -> Any:
+    asked = f"opset {opset_of(model)} to {opset}"
+    if sum(len(tensor.raw_data) for tensor in tensors_of(model)) > INLINE_LIMIT:
+        raise BackendError(
+            "rejected setting",
+            f"{asked}: onnx converts no graph above 2 GB",
+            "export the model at that opset, or remove export.opset from the recipe",
+        )
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model, convert_version=True)  # the converter drops functions
+    try:
+        converted = onnx.version_converter.convert_version(model, opset)
+    except Exception as err:  # RuntimeError, ConvertError, ValidationError, and what C++ raises
+        raise BackendError(
+            "rejected setting",
+            f"{asked}: onnx {onnx.__version__} cannot convert this graph: {brief(err)}",
+            "export the model at that opset, or remove export.opset from the recipe",
+        ) from err
+    if opset_of(converted) != opset:
+        raise BackendError(
+            "rejected setting",
+            f"{asked}: the converter left opset {opset_of(converted)}",
+            "export the model at that opset, or remove export.opset from the recipe",
+        )
+    del converted.metadata_props[:]
+    converted.metadata_props.extend(model.metadata_props)
+    return converted
+
+
+def _agree(model: Any, params: Mapping[str, Any]) -> None:
+    agreement = compare_inputs(model, params["tensors"])
+    faults = agreement.faults + [
+        f"input {at.input!r} axis {at.position} is fixed at {at.extent} in the file, the recipe calls it {at.axis!r}"
+        for at in agreement.fixed
+    ]
+    if faults:
+        advice = "write the file's shapes, types and names in the recipe's inputs"
+        if agreement.fixed:
+            at = agreement.fixed[0]
+            advice = f"write {at.extent} instead of {at.axis} in inputs.{at.input}.shape, or export the file with a dynamic axis"
+        raise BackendError("bad data", "; ".join(faults), advice)
+    rename_axes(model, params["tensors"], agreement.names)
+    if params["outputs"] is not None:
+        values = {value.name: value for value in model.graph.output}
+        _require_outputs(list(values), params["outputs"])
+        ordered = [type(values[name]).FromString(values[name].SerializeToString()) for name in params["outputs"]]
+        del model.graph.output[:]
+        model.graph.output.extend(ordered)
+
+
+def _require_outputs(found: list[str], wanted: list[str]) -> None:
+    if sorted(found) != sorted(wanted):
+        raise BackendError(
+            "bad data",
+            f"the file's outputs are {', '.join(found)}; the recipe names {', '.join(wanted)}",
+            "name all outputs of the file in the recipe, or leave `outputs` away",
+        )
