@@ -1,0 +1,206 @@
+"""The engines, channels and hosts that a store holds.
+
+engines/<recipe>/<target>/<build>/     the engine's files, and manifest.json, which makes them an engine
+channels/<recipe>/<target>/<name>.json {"schema": 1, "build": "fp16-0123456789abcdef"}
+hosts/<host>.json                      a host's fingerprint
+
+A folder without a manifest is not an engine: it is what a publication that died has left, or one
+that is under way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.cache import blob_path
+from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.host import Host
+from artifacts.manifest import MANIFEST_NAME, FileEntry, Identity, Manifest
+from artifacts.store import Store
+
+CHANNEL_SCHEMA: Final = 1
+HOST_SCHEMA: Final = 1
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class EngineId:
+    """An engine's three names, which are its path in a store."""
+
+    recipe: str
+    target: str
+    build: str
+
+    def __str__(self) -> str:
+        return f"{self.recipe}/{self.target}/{self.build}"
+
+    @property
+    def path(self) -> str:
+        """The engine's folder in a store."""
+        return f"engines/{self}"
+
+    @classmethod
+    def of(cls, identity: Identity) -> EngineId:
+        """Return the name of the engine that a manifest describes."""
+        return cls(identity.recipe, identity.target, identity.build)
+
+
+@dataclass(frozen=True)
+class EngineCatalog:
+    """The published engines of a store. `warn` is told, in one sentence, of what had to be passed over."""
+
+    store: Store
+    warn: Callable[[str], None] = lambda _message: None
+
+    def publish(self, manifest: Manifest) -> bytes:
+        """Make stored blobs an engine: the files first, the manifest last; return the manifest that counts.
+
+        Of two that publish the same build the first wins; a damaged manifest is replaced. Raises NotFoundError
+        where a blob is gone, StoreError, and IntegrityError where another action's engine has this name.
+        """
+        engine = EngineId.of(manifest.identity)
+        for name, entry in manifest.files.items():
+            self.store.copy(blob_path(entry.digest), f"{engine.path}/{name}")
+        return self._complete(engine, manifest, manifest.to_bytes())
+
+    def send(self, engine: EngineId, other: EngineCatalog) -> bytes:
+        """Publish one of this store's engines in another too, its bytes checked on the way, as they are.
+
+        Raises NotFoundError, StoreError and IntegrityError.
+        """
+        data = self.manifest_bytes(engine)
+        manifest = self._read(engine, data)
+        # The receiver's scratch, so that a folder links the files instead of copying them once more.
+        with other.store.scratch() as folder:
+            for name, entry in manifest.files.items():
+                self.fetch(engine, name, entry, folder / name)
+                other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
+        return other._complete(engine, manifest, data)
+
+    def fetch(self, engine: EngineId, name: str, entry: FileEntry, target: Path) -> None:
+        """Bring one file of an engine to the new path `target`, checked. Raises NotFoundError, StoreError, IntegrityError."""
+        self.store.get_file(f"{engine.path}/{name}", entry.ref, target)
+
+    def engines(self, recipe: str | None = None) -> list[EngineId]:
+        """Return the names of all published engines (of one recipe), sorted; nothing is opened."""
+        prefix = "engines/" if recipe is None else f"engines/{recipe}/"
+        found = []
+        for info in self.store.list(prefix):
+            parts = info.path.split("/")
+            if len(parts) == 5 and parts[4] == MANIFEST_NAME:
+                found.append(EngineId(*parts[1:4]))
+        return sorted(found)
+
+    def manifests(self, recipe: str | None = None) -> list[Manifest]:
+        """Return the manifests of all published engines (of one recipe), by name; damaged ones are passed over, aloud."""
+        found = []
+        for engine in self.engines(recipe):
+            try:
+                found.append(self.manifest(engine))
+            except (IntegrityError, NotFoundError) as err:
+                self.warn(f"{err}; passed over")
+        return found
+
+    def manifest(self, engine: EngineId) -> Manifest:
+        """Return one engine's manifest.
+
+        Raises NotFoundError, StoreError, and IntegrityError, naming the path, where it cannot be read or is another's.
+        """
+        return self._read(engine, self.manifest_bytes(engine))
+
+    def manifest_bytes(self, engine: EngineId) -> bytes:
+        """Return one engine's manifest as it is stored. Raises NotFoundError, StoreError."""
+        return self.store.read(f"{engine.path}/{MANIFEST_NAME}")
+
+    def find(self, text: str) -> list[EngineId]:
+        """Return the engines that a text can mean: the one of this name, else all that have it as a part of theirs."""
+        engines = self.engines()
+        text = text.strip().removeprefix("engines/").removesuffix(f"/{MANIFEST_NAME}").strip("/")
+        exact = [engine for engine in engines if text in (str(engine), engine.build)]
+        return exact if len(exact) == 1 else [engine for engine in engines if text in str(engine)]
+
+    def near(self, text: str) -> list[str]:
+        """Return up to three names, of recipes or engines, that look like a text."""
+        engines = self.engines()
+        recipes = dict.fromkeys(engine.recipe for engine in engines)
+        targets = dict.fromkeys(f"{engine.recipe}/{engine.target}" for engine in engines)
+        return difflib.get_close_matches(text, [*recipes, *targets, *map(str, engines)], n=3, cutoff=0.6)
+
+    def channels(self, recipe: str, name: str) -> dict[str, str]:
+        """Return the build that a channel names, by target. Raises StoreError, and IntegrityError for damaged ones."""
+        found: dict[str, str] = {}
+        for info in self.store.list(f"channels/{recipe}/"):
+            parts = info.path.split("/")
+            if len(parts) == 4 and parts[3] == f"{name}.json":
+                document = self._document(info.path, CHANNEL_SCHEMA)
+                if not isinstance(document.get("build"), str):
+                    raise IntegrityError(f"{self.store.uri}: {info.path}: names no build")
+                found[parts[2]] = document["build"]
+        return found
+
+    def record_host(self, host: Host) -> str:
+        """Keep a host's fingerprint, over an earlier one; return its path. Raises StoreError."""
+        path = host_path(host.name)
+        data = json.dumps({"schema": HOST_SCHEMA, **host.to_json()}, indent=1, sort_keys=True, ensure_ascii=False)
+        self.store.write(path, data.encode() + b"\n")
+        return path
+
+    def host(self, name: str) -> Host:
+        """Return a recorded fingerprint. Raises NotFoundError, StoreError, and IntegrityError for a damaged one."""
+        path = host_path(name)
+        try:
+            return Host.from_json(self._document(path, HOST_SCHEMA))
+        except (KeyError, TypeError, ValueError) as err:
+            raise IntegrityError(f"{self.store.uri}: {path}: not a host's fingerprint: {err}") from err
+
+    def _complete(self, engine: EngineId, manifest: Manifest, data: bytes) -> bytes:
+        path = f"{engine.path}/{MANIFEST_NAME}"
+        if self.store.write(path, data, if_absent=True):
+            return data
+        try:
+            winner = self.manifest_bytes(engine)
+            there = self._read(engine, winner)
+        except (IntegrityError, NotFoundError) as err:
+            self.warn(f"{err}; replaced")
+        else:
+            if there.provenance.key != manifest.provenance.key:
+                raise IntegrityError(
+                    f"{self.store.uri}: {path} is the engine of action {there.provenance.key[:24]}, not of "
+                    f"{manifest.provenance.key[:24]}; two keys share their first digits: remove one of the engines"
+                )
+            if there.files == manifest.files:
+                return winner
+            self.warn(f"{self.store.uri}: {path} names other files than its action made; replaced")
+        self.store.write(path, data)
+        return data
+
+    def _read(self, engine: EngineId, data: bytes) -> Manifest:
+        path = f"{self.store.uri}: {engine.path}/{MANIFEST_NAME}"
+        try:
+            manifest = Manifest.from_bytes(data)
+        except IntegrityError as err:
+            raise IntegrityError(f"{path}: {err}") from err
+        if EngineId.of(manifest.identity) != engine:
+            raise IntegrityError(f"{path}: is the manifest of {manifest.identity}")
+        return manifest
+
+    def _document(self, path: str, schema: int) -> dict[str, Any]:
+        try:
+            document = json.loads(self.store.read(path))
+        except (ValueError, RecursionError) as err:
+            raise IntegrityError(f"{self.store.uri}: {path}: not JSON: {err}") from err
+        if not isinstance(document, dict) or document.get("schema") != schema:
+            found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+            raise IntegrityError(f"{self.store.uri}: {path}: schema {found!r}, this release reads {schema}")
+        return document
+
+
+def host_path(name: str) -> str:
+    """Return where a store keeps the fingerprint of the host of this name."""
+    return f"hosts/{_UNSAFE.sub('_', name).lstrip('.') or 'unnamed'}.json"

@@ -1,0 +1,317 @@
+"""Manifest, version 1: what an engine is, what it may run on, where it came from, what was measured.
+
+Written once, strictly, beside the engine's files; read for ever: within a version, keys that this
+release does not know are ignored, so a constraint that a reader must not ignore needs a new version.
+Names, never numbers, stand for precisions, types and GPUs. See docs/manifest.md.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from artifacts.errors import IntegrityError
+from artifacts.refs import ArtifactRef
+from artifacts.store import is_relative_path
+
+MANIFEST_SCHEMA: Final = 1
+MANIFEST_NAME: Final = "manifest.json"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,126}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Instant = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?Z$", description="RFC 3339, in UTC."
+    ),
+]
+Extents = tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class Part(BaseModel):
+    """Base of every part: nothing is coerced, nothing changes later, no NaN; unknown keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Identity(Part):
+    """Which engine this is; the three names are its path in a store."""
+
+    recipe: Name
+    target: Name = Field(description="Runtime, its version, and GPU: tensorrt-rtx-1.7.1.116-sm89.")
+    build: Name = Field(description="Precision and the first 16 digits of the publish action's key.")
+    created: Instant
+
+    def __str__(self) -> str:
+        return f"{self.recipe}/{self.target}/{self.build}"
+
+
+class Compatibility(Part):
+    """What may load the engine. Facts: TensorRT developer guide, engine compatibility."""
+
+    runtime: str = Field(description="tensorrt-rtx, tensorrt or onnxruntime.")
+    runtime_version: str = Field(description="The full version; an engine loads on this very one.")
+    gpus: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="Compute capabilities (sm89), or cpu.")
+    os: str
+    arch: str
+    driver_minimum: str | None = Field(default=None, description="Least driver version, where one is known.")
+
+
+class FileEntry(Part):
+    """One file of the engine."""
+
+    digest: Digest = Field(description="SHA-256.")
+    size: Size = Field(description="Bytes.")
+    media_type: str
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The file's reference."""
+        return ArtifactRef(self.digest, self.size, self.media_type)
+
+
+class TensorFacts(Part):
+    """One input or output: its element type, and its sizes or names of dynamic axes."""
+
+    dtype: str
+    shape: tuple[int | str | None, ...] | None = Field(description="null: not known; an axis may be unknown too.")
+
+
+class Corners(Part):
+    """Shapes of one input in one profile."""
+
+    min: Extents
+    opt: Extents
+    max: Extents
+
+
+class Profile(Part):
+    """One optimisation profile: the shapes that the engine accepts, and the one it is fastest at."""
+
+    name: str
+    inputs: dict[str, Corners]
+
+
+class Refused(Part):
+    """A precision that was tried and did not pass its gates."""
+
+    precision: str
+    reasons: tuple[str, ...]
+
+
+class PrecisionFacts(Part):
+    """The precision that was asked for, the one that was given, and what became of those between."""
+
+    asked: str
+    given: str
+    wish: tuple[str, ...] = Field(description="The recipe's precisions for this target, most wanted first.")
+    tried: tuple[Refused, ...]
+    kept: tuple[str, ...] = Field(description="Names of the ONNX nodes that were kept in fp32.")
+    io: str = Field(description="Type of float inputs and outputs: float32, or native (that of the precision).")
+
+
+class CalibrationFacts(Part):
+    """What the int8 ranges were found on."""
+
+    digest: Digest = Field(description="Content of the calibration set.")
+    samples: int | None
+    method: str | None
+
+
+class ParityFacts(Part):
+    """Distance from the source framework's outputs, the worst over outputs and shapes; null: not finite."""
+
+    relative_l2: float | None
+    max_abs: float | None
+    cosine: float | None
+    non_finite: int = Field(description="How many NaN and Inf the outputs held.")
+
+
+class CaseFacts(Part):
+    """Parity at one shape."""
+
+    name: str
+    relative_l2: float | None
+    max_abs: float | None
+    cosine: float | None
+
+
+class MetricFacts(Part):
+    """The recipe's own measure on its held-out data, of this engine and of its source."""
+
+    name: str
+    value: float | None
+    source: float | None
+    samples: int | None = None
+
+
+class Measured(Part):
+    """What was measured by running something; `executed` false says that it was not run, and why."""
+
+    executed: bool
+    reason: str | None = None
+    parity: ParityFacts | None = None
+    cases: tuple[CaseFacts, ...] = ()
+    metric: MetricFacts | None = None
+
+    @model_validator(mode="after")
+    def _says_what_it_is(self) -> Measured:
+        if self.executed and self.parity is None:
+            raise ValueError("executed, but without a measure of parity")
+        if not self.executed and not self.reason:
+            raise ValueError("not executed, but without a reason")
+        return self
+
+
+class ParityGate(Part):
+    """Bounds on parity; null: no bound."""
+
+    relative_l2: float | None
+    max_abs: float | None
+    cosine: float | None
+
+
+class MetricGate(Part):
+    """Bounds on the recipe's metric; null: no bound."""
+
+    name: str
+    floor: float | None
+    max_drop: float | None
+
+
+class Gates(Part):
+    """What was demanded of the precision that was given."""
+
+    parity: ParityGate
+    metric: MetricGate | None
+
+
+class Verification(Part):
+    """What was demanded and what was found: of the graph (in ONNX Runtime), and of the engine itself."""
+
+    gates: Gates
+    passed: bool = Field(description="Whether everything that was executed passed the gates.")
+    graph: Measured
+    engine: Measured
+
+
+class StepFacts(Part):
+    """One stage that the engine came through."""
+
+    id: str
+    stage: str
+    key: Digest = Field(description="The action's key.")
+    toolchain: dict[str, Any] = Field(description="Full versions of the tools that enter the key.")
+    seconds: Seconds = Field(description="Wall time that it took, whenever that was.")
+    started: str
+    reused: bool = Field(description="Whether an earlier build had made it.")
+    host: str | None = Field(description="Where it ran.")
+
+
+class GitFacts(Part):
+    """The commit of the folder that the recipe lies in."""
+
+    commit: str
+    dirty: bool = Field(description="Tracked files were changed, or the recipe itself was not tracked.")
+
+
+class HostFacts(Part):
+    """The machine that published the engine."""
+
+    name: str
+    os: str
+    arch: str
+    driver: str | None
+
+
+class Provenance(Part):
+    """Where the engine came from."""
+
+    key: Digest = Field(description="The publish action's key.")
+    recipe_digest: Digest = Field(description="SHA-256 of the merged recipe as canonical JSON, defaults included.")
+    recipe_text: str = Field(description="The recipe as merged with what it includes, as YAML.")
+    source: dict[str, Digest] = Field(description="What the model was made of: code, weights or graph, by file name.")
+    git: GitFacts | None
+    host: HostFacts
+    enginery: str = Field(description="Version of Enginery.")
+    steps: tuple[StepFacts, ...]
+
+
+class Manifest(Part):
+    """The document that is published beside an engine's files, as manifest.json."""
+
+    model_config = ConfigDict(title="Enginery manifest, version 1")
+
+    schema_version: Literal[1] = Field(alias="schema", description="Checked before anything else.")
+    identity: Identity
+    compatibility: Compatibility
+    plan: str = Field(description="Which of the files a runtime loads.")
+    files: dict[str, FileEntry]
+    inputs: dict[str, TensorFacts]
+    outputs: dict[str, TensorFacts]
+    profiles: tuple[Profile, ...]
+    precision: PrecisionFacts
+    calibration: CalibrationFacts | None
+    verification: Verification
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _files_are_plain_names(self) -> Manifest:
+        for name in self.files:
+            if "/" in name or not is_relative_path(name) or name == MANIFEST_NAME:
+                raise ValueError(f"{name!r} cannot be the name of an engine's file")
+        if self.plan not in self.files:
+            raise ValueError(f"the plan {self.plan!r} is not among the files")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_bytes(self) -> bytes:
+        """Serialise the manifest as indented JSON, for people who read the store."""
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Read a manifest back; the version is checked before anything else.
+
+        Raises IntegrityError where it is not JSON, is of a version that this release cannot read, or lacks
+        something that its version demands.
+        """
+        try:
+            document = json.loads(data, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as err:
+            raise IntegrityError(f"manifest is not JSON: {err}") from err
+        if not isinstance(document, dict) or "schema" not in document:
+            raise IntegrityError('manifest: no schema version (expected an object with "schema": 1)')
+        found = document["schema"]
+        if type(found) is not int or found != MANIFEST_SCHEMA:
+            newer = type(found) is int and found > MANIFEST_SCHEMA
+            advice = "written by a newer Enginery; upgrade this one" if newer else "not a manifest of Enginery"
+            raise IntegrityError(f"manifest: schema {found!r}, this release reads {MANIFEST_SCHEMA} ({advice})")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as err:
+            first = err.errors(include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            more = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
+            raise IntegrityError(f"manifest: {where}: {first['msg']}{more}") from err
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON Schema of manifests, as published in docs/manifest-v1.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

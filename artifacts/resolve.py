@@ -1,0 +1,178 @@
+"""Which engine may a host load, and which of those is best: pure rules over manifests.
+
+An engine is refused with a reason for each rule that it breaks. Among those that fit, in this order:
+on a GPU before on the CPU; of the newest source (code, weights) of those; executed before not
+executed; asked for in the precision that the newest recipe wants most; newest; by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from artifacts.host import Host
+from artifacts.manifest import Manifest
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to load an engine.
+
+    `runtimes` maps each runtime that is there to its full version; `gpus` holds compute capabilities (`sm89`), and
+    `cpu` where engines for the CPU are welcome; `shapes` maps inputs to the sizes that one profile must cover (an
+    input that is not named may have any); `channel` is a channel's name, whose builds `resolve` is given.
+    """
+
+    runtimes: Mapping[str, str]
+    gpus: Sequence[str]
+    os: str
+    arch: str
+    driver: str | None = None
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    channel: str | None = None
+    precision: str | None = None
+
+    @classmethod
+    def of_host(
+        cls,
+        host: Host,
+        *,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        channel: str | None = None,
+        precision: str | None = None,
+    ) -> Request:
+        """Ask for what a host may load: any of its runtimes, on any of its GPUs or its CPU."""
+        gpus = (*dict.fromkeys(gpu.compute_capability for gpu in host.gpus), CPU)
+        return cls(host.runtimes, gpus, host.os, host.arch, host.driver, shapes or {}, channel, precision)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One engine, and why it may not be loaded; without reasons it may."""
+
+    manifest: Manifest
+    reasons: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the engine may be loaded."""
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The best engine, or None; and every candidate: those that fit best first, then the refused by name."""
+
+    best: Manifest | None
+    candidates: tuple[Candidate, ...]
+
+
+def resolve(manifests: Iterable[Manifest], request: Request, channels: Mapping[str, str] | None = None) -> Resolution:
+    """Choose an engine; the answer does not depend on the order of `manifests`.
+
+    `channels` maps targets to the build that the request's channel names for them.
+    """
+    found = sorted(manifests, key=lambda manifest: str(manifest.identity))
+    judged = [Candidate(manifest, refusals(manifest, request, channels or {})) for manifest in found]
+    fitting = _ranked([candidate.manifest for candidate in judged if candidate.fits])
+    refused = (candidate for candidate in judged if not candidate.fits)
+    return Resolution(
+        best=fitting[0] if fitting else None,
+        candidates=(*(Candidate(manifest, ()) for manifest in fitting), *refused),
+    )
+
+
+def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) -> tuple[str, ...]:
+    """Return every rule that forbids an engine to whoever asks, in words; empty where it may be loaded."""
+    needs, reasons = manifest.compatibility, []
+    version = request.runtimes.get(needs.runtime)
+    if version is None:
+        there = ", ".join(sorted(request.runtimes)) or "no runtime"
+        reasons.append(f"needs {needs.runtime}; there is {there}")
+    elif version != needs.runtime_version:
+        reasons.append(f"needs {needs.runtime} {needs.runtime_version}; there is {version}")
+    if not set(needs.gpus) & set(request.gpus):
+        reasons.append(f"is for {' or '.join(needs.gpus)}; there is {', '.join(request.gpus) or 'no GPU'}")
+    # TensorRT plans are bound to system and architecture. NVIDIA states TensorRT-RTX plans to be independent of the
+    # system (facts: tensorrt.md section 5), which was never tried here, so it is not relied on.
+    if (needs.os, needs.arch) != (request.os, request.arch):
+        reasons.append(f"is for {needs.os} {needs.arch}; there is {request.os} {request.arch}")
+    if needs.driver_minimum is not None and not _at_least(request.driver, needs.driver_minimum):
+        reasons.append(f"needs driver {needs.driver_minimum}; there is {request.driver or 'none known'}")
+    if not manifest.verification.passed:
+        reasons.append("its gates did not pass")
+    if request.precision not in (None, manifest.precision.given):
+        reasons.append(f"is {manifest.precision.given}, not {request.precision}")
+    if request.channel is not None and channels.get(manifest.identity.target) != manifest.identity.build:
+        named = channels.get(manifest.identity.target, "nothing for this target")
+        reasons.append(f"channel {request.channel} names {named}")
+    reasons.extend(_shape_refusals(manifest, request.shapes))
+    return tuple(reasons)
+
+
+def _shape_refusals(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    unknown = [name for name in shapes if name not in manifest.inputs]
+    if unknown:
+        return [f"has no input {', '.join(unknown)} (has: {', '.join(manifest.inputs)})"]
+    if shapes and all(
+        any(
+            name not in profile.inputs or not _inside(shape, profile.inputs[name].min, profile.inputs[name].max)
+            for name, shape in shapes.items()
+        )
+        for profile in manifest.profiles
+    ):
+        asked = ", ".join(f"{name}={_shape(shape)}" for name, shape in shapes.items())
+        spans = "; ".join(
+            f"{profile.name}: "
+            + ", ".join(f"{name} {_shape(span.min)} to {_shape(span.max)}" for name, span in profile.inputs.items())
+            for profile in manifest.profiles
+        )
+        return [f"no profile covers {asked} ({spans or 'there is none'})"]
+    return []
+
+
+def _inside(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
+    return len(shape) == len(low) == len(high) and all(
+        least <= size <= most for size, least, most in zip(shape, low, high, strict=True)
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _ranked(fitting: list[Manifest]) -> list[Manifest]:
+    """Return engines that fit, best first."""
+    ranked: list[Manifest] = []
+    for on_cpu in (False, True):
+        group = [manifest for manifest in fitting if (CPU in manifest.compatibility.gpus) is on_cpu]
+        if group:
+            newest = max(group, key=_age)
+            wish, source = newest.precision.wish, newest.provenance.source
+            # Sorts are stable: the last criterion first.
+            group.sort(key=_age, reverse=True)
+            group.sort(key=lambda manifest: _position(wish, manifest.precision.asked))
+            group.sort(key=lambda manifest: not manifest.verification.engine.executed)
+            group.sort(key=lambda manifest: manifest.provenance.source != source)
+            ranked.extend(group)
+    return ranked
+
+
+def _age(manifest: Manifest) -> tuple[str, str]:
+    # RFC 3339 in UTC sorts as text; a fraction of a second comes after its absence only without the Z.
+    return manifest.identity.created.removesuffix("Z"), str(manifest.identity)
+
+
+def _position(wish: Sequence[str], precision: str) -> int:
+    return wish.index(precision) if precision in wish else len(wish)
+
+
+def _at_least(found: str | None, needed: str) -> bool:
+    return found is not None and _numbers(found) >= _numbers(needed)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"[0-9]+", version))
