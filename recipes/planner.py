@@ -116,17 +116,17 @@ class _Engines:
 
     def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Step:
         """Compile for one GPU; nothing of other targets, and no name or path, enters the key."""
-        build = self.pipeline.recipe.build
-        params = {
-            "runtime": engine.runtime,
-            "gpu": engine.gpu,
-            "tf32": precision == "tf32",
-            "profiles": self.pipeline.profiles,
-            "workspace": size_bytes(build.workspace) if build.workspace is not None else None,
-            "optimization_level": build.optimization_level,
-            "hardware_compatibility": build.hardware_compatibility,
-            "version_compatible": build.version_compatible,
-        }
+        params: dict[str, Any] = {"runtime": engine.runtime, "gpu": engine.gpu}
+        if engine.runtime != "onnxruntime":  # which takes any shape, and none of the options
+            build = self.pipeline.recipe.build
+            params |= {
+                "tf32": precision == "tf32",
+                "profiles": self.pipeline.profiles,
+                "workspace": size_bytes(build.workspace) if build.workspace is not None else None,
+                "optimization_level": build.optimization_level,
+                "hardware_compatibility": build.hardware_compatibility,
+                "version_compatible": build.version_compatible,
+            }
         toolchain = {
             RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version,
             "os": self.host.os,

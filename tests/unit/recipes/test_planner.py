@@ -1,0 +1,351 @@
+"""The planner: what runs again for each change, what waits, what gives way, and what every step says about why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from artifacts.host import Host
+from recipes.files import DatasetFiles, LocalFile, RecipeFiles
+from tests.unit.recipes.simulated import FILES, GOOD, HOST, World, bundle, digest, recipe
+
+PORTABLE = {
+    "fetch:code", "fetch:weights", "fetch:calibration", "fetch:labelled", "reference:parity", "reference:labelled",
+    "export", "simplify", "calibrate", "type:int8", "type:fp16", "type:fp32",
+    "verify:export", "verify:simplify", "verify:int8", "verify:fp16", "verify:fp32",
+}  # fmt: skip
+RTX = {
+    f"{stage}:tensorrt-rtx:{gpu}:{precision}"
+    for stage in ("compile", "publish")
+    for gpu in ("sm89", "sm120")
+    for precision in ("int8", "fp16")
+}
+ORT = {
+    f"{stage}:onnxruntime:cpu:{precision}"
+    for stage in ("compile", "verify", "publish")
+    for precision in ("fp32", "int8")
+}
+EVERYTHING = PORTABLE | RTX | ORT
+INT8 = {step for step in EVERYTHING if step.endswith(":int8")}
+
+
+@pytest.fixture
+def built() -> World:
+    world = World()
+    world.build(recipe())
+    return world
+
+
+def test_a_first_build_runs_every_step_once_and_after_what_it_needs():
+    ran, planned = World().build(recipe())
+    assert sorted(ran) == sorted(EVERYTHING)
+    assert planned.fresh
+    assert planned.status == 0
+    assert [engine.state for engine in planned.engines] == ["cached"] * 6
+    order = {step: index for index, step in enumerate(ran)}
+    for earlier, later in [
+        ("export", "simplify"),
+        ("simplify", "calibrate"),
+        ("calibrate", "type:int8"),
+        ("type:int8", "verify:int8"),
+        ("verify:int8", "compile:tensorrt-rtx:sm89:int8"),
+        ("compile:tensorrt-rtx:sm89:int8", "publish:tensorrt-rtx:sm89:int8"),
+        ("verify:onnxruntime:cpu:int8", "publish:onnxruntime:cpu:int8"),
+    ]:
+        assert order[earlier] < order[later]
+
+
+def test_a_second_build_runs_nothing(built: World):
+    ran, planned = built.build(recipe())
+    assert ran == []
+    assert all(step.state == "cached" for step in planned.steps)
+
+
+def test_a_plan_before_the_first_build_says_that_everything_was_never_built():
+    planned = World().plan(recipe())
+    assert {step.state for step in planned.steps} == {"run"}
+    assert {step.id for step in planned.ready} == {"fetch:code", "fetch:weights", "fetch:calibration", "fetch:labelled"}
+    assert all(step.why == ("miss: never built",) for step in planned.steps)
+
+
+AFTER_EXPORT = EVERYTHING - {step for step in EVERYTHING if step.startswith(("fetch", "reference"))} - {"export"}
+CHANGES = {
+    "opset": (lambda d: d["export"].update(opset=20), FILES, {"export"} | AFTER_EXPORT),
+    "exporter": (lambda d: d["export"].update(exporter="torchscript"), FILES, {"export"} | AFTER_EXPORT),
+    # Profiles are what simplify is checked in, what parity is measured at, and what compilers are told.
+    "profile": (
+        lambda d: d["profiles"]["bulk"].update(batch=[1, 64, 512]),
+        FILES,
+        EVERYTHING
+        - {"export", "calibrate", "type:int8", "type:fp16", "type:fp32", "reference:labelled"}
+        - {step for step in ORT if step.startswith("compile")}  # which takes any shape
+        - {step for step in EVERYTHING if step.startswith("fetch")},
+    ),
+    "precision": (
+        lambda d: d["precision"].update(build=["int8", "bf16"]),
+        FILES,
+        {"type:bf16", "verify:bf16"} | {f"{s}:tensorrt-rtx:{g}:bf16" for s in ("compile", "publish") for g in ("sm89", "sm120")},
+    ),
+    "calibration sample": (
+        lambda _d: None,
+        replace(FILES, calibration=DatasetFiles("npz", digest("another"), FILES.calibration.path)),
+        INT8 | {"fetch:calibration", "calibrate"},
+    ),
+    "calibration count": (
+        lambda d: d["precision"]["calibration"].update(samples=128),
+        FILES,
+        INT8 | {"fetch:calibration", "calibrate"},
+    ),
+    "kept layers": (
+        lambda d: d["precision"].update(keep=["/head/*"]),
+        FILES,
+        INT8 | {step for step in EVERYTHING if step.endswith(":fp16")},
+    ),
+    "weight": (
+        lambda _d: None,
+        replace(FILES, weights=LocalFile("weights.safetensors", digest("retrained"), 10, "w")),
+        EVERYTHING - {"fetch:code", "fetch:calibration", "fetch:labelled"},
+    ),
+    "model code": (
+        lambda _d: None,
+        replace(FILES, code=bundle(model="import layers", layers="# changed")),
+        EVERYTHING - {"fetch:weights", "fetch:calibration", "fetch:labelled"},
+    ),
+    "simplifier": (lambda d: d["export"].update(simplifier="onnxslim"), FILES, AFTER_EXPORT - {"verify:export"}),
+    "target": (
+        lambda d: d["targets"][0].update(gpus=["sm89", "sm120", "sm121"]),
+        FILES,
+        {f"{stage}:tensorrt-rtx:sm121:{precision}" for stage in ("compile", "publish") for precision in ("int8", "fp16")},
+    ),
+    "gate": (
+        lambda d: d["acceptance"]["metric"].update(floor=0.9),
+        FILES,
+        {step for step in EVERYTHING if step.startswith("publish")},
+    ),
+    "held-out data": (
+        lambda _d: None,
+        replace(FILES, labelled=DatasetFiles("npz", digest("other"), FILES.labelled.path)),
+        {"fetch:labelled", "reference:labelled"}
+        | {step for step in EVERYTHING if step.startswith("verify")}
+        # compile waits for the gate, but is not affected by it; publish states what was measured, which is equal here
+    ),
+    "workspace": (
+        lambda d: d.update(build={"workspace": "1GiB"}),
+        FILES,
+        RTX,  # ONNX Runtime has no such option
+    ),
+    "time limit": (lambda d: d.update(build={"timeout": "5m"}), FILES, set()),
+    "description": (lambda d: d.update(description="other words"), FILES, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_runs_exactly_the_stages_that_it_touches(built: World, what: str):
+    change, files, expected = CHANGES[what]
+    ran, planned = built.build(recipe(change), files)
+    assert set(ran) == expected
+    assert len(ran) == len(set(ran))
+    assert planned.fresh
+
+
+@pytest.mark.parametrize(
+    ("what", "step", "why"),
+    [
+        ("opset", "export", "miss: params.opset 18 -> 20"),
+        ("calibration count", "fetch:calibration", "miss: params.samples 256 -> 128"),
+        ("kept layers", "type:int8", 'miss: params.keep [] -> ["/head/*"]'),
+        ("simplifier", "simplify", "miss: params.simplifier onnxsim -> onnxslim"),
+        ("profile", "compile:tensorrt-rtx:sm89:fp16", "miss: params.profiles[1].inputs.image.max[0] 256 -> 512"),
+        ("gate", "publish:tensorrt-rtx:sm89:fp16", "miss: params.gates.metric.floor 0.97 -> 0.9"),
+        ("workspace", "compile:tensorrt-rtx:sm120:int8", "miss: params.workspace null -> 1073741824"),
+    ],
+)
+def test_a_plan_names_the_value_that_changed(built: World, what: str, step: str, why: str):
+    change, files, _expected = CHANGES[what]
+    planned = {each.id: each for each in built.plan(recipe(change), files).steps}
+    assert why in planned[step].why
+    assert planned[step].state == "run"
+
+
+def test_a_changed_module_is_named_in_the_plan(built: World):
+    _change, files, _expected = CHANGES["model code"]
+    planned = {step.id: step for step in built.plan(recipe(), files).steps}
+    assert any("params.members.layers.py" in why for why in planned["fetch:code"].why)
+
+
+def test_what_comes_after_a_miss_follows_it_unless_its_own_parameters_changed(built: World):
+    planned = {step.id: step for step in built.plan(recipe(CHANGES["opset"][0])).steps}
+    assert planned["export"].ready
+    assert planned["simplify"].state == "follows"
+    assert planned["simplify"].why == ("runs if export changes its output",)
+    assert planned["reference:parity"].state == "cached"
+    assert not planned["publish:tensorrt-rtx:sm89:int8"].ready
+
+
+def test_an_equal_output_cuts_the_rebuild_off(built: World):
+    built = World(same_bytes={"export"})
+    built.build(recipe())
+    ran, planned = built.build(recipe(CHANGES["exporter"][0]))
+    assert ran == ["export"]
+    assert planned.fresh
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy"])
+def test_a_new_version_of_a_tool_runs_the_stages_that_use_it(built: World, package: str):
+    built.versions[package] += ".post1"
+    users = {
+        "torch": {"export", "reference:parity", "reference:labelled"},
+        "onnxscript": {"export"},
+        "onnxsim": {"simplify"},
+        "numpy": {"reference:parity", "calibrate", "verify:export", "fetch:calibration"},
+        "onnx": {"export", "simplify", "calibrate", "type:int8", "verify:int8"},
+        "onnxruntime": {"simplify", "calibrate", "type:fp16", "verify:fp16"},
+    }[package]
+    stale = {step.id: step for step in built.plan(recipe()).steps if step.state == "run"}
+    assert users <= set(stale)
+    for user in users:
+        assert any(f"toolchain.{package} " in why for why in stale[user].why)
+
+
+def test_a_new_runtime_version_rebuilds_its_engines_alone(built: World):
+    built.host = replace(HOST, runtimes={"tensorrt-rtx": "1.8.0.9", "onnxruntime": "1.31.1"})
+    ran, _planned = built.build(recipe())
+    assert set(ran) == RTX
+    planned = built.plan(recipe())
+    assert planned.engines[0].target == "tensorrt-rtx-1.8.0.9-sm89"
+
+
+@pytest.mark.parametrize("field", ["os", "arch"])
+def test_another_platform_compiles_anew(built: World, field: str):
+    built.host = replace(HOST, **{field: "other"})
+    ran, _planned = built.build(recipe())
+    assert {step for step in ran if step.startswith("compile")} == {s for s in EVERYTHING if s.startswith("compile")}
+
+
+def test_the_host_name_enters_no_key(built: World):
+    built.host = replace(HOST, name="elsewhere")
+    assert built.build(recipe())[0] == []
+
+
+def failing(**parity: float | None) -> dict:
+    return {**GOOD, "parity": {**GOOD["parity"], **parity}}
+
+
+def test_a_precision_that_fails_its_gate_gives_way_to_the_next():
+    world = World(facts={"verify:int8": failing(relative_l2=0.9)})
+    ran, planned = world.build(recipe(), targets=("tensorrt-rtx:sm89",))
+    engine = planned.engines[0]
+    assert (engine.asked, engine.given, engine.state) == ("int8", "fp16", "cached")
+    assert [(trial.precision, trial.verdict.passed) for trial in engine.trials] == [("int8", False), ("fp16", True)]
+    assert "relative_l2 0.9 > 0.25" in engine.trials[0].verdict.reasons
+    assert "compile:tensorrt-rtx:sm89:int8" not in ran
+    assert engine.publish.action.params["tried"] == [{"precision": "int8", "reasons": ["relative_l2 0.9 > 0.25"]}]
+
+
+def test_when_no_precision_passes_the_target_fails_with_what_was_tried():
+    world = World(facts={"verify:fp16": failing(non_finite=3), "verify:fp32": failing(cosine=0.1, relative_l2=None)})
+    ran, planned = world.build(recipe(lambda d: d["precision"].update(build=["fp16"])), targets=("tensorrt-rtx:sm89",))
+    assert planned.status == 1
+    assert planned.engines[0].state == "failed"
+    assert "fp16: 3 NaN or Inf in the outputs" in planned.engines[0].why
+    assert "fp32: relative_l2 not finite > 0.0001" in planned.engines[0].why
+    assert not any(step.startswith(("compile", "publish")) for step in ran)
+
+
+def test_an_export_that_differs_from_its_source_is_compiled_for_nothing():
+    world = World(facts={"verify:export": failing(relative_l2=0.5)})
+    ran, planned = world.build(recipe())
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert planned.engines[0].why.startswith("the exported graph fails: relative_l2 0.5")
+    assert not any(step.startswith("compile") for step in ran)
+
+
+def test_an_engine_that_fails_when_executed_gives_way_too():
+    world = World(facts={"verify:onnxruntime:cpu:int8": failing(relative_l2=0.9)})
+    _ran, planned = world.build(recipe(), targets=("onnxruntime",))
+    assert [(e.asked, e.given) for e in planned.engines] == [("fp32", "fp32"), ("int8", "fp16")]
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "words"),
+    [
+        ({"runtime": "tensorrt", "gpus": ["sm90"]}, HOST, "waits for a host with tensorrt and an sm90 GPU"),
+        (
+            {"runtime": "tensorrt-rtx", "gpus": ["sm89"]},
+            Host("bare", "linux", "x86_64"),
+            "tensorrt-rtx is not installed here",
+        ),
+        (
+            {"runtime": "tensorrt-rtx", "gpus": ["sm89"], "version": "1.8.0.9"},
+            HOST,
+            "tensorrt-rtx 1.8.0.9; 1.7.1.116 is installed",
+        ),
+        (
+            {"runtime": "tensorrt", "gpus": ["sm90"]},
+            replace(HOST, runtimes={"tensorrt": "8.6.0"}),
+            "no such GPU is here",
+        ),
+    ],
+)
+def test_a_target_that_needs_another_host_waits_and_the_portable_stages_run(target, host, words):
+    world = World(host=host)
+    ran, planned = world.build(recipe(lambda d: d.update(targets=[target])))
+    assert {engine.state for engine in planned.engines} == {"waiting"}
+    assert words in planned.engines[0].why
+    assert planned.status == 3
+    assert set(ran) == PORTABLE - {"type:fp32", "verify:fp32"}
+
+
+def test_a_failure_blocks_what_needs_it_and_nothing_else():
+    world = World()
+    key = next(step for step in world.plan(recipe()).steps if step.id == "fetch:calibration").action.key
+    world.failures = {key: "bad data: 3 NaN"}
+    ran, planned = world.build(recipe())
+    states = {step.id: step.state for step in planned.steps}
+    assert states["fetch:calibration"] == "failed"
+    assert states["calibrate"] == states["publish:tensorrt-rtx:sm89:int8"] == "blocked"
+    assert states["publish:tensorrt-rtx:sm89:fp16"] == "cached"
+    assert planned.status == 1
+    assert "calibrate" not in ran
+
+
+def test_an_onnx_source_fetches_its_graph_and_data_and_keeps_its_opset():
+    files = RecipeFiles(
+        model=(
+            LocalFile("model.onnx", digest("graph"), 5, "m.onnx"),
+            LocalFile("model.onnx.data", digest("data"), 6, "m.onnx.data"),
+        )
+    )
+    made = recipe(
+        lambda d: d.update(
+            source={"framework": "onnx", "model": {"file": "m.onnx"}},
+            export={},
+            outputs=None,
+            acceptance={},
+            precision={"build": ["fp16"]},
+            targets=[{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}],
+        )
+    )
+    planned = {step.id: step for step in World().plan(made, files).steps}
+    assert {"fetch:model", "fetch:model.onnx.data"} <= set(planned)
+    assert planned["export"].after == ("fetch:model", "fetch:model.onnx.data")
+
+
+def test_selecting_a_target_plans_no_other():
+    planned = World().plan(recipe(), targets=("tensorrt-rtx:sm120",))
+    assert {engine.gpu for engine in planned.engines} == {"sm120"}
+    assert not any("sm89" in step.id or "onnxruntime" in step.id for step in planned.steps)
+
+
+def test_tf32_shares_the_fp32_graph_and_differs_in_compile_alone():
+    made = recipe(
+        lambda d: d.update(
+            precision={"build": ["fp32", "tf32"]}, targets=[{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}]
+        )
+    )
+    ran, planned = World().build(made)
+    assert [step for step in ran if step.startswith("type")] == ["type:fp32"]
+    compiled = {step.id: step.action for step in planned.steps if step.stage == "compile"}
+    assert compiled["compile:tensorrt-rtx:sm89:tf32"].params["tf32"] is True
+    assert compiled["compile:tensorrt-rtx:sm89:tf32"].key != compiled["compile:tensorrt-rtx:sm89:fp32"].key
