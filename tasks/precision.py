@@ -1,0 +1,98 @@
+"""The `type` stage: a precision written into the graph, so that no compiler has to be told.
+
+fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `quantize`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Final
+
+import onnx
+
+from artifacts.refs import ONNX, ONNX_DATA
+from tasks import halves, quantize
+from tasks.errors import BackendError
+from tasks.graphs import (
+    hoist_constants,
+    matching_nodes,
+    name_nodes,
+)
+from tasks.onnx_files import DATA, GRAPH, check_graph, dtype_name, load_graph, opset_of, save_graph
+from tasks.stage import StageRequest, StageResult
+
+# bfloat16 reached Conv, pooling and GridSample in ONNX opset 22; TensorRT-RTX parses it.
+_BF16_OPSET: Final = 22
+_BF16_IR: Final = 10
+
+
+def run(request: StageRequest) -> StageResult:
+    """Type "model.onnx" (and int8's "ranges.json") as `params` say: precision, keep, io.
+
+    Facts: nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; for half precisions `clamped` (constants
+    that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
+    compute on counted values); for int8 `constant` (nodes kept fp32 because an input was zero on all calibration data).
+    Raises BackendError("bad data") for a glob of `keep` that matches no node.
+    """
+    params, inputs = request.params, request.inputs
+    precision = params["precision"]
+    model = load_graph(inputs[GRAPH])
+    external = DATA in inputs
+    facts: dict[str, Any] = {"casts": 0, "quantized": 0, "kept": []}
+    if precision in ("fp32", "tf32"):
+        media_types = {name: kind for name, kind in ((GRAPH, ONNX), (DATA, ONNX_DATA)) if name in inputs}
+        for name in media_types:
+            shutil.copyfile(inputs[name], request.output_dir / name)
+        return StageResult(media_types, facts | _described(model))
+    hoist_constants(model)
+    name_nodes(model)
+    keep = matching_nodes(model, params["keep"])
+    facts["kept"] = sorted(keep)
+    request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
+    if precision == "int8":
+        result = quantize.quantize(model, quantize.read_ranges(inputs["ranges.json"]), keep)
+        model = result.model
+        facts |= {"quantized": len(result.nodes), "constant": list(result.constant)}
+    else:
+        half: halves.Half = "bf16" if precision == "bf16" else "fp16"
+        if half == "bf16":
+            model = _for_bf16(model)
+        typed = halves.to_half(model, half, keep, native=params["io"] == "native")
+        model = typed.model
+        facts |= {
+            "casts": typed.casts,
+            "clamped": typed.clamped,
+            "overflowing": sorted(typed.overflowing),
+            "counted": typed.counted,
+        }
+    facts |= _described(model)
+    outputs = save_graph(model, request.output_dir, external=external)
+    check_graph(request.output_dir / GRAPH)
+    return StageResult(outputs, facts)
+
+
+def _described(model: onnx.ModelProto) -> dict[str, Any]:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        "nodes": len(model.graph.node),
+        "inputs": {
+            value.name: dtype_name(value.type.tensor_type.elem_type)
+            for value in model.graph.input
+            if value.name not in constants
+        },
+        "outputs": {value.name: dtype_name(value.type.tensor_type.elem_type) for value in model.graph.output},
+    }
+
+
+def _for_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
+    if opset_of(model) < _BF16_OPSET:
+        try:
+            model = onnx.version_converter.convert_version(model, _BF16_OPSET)
+        except Exception as err:  # the C++ converter raises bare RuntimeErrors, and asserts
+            raise BackendError(
+                "unsupported operator",
+                f"bf16 needs ONNX opset {_BF16_OPSET}, and the graph (opset {opset_of(model)}) cannot be raised to it: {err}",
+                "set export.opset to 18 or more, or build fp16",
+            ) from err
+    model.ir_version = max(model.ir_version, _BF16_IR)
+    return model
