@@ -1,0 +1,42 @@
+"""Fixtures that any test may ask for."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import s3_environment, s3_server
+
+BUCKET = "enginery-tests"
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of a real S3 server that holds the bucket `enginery-tests`."""
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed (pip install 'enginery[s3]')")
+    pytest.importorskip("moto", reason="moto is not installed (pip install 'enginery[dev]')")
+    with s3_server() as endpoint:
+        client = boto3.session.Session().client(
+            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+        )
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        yield endpoint
+
+
+@pytest.fixture
+def s3_environ(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Point this process, and its children, at the S3 server by the usual AWS variables; return its address."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "ENGINERY_S3_ADDRESSING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return s3_endpoint
+
+
+@pytest.fixture
+def s3_store_uri(s3_environ: str) -> str:
+    """An empty store in S3, as `s3://bucket/prefix`; the environment leads boto3 to it."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

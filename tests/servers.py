@@ -1,0 +1,139 @@
+"""Real servers for tests, on ephemeral ports: S3 (moto, in a process of its own), and a bad network before it."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+# Listings come in pages of this many, so that paging is exercised without a thousand objects.
+S3_PAGE = 7
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """Run an S3 server in a child process; yield its address, http://127.0.0.1:PORT."""
+    environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(S3_PAGE)}
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    ) as server:
+        try:
+            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
+def _serve_s3() -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    sys.stdout.write(f"{server.get_host_and_port()[1]}\n")
+    sys.stdout.flush()
+    sys.stdin.read()  # ends with the parent, however that ends
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """Return the environment in which boto3 talks to `endpoint`, whatever this machine's own AWS settings are."""
+    return {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+@dataclass
+class Faults:
+    """What a `bad_network` does to the requests that come next; each entry is used up by one request."""
+
+    answers: deque[tuple[int, str]] = field(default_factory=deque)  # given instead of the server's: status, S3 code
+    lost_answers: int = 0  # requests that reach the server while their answer is lost
+    cuts: deque[int] = field(default_factory=deque)  # bytes of a GET's body after which the connection breaks
+    dropped_headers: frozenset[str] = frozenset()  # for every request
+    requests: list[str] = field(default_factory=list)  # what came, as "METHOD /path"
+
+
+@contextmanager
+def bad_network(endpoint: str) -> Iterator[tuple[str, Faults]]:
+    """Run a proxy before `endpoint`; yield its address and the faults that it makes."""
+    faults = Faults()
+
+    class Handler(_Proxy):
+        upstream = urlsplit(endpoint).netloc
+        rules = faults
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", faults
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    upstream: str
+    rules: Faults
+
+    def do_any(self) -> None:
+        rules = self.rules
+        rules.requests.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if rules.answers:
+            status, code = rules.answers.popleft()
+            text = f"<Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode()
+            self._answer(status, {"Content-Length": str(len(text)), "Content-Type": "application/xml"}, text)
+            return
+        upstream = http.client.HTTPConnection(self.upstream)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in rules.dropped_headers}
+        upstream.request(self.command, self.path, body, headers)
+        response = upstream.getresponse()
+        content = response.read()
+        upstream.close()
+        if rules.lost_answers:
+            rules.lost_answers -= 1
+            self.close_connection = True
+            return
+        if self.command == "GET" and rules.cuts:
+            content = content[: rules.cuts.popleft()]
+            self.close_connection = True
+        passed = {k: v for k, v in response.getheaders() if k.lower() not in ("connection", "server", "date")}
+        self._answer(response.status, passed, b"" if self.command == "HEAD" else content)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_any  # noqa: N815 - the names that http.server calls
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        """Say nothing."""
+
+
+if __name__ == "__main__":
+    _serve_s3()
