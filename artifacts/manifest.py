@@ -8,7 +8,7 @@ Names, never numbers, stand for precisions, types and GPUs. See docs/manifest.md
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,6 +36,9 @@ class Part(BaseModel):
     """Base of every part: nothing is coerced, nothing changes later, no NaN; unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+PartT = TypeVar("PartT", bound=Part)
 
 
 class Identity(Part):

@@ -1,0 +1,211 @@
+"""The manifest of a compiled engine, from the plan and the records of the steps that it came through."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from artifacts import manifest as m
+from artifacts.host import Host
+from artifacts.keys import canonical_json
+from artifacts.refs import digest_bytes
+from recipes.gates import judge
+from recipes.plan import EnginePlan
+from recipes.schema import Precision, Recipe
+from recipes.steps import Step
+from tasks.toolchain import version
+
+if TYPE_CHECKING:
+    from recipes.loader import LoadedRecipe
+
+_GIT_SECONDS: Final = 30.0
+_SOURCES: Final = ("fetch:code", "fetch:weights", "fetch:model")
+
+
+def engine_manifest(
+    step: Step,
+    engine: EnginePlan,
+    steps: Sequence[Step],
+    loaded: LoadedRecipe,
+    host: Host,
+    now: str,
+    built: Collection[str],
+) -> m.Manifest:
+    """Describe a compiled engine.
+
+    `steps` are the plan's, with the records of all that the engine came through; `now` is RFC 3339 in UTC; `built`
+    names the steps that this build ran itself.
+    """
+    from recipes.loader import dump_merged
+
+    if step.action is None or engine.given is None:
+        raise ValueError(f"{step.id}: there is nothing to publish")
+    params, key = step.action.params, step.action.key
+    used = {passed.id: passed for passed in lineage(engine, steps)}
+    typed = used[_typed_id(engine.given)].facts or {}
+    recipe = loaded.recipe
+    return m.Manifest(
+        schema=m.MANIFEST_SCHEMA,
+        identity=m.Identity(
+            recipe=params["recipe"], target=params["target"], build=f"{engine.given}-{key[:16]}", created=now
+        ),
+        compatibility=m.Compatibility(
+            runtime=params["runtime"],
+            runtime_version=params["runtime_version"],
+            gpus=(params["gpu"],),
+            os=host.os,
+            arch=host.arch,
+        ),
+        plan=min(step.inputs, key=len),
+        files={
+            name: m.FileEntry(digest=ref.digest, size=ref.size, media_type=ref.media_type)
+            for name, ref in step.inputs.items()
+        },
+        inputs=_tensors(params["inputs"], typed.get("inputs", {})),
+        outputs=_tensors((used["export"].facts or {}).get("outputs", {}), typed.get("outputs", {})),
+        profiles=tuple(_read(m.Profile, profile) for profile in params["profiles"]),
+        precision=m.PrecisionFacts(
+            asked=params["asked"],
+            given=params["given"],
+            wish=_wish(recipe, engine),
+            tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
+            kept=tuple(typed.get("kept", ())),
+            io="float32" if engine.given in ("fp32", "tf32") else recipe.precision.io,
+        ),
+        calibration=_calibration(params["calibration"], used.get("calibrate")),
+        verification=_verification(params, recipe, engine.given),
+        provenance=m.Provenance(
+            key=key,
+            recipe_digest=digest_bytes(canonical_json(recipe.model_dump(mode="json"))),
+            recipe_text=dump_merged(loaded),
+            source={
+                name: ref.digest
+                for passed in used.values()
+                if passed.record is not None and passed.id.startswith(_SOURCES)
+                for name, ref in passed.record.outputs.items()
+            },
+            git=_git(loaded.path),
+            host=m.HostFacts(name=host.name, os=host.os, arch=host.arch, driver=host.driver),
+            enginery=version("enginery") or "unknown",
+            steps=tuple(_step_facts(passed, built) for passed in used.values()),
+        ),
+    )
+
+
+def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
+    """Return the steps that one engine came through, in the plan's order, those of other engines left out.
+
+    Where two steps made the same bytes (a graph that needed no typing), the first made them for both.
+    """
+    by_id = {step.id: step for step in steps}
+    makers: dict[str, Step] = {}
+    for step in steps:
+        if step.record is not None:
+            for ref in step.record.outputs.values():
+                makers.setdefault(ref.digest, step)
+    own = (engine.compile, engine.verify, engine.engine_verify)
+    names = ["export", "simplify", "verify:export", "verify:simplify", _typed_id(engine.given or "fp32")]
+    waiting = [by_id[name] for name in names if name in by_id] + [by_id[step.id] for step in own if step is not None]
+    used: set[str] = set()
+    while waiting:
+        step = waiting.pop()
+        if step.id not in used:
+            used.add(step.id)
+            waiting.extend(makers[ref.digest] for ref in step.inputs.values() if ref.digest in makers)
+    return [step for step in steps if step.id in used and step.record is not None]
+
+
+def _typed_id(precision: Precision) -> str:
+    # tf32 is a flag of the compiler: its graph is the fp32 one.
+    return f"type:{'fp32' if precision == 'tf32' else precision}"
+
+
+def _wish(recipe: Recipe, engine: EnginePlan) -> tuple[str, ...]:
+    for target in recipe.targets:
+        wish = target.precision or recipe.precision.build
+        if target.runtime == engine.runtime and engine.gpu in target.gpus and engine.asked in wish:
+            return tuple(wish)
+    return tuple(recipe.precision.build)
+
+
+def _read(model: type[m.PartT], document: Mapping[str, Any]) -> m.PartT:
+    """Read a part from JSON values, whose arrays are lists."""
+    return model.model_validate_json(json.dumps(dict(document), allow_nan=False))
+
+
+def _tensors(declared: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, m.TensorFacts]:
+    """Describe tensors: shapes as declared, element types as the typed graph has them."""
+    return {
+        name: _read(m.TensorFacts, {"dtype": typed.get(name, facts["dtype"]), "shape": facts.get("shape")})
+        for name, facts in declared.items()
+    }
+
+
+def _calibration(digest: str | None, step: Step | None) -> m.CalibrationFacts | None:
+    if digest is None:
+        return None
+    facts = (step.facts if step is not None else None) or {}
+    return m.CalibrationFacts(digest=digest, samples=facts.get("samples"), method=facts.get("method"))
+
+
+def _verification(params: Mapping[str, Any], recipe: Recipe, given: Precision) -> m.Verification:
+    measured = params["measured"]
+    executed = [facts for facts in (measured["graph"], measured["engine"]) if facts.get("executed")]
+    return m.Verification(
+        gates=_read(m.Gates, params["gates"]),
+        passed=bool(executed) and all(judge(facts, recipe.acceptance, given).passed for facts in executed),
+        graph=_read(m.Measured, measured["graph"]),
+        engine=_read(m.Measured, measured["engine"]),
+    )
+
+
+def _step_facts(step: Step, built: Collection[str]) -> m.StepFacts:
+    if step.record is None:
+        raise ValueError(f"{step.id} has not run")
+    record = step.record
+    return m.StepFacts(
+        id=step.id,
+        stage=step.stage,
+        key=record.key,
+        toolchain=dict(record.preimage.get("toolchain", {})),
+        seconds=round(record.seconds, 4),
+        started=record.started,
+        reused=step.id not in built,
+        host=record.producer.get("host"),
+    )
+
+
+def _git(recipe: Path) -> m.GitFacts | None:
+    """Say which commit a recipe is of, and whether what was built may differ from it; None where there is no git."""
+    recipe = recipe.resolve()
+    commit = _ask_git(recipe.parent, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    changed = _ask_git(recipe.parent, "status", "--porcelain", "--untracked-files=no")
+    # Other untracked files (a store, a virtual environment) say nothing about what was built.
+    tracked = _ask_git(recipe.parent, "ls-files", "--error-unmatch", "--", recipe.name) is not None
+    return m.GitFacts(commit=commit, dirty=changed != "" or not tracked)
+
+
+def _ask_git(folder: Path, *arguments: str) -> str | None:
+    # A hook sets GIT_DIR for its own repository; a repository's settings may name programs to run, such as a monitor.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | {
+        "GIT_OPTIONAL_LOCKS": "0",
+        "LC_ALL": "C",
+    }
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments],
+            env=environment,
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
