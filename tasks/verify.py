@@ -1,0 +1,262 @@
+"""The `verify` stage: how far a graph is from its source, and what the recipe's own metric says of it.
+
+Measures only; `recipes.gates` judges. Graphs run in ONNX Runtime on the CPU. Half-precision graphs run emulated
+(`tasks.emulate`): the provider would compute them in float32 and hide their overflow. Q/DQ graphs run with basic
+optimisation alone, so that every pair rounds as it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from artifacts.refs import JSON
+from tasks.code import load_callable
+from tasks.datasets import batches
+from tasks.errors import BackendError, ModelCodeError
+from tasks.metrics import Array, Distance, built_in, distance, finite
+from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
+from tasks.stage import StageRequest, StageResult
+
+REPORT: Final = "report.json"
+# "<case>/in/<input>": a case is "profile/corner", and names of tensors may hold slashes too.
+_KEY: Final = re.compile(r"(.+?)/(in|out)/(.+)", re.DOTALL)
+_EMULATED: Final = "fp32 kernels, every result rounded to the half type"
+
+
+def run(request: StageRequest) -> StageResult:
+    """Compare "model.onnx" with "reference.safetensors"; measure the metric on "dataset.safetensors" if there is one.
+
+    Writes "report.json": {"cases": [{"name", "outputs": {output: measures}}], "metric"}. Facts: executed, parity (worst of
+    all cases and outputs), cases, metric, and `emulated` where halves were. A measure that is NaN or infinite is null.
+    Raises BackendError: "wrong result" where outputs or shapes differ from the reference's, "bad data" for files that do
+    not fit, and by its kind where ONNX Runtime fails.
+    """
+    params = request.params
+    if params["executor"] != "onnxruntime":
+        return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
+    graph = Executable(request.inputs, engine=params["subject"] == "engine")
+    cases = _parity(request, graph)
+    metric = _metric(request, graph) if params["metric"] is not None else None
+    request.report(1.0, "verified")
+    facts = {"executed": True, **_facts(cases), "metric": metric, "emulated": graph.emulated}
+    report = {
+        "cases": [
+            {"name": name, "outputs": {output: _measures(found) for output, found in outputs.items()}}
+            for name, outputs in cases.items()
+        ],
+        "metric": metric,
+        "emulated": graph.emulated,
+    }
+    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
+    (request.output_dir / REPORT).write_text(text + "\n", "utf-8")
+    return StageResult({REPORT: JSON}, facts)
+
+
+class Executable:
+    """A graph ready to run in ONNX Runtime on the CPU; `emulated` says how, where halves are emulated."""
+
+    def __init__(self, inputs: Mapping[str, Path], *, engine: bool) -> None:
+        """Load "model.onnx". An engine runs as it is; a typed graph runs as its types say."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        level = onnxruntime.GraphOptimizationLevel
+        # An engine was optimised when it was compiled; a graph must not lose Q/DQ pairs or casts to a fusion.
+        options.graph_optimization_level = level.ORT_DISABLE_ALL if engine else level.ORT_ENABLE_BASIC
+        self.emulated: str | None = None
+        path = inputs[GRAPH]
+        if not engine:
+            path = self._honest(inputs)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as err:  # ONNX Runtime's exceptions share no base class
+            raise _failure(err, "loading the graph") from err
+        self.inputs = {value.name: value.type for value in self._session.get_inputs()}
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
+        """Run once; float inputs are cast to the type that the graph takes. `where` names the run in errors."""
+        feeds = {name: _as_type(arrays[name], kind) for name, kind in self.inputs.items() if name in arrays}
+        try:
+            values = self._session.run(None, feeds)
+        except Exception as err:  # as above
+            raise _failure(err, where) from err
+        return dict(zip(self.outputs, values, strict=True))
+
+    def _honest(self, inputs: Mapping[str, Path]) -> Path:
+        import tempfile
+
+        from tasks.emulate import emulated, is_half
+
+        model = load_graph(inputs[GRAPH])
+        if not is_half(model):
+            return inputs[GRAPH]
+        self.emulated = _EMULATED
+        self._folder = tempfile.TemporaryDirectory()  # held until this object goes
+        folder = Path(self._folder.name)
+        save_graph(emulated(model), folder, external=DATA in inputs)
+        return folder / GRAPH
+
+
+def _parity(request: StageRequest, graph: Executable) -> dict[str, dict[str, Distance]]:
+    from safetensors import safe_open
+
+    cases: dict[str, dict[str, Distance]] = {}
+    with safe_open(str(request.inputs["reference.safetensors"]), framework="numpy") as reference:
+        parts: dict[str, dict[str, dict[str, str]]] = {}
+        for key in sorted(reference.keys()):
+            found_key = _KEY.fullmatch(key)
+            if found_key is not None:
+                case, kind, name = found_key.groups()
+                parts.setdefault(case, {"in": {}, "out": {}})[kind][name] = key
+        for index, (case, part) in enumerate(parts.items()):
+            request.report(index / len(parts), f"running {case}")
+            found = graph({name: reference.get_tensor(key) for name, key in part["in"].items()}, f"case {case}")
+            _require_names(part["out"], found, case)
+            cases[case] = {
+                name: _distance(reference.get_tensor(key), found[name], f"{case}: {name}")
+                for name, key in part["out"].items()
+            }
+    if not cases:
+        raise BackendError("bad data", "reference.safetensors holds no case", "build the reference again")
+    return cases
+
+
+def _require_names(expected: Mapping[str, str], found: Mapping[str, Array], case: str) -> None:
+    if set(expected) != set(found):
+        raise BackendError(
+            "wrong result",
+            f"{case}: the graph gives {', '.join(sorted(found))}, its source {', '.join(sorted(expected))}",
+            "name every output, in order, under `outputs` in the recipe",
+        )
+
+
+def _distance(reference: Array, found: Array, where: str) -> Distance:
+    if reference.shape != found.shape:
+        raise BackendError(
+            "wrong result",
+            f"{where} has shape {list(found.shape)}, the source gave {list(reference.shape)}",
+            "a dynamic axis was fixed or confused on the way; look at the shapes with the simplifier off",
+        )
+    if np.issubdtype(reference.dtype, np.floating) != np.issubdtype(found.dtype, np.floating):
+        raise BackendError("wrong result", f"{where} is {found.dtype}, the source gave {reference.dtype}")
+    return distance(reference, found)
+
+
+def _metric(request: StageRequest, graph: Executable) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    spec = request.params["metric"]
+    data = load_file(str(request.inputs["dataset.safetensors"]))
+    source = load_file(str(request.inputs["outputs.safetensors"]))
+    if spec["label"] not in data:
+        raise BackendError(
+            "bad data", f"the data set has no labels {spec['label']!r} (it has: {', '.join(sorted(data))})"
+        )
+    labels = data[spec["label"]]
+    found = _outputs(request, graph, data)
+    judged = spec["output"] or graph.outputs[0]
+    if judged not in found or judged not in source:
+        raise BackendError(
+            "bad data",
+            f"the metric judges output {judged!r}, which is not among {', '.join(graph.outputs)}",
+            "correct acceptance.metric.output in the recipe",
+        )
+    if spec["name"] == "callable":
+        own = load_callable(request.inputs["code.tar"], spec["entry"])
+        values = [_number(own(dict(outputs), labels), spec["entry"]) for outputs in (found, source)]
+    else:
+        measure = built_in(spec["name"])
+        values = [measure({judged: outputs[judged]}, labels) for outputs in (found, source)]
+    return {
+        "name": spec["name"],
+        "value": finite(values[0]),
+        "source": finite(values[1]),
+        "samples": len(labels),
+    }
+
+
+def _outputs(request: StageRequest, graph: Executable, data: Mapping[str, Array]) -> dict[str, Array]:
+    params, parts = request.params, {name: list[Array]() for name in graph.outputs}
+    start = 0
+    for samples, inputs in batches(data, params["tensors"], params["batch"]):
+        request.report(None, f"metric on sample {start}")
+        where = f"samples {start} to {start + samples - 1} of the data set"
+        for name, values in graph(inputs, where).items():
+            rows = len(next(iter(inputs.values())))
+            if values.shape[:1] != (rows,):
+                raise BackendError(
+                    "wrong result",
+                    f"{where}: output {name!r} has shape {list(values.shape)}, its first axis is not the samples",
+                    "a metric needs outputs with one row for each sample",
+                )
+            parts[name].append(values[:samples])
+        start += samples
+    try:
+        return {name: np.concatenate(values) for name, values in parts.items()}
+    except ValueError as err:
+        raise BackendError("bad data", f"outputs differ in shape from batch to batch: {err}") from err
+
+
+def _number(value: Any, entry: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as err:
+        raise ModelCodeError(f"{entry}: expected a number, got {type(value).__name__}") from err
+
+
+def _as_type(values: Array, kind: str) -> Array:
+    if kind == "tensor(float16)" and values.dtype == np.float32:
+        return values.astype(np.float16)
+    return values.astype(np.float32) if kind == "tensor(float)" and values.dtype == np.float16 else values
+
+
+def _measures(found: Distance) -> dict[str, float | int | None]:
+    return {
+        "relative_l2": finite(found.relative_l2),
+        "max_abs": finite(found.max_abs),
+        "cosine": finite(found.cosine),
+        "non_finite": found.non_finite,
+    }
+
+
+def _worst(distances: list[Distance]) -> Distance:
+    """Return the greatest distance, least cosine and all non-finite values; what is NaN stays NaN."""
+    cosines = [found.cosine for found in distances]
+    return Distance(
+        max(found.relative_l2 for found in distances),
+        max(found.max_abs for found in distances),
+        math.nan if any(map(math.isnan, cosines)) else min(cosines),
+        sum(found.non_finite for found in distances),
+    )
+
+
+def _facts(cases: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
+    every = {f"{case}/{name}": found for case, outputs in cases.items() for name, found in outputs.items()}
+    rows = []
+    for case, outputs in cases.items():
+        measures = _measures(_worst(list(outputs.values())))
+        rows.append({"name": case, **{key: measures[key] for key in ("relative_l2", "max_abs", "cosine")}})
+    worst = max(every, key=lambda name: every[name].relative_l2)
+    return {"parity": {**_measures(_worst(list(every.values()))), "worst": worst}, "cases": rows}
+
+
+def _failure(error: Exception, where: str) -> BackendError:
+    words = brief(error)
+    if "NOT_IMPLEMENTED" in words or "not a registered" in words or "No Op registered" in words:
+        return BackendError(
+            "unsupported operator", f"{where}: ONNX Runtime: {words}", "build for a runtime that has this operator"
+        )
+    if "bad_alloc" in words or "Failed to allocate memory" in words:
+        return BackendError(
+            "out of memory", f"{where}: ONNX Runtime: {words}", "use smaller profiles, or raise build.memory"
+        )
+    return BackendError("crash", f"{where}: ONNX Runtime: {words}", "run the graph at this shape by hand to see why")
