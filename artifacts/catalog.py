@@ -75,7 +75,7 @@ class EngineCatalog:
         Raises NotFoundError, StoreError and IntegrityError.
         """
         data = self.manifest_bytes(engine)
-        manifest = self._read(engine, data)
+        manifest = self.read_manifest(engine, data)
         # The receiver's scratch, so that a folder links the files instead of copying them once more.
         with other.store.scratch() as folder:
             for name, entry in manifest.files.items():
@@ -112,11 +112,22 @@ class EngineCatalog:
 
         Raises NotFoundError, StoreError, and IntegrityError, naming the path, where it cannot be read or is another's.
         """
-        return self._read(engine, self.manifest_bytes(engine))
+        return self.read_manifest(engine, self.manifest_bytes(engine))
 
     def manifest_bytes(self, engine: EngineId) -> bytes:
         """Return one engine's manifest as it is stored. Raises NotFoundError, StoreError."""
         return self.store.read(f"{engine.path}/{MANIFEST_NAME}")
+
+    def read_manifest(self, engine: EngineId, data: bytes) -> Manifest:
+        """Read an engine's manifest from its bytes. Raises IntegrityError, naming the path, as `manifest` does."""
+        path = f"{self.store.uri}: {engine.path}/{MANIFEST_NAME}"
+        try:
+            manifest = Manifest.from_bytes(data)
+        except IntegrityError as err:
+            raise IntegrityError(f"{path}: {err}") from err
+        if EngineId.of(manifest.identity) != engine:
+            raise IntegrityError(f"{path}: is the manifest of {manifest.identity}")
+        return manifest
 
     def find(self, text: str) -> list[EngineId]:
         """Return the engines that a text can mean: the one of this name, else all that have it as a part of theirs."""
@@ -165,7 +176,7 @@ class EngineCatalog:
             return data
         try:
             winner = self.manifest_bytes(engine)
-            there = self._read(engine, winner)
+            there = self.read_manifest(engine, winner)
         except (IntegrityError, NotFoundError) as err:
             self.warn(f"{err}; replaced")
         else:
@@ -179,16 +190,6 @@ class EngineCatalog:
             self.warn(f"{self.store.uri}: {path} names other files than its action made; replaced")
         self.store.write(path, data)
         return data
-
-    def _read(self, engine: EngineId, data: bytes) -> Manifest:
-        path = f"{self.store.uri}: {engine.path}/{MANIFEST_NAME}"
-        try:
-            manifest = Manifest.from_bytes(data)
-        except IntegrityError as err:
-            raise IntegrityError(f"{path}: {err}") from err
-        if EngineId.of(manifest.identity) != engine:
-            raise IntegrityError(f"{path}: is the manifest of {manifest.identity}")
-        return manifest
 
     def _document(self, path: str, schema: int) -> dict[str, Any]:
         try:

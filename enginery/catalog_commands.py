@@ -1,0 +1,218 @@
+"""Commands on published engines: list, show, resolve, pull."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from enginery.asking import (
+    ArchOption,
+    ChannelOption,
+    GpuOption,
+    HostOption,
+    PrecisionOption,
+    RuntimeOption,
+    ShapeOption,
+    SystemOption,
+    request_of,
+)
+from enginery.output import (
+    DEFAULT_STORE,
+    FAILED,
+    WRONG,
+    JsonOption,
+    StoreOption,
+    explains_errors,
+    note,
+    print_json,
+    stop,
+)
+
+if TYPE_CHECKING:
+    from artifacts.catalog import EngineCatalog
+    from artifacts.resolve import Request, Resolution
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or its file.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("list")(list_engines)
+    app.command("show")(show)
+    app.command("resolve")(resolve)
+    app.command("pull")(pull)
+
+
+@explains_errors
+def list_engines(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only engines of this recipe.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """List the engines that a store holds, with what was measured of each.
+
+    Example: enginery list digits
+    """
+    from enginery.catalog_tables import engine_json, print_engines
+
+    catalog = _catalog(store)
+    name = _recipe_name(recipe) if recipe is not None else None
+    manifests = catalog.manifests(name)
+    if as_json:
+        print_json([engine_json(manifest) for manifest in manifests])
+    elif manifests:
+        print_engines(manifests)
+    elif name is not None:
+        note(_none_of(catalog, name))
+    else:
+        note(f"no engines in {catalog.store.uri}; build some: enginery build RECIPE --store {store}")
+
+
+@explains_errors
+def show(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Its name, or any part of it that no other has.")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one engine's manifest: what it is, what may load it, what was measured, where it came from.
+
+    Example: enginery show digits/tensorrt-rtx-1.7.1.116-sm89/fp16
+    """
+    from enginery.catalog_tables import print_engine
+
+    catalog = _catalog(store)
+    found = catalog.find(engine)
+    if len(found) > 1:
+        names = "\n".join(f"  {match}" for match in found)
+        stop(WRONG, f"error: {engine!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
+    if not found:
+        near = catalog.near(engine)
+        hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
+        stop(FAILED, f"error: no engine {engine!r} in {catalog.store.uri}; {hint}")
+    data = catalog.manifest_bytes(found[0])
+    manifest = catalog.read_manifest(found[0], data)
+    if as_json:
+        print_json(json.loads(data))
+    else:
+        print_engine(manifest)
+
+
+@explains_errors
+def resolve(
+    recipe: RecipeArgument,
+    host: HostOption = None,
+    gpu: GpuOption = None,
+    runtime: RuntimeOption = None,
+    system: SystemOption = None,
+    arch: ArchOption = None,
+    channel: ChannelOption = None,
+    precision: PrecisionOption = None,
+    shape: ShapeOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the best engine that a host may load; where none fits, say why for each, with exit status 1.
+
+    The engine's name goes to stdout, the table of all candidates to stderr.
+
+    Example: enginery resolve digits --gpu sm89 --runtime tensorrt-rtx==1.7.1.116 --shape image=64x1x8x8
+    """
+    catalog = _catalog(store)
+    request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
+    resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json)
+    if resolution.best is None:
+        raise typer.Exit(FAILED)
+
+
+@explains_errors
+def pull(
+    recipe: RecipeArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the engine goes: DIR/RECIPE/TARGET/BUILD.")],
+    host: HostOption = None,
+    gpu: GpuOption = None,
+    runtime: RuntimeOption = None,
+    system: SystemOption = None,
+    arch: ArchOption = None,
+    channel: ChannelOption = None,
+    precision: PrecisionOption = None,
+    shape: ShapeOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch the best engine that a host may load, every byte checked, and print the path of its plan.
+
+    What is there already is checked, and not fetched again.
+
+    Example: enginery pull digits --to engines --store s3://models/engines
+    """
+    from enginery import client
+
+    catalog = _catalog(store)
+    request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
+    resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json, quiet=True)
+    if resolution.best is None:
+        raise typer.Exit(FAILED)
+    pulled = client.pull(catalog.store, resolution.best, to)
+    if as_json:
+        print_json(
+            {
+                "engine": str(resolution.best.identity),
+                "folder": str(pulled.folder),
+                "plan": str(pulled.plan),
+                "files": {name: entry.model_dump() for name, entry in pulled.manifest.files.items()},
+            }
+        )
+    else:
+        note(f"{resolution.best.identity}: {len(pulled.manifest.files)} file(s), checked")
+        typer.echo(pulled.plan)
+
+
+def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bool, quiet: bool = False) -> Resolution:
+    """Resolve and print: with `quiet` only what failed. Ends the command where the recipe has no engine at all."""
+    from enginery import client
+    from enginery.catalog_tables import print_candidates, resolution_json
+
+    resolution = client.resolve(catalog.store, name, request, warn=catalog.warn)
+    if as_json and not (quiet and resolution.best is not None):
+        print_json(resolution_json(name, request, resolution))
+    if not resolution.candidates:
+        note(_none_of(catalog, name))
+    elif resolution.best is None:
+        note(f"none of the {len(resolution.candidates)} engines of {name} may be loaded there:")
+        print_candidates(resolution)
+    elif not quiet and not as_json:
+        typer.echo(str(resolution.best.identity))
+        print_candidates(resolution)
+    return resolution
+
+
+def _catalog(store: str) -> EngineCatalog:
+    from artifacts.catalog import EngineCatalog
+    from artifacts.store import open_store
+
+    return EngineCatalog(open_store(store), lambda message: note(f"warning: {message}"))
+
+
+def _recipe_name(recipe: str) -> str:
+    """Return the name that is meant: a file's recipe is asked for its own."""
+    if not recipe.endswith((".yaml", ".yml")):
+        return recipe.strip("/")
+    from recipes.loader import load
+
+    return load(Path(recipe)).recipe.name
+
+
+def _none_of(catalog: EngineCatalog, name: str) -> str:
+    recipes = list(dict.fromkeys(engine.recipe for engine in catalog.engines()))
+    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif recipes:
+        hint = f"it holds engines of {', '.join(recipes)}"
+    else:
+        hint = "it holds no engine at all; build some: enginery build RECIPE"
+    return f"no engines of {name!r} in {catalog.store.uri}; {hint}"

@@ -1,0 +1,212 @@
+"""Engines for people: tables on a terminal, aligned plain columns in a pipe; and the same as JSON."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+from enginery.output import console
+from enginery.tables import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from artifacts.manifest import Manifest, Measured
+    from artifacts.resolve import Request, Resolution
+
+
+def engine_json(manifest: Manifest) -> dict[str, Any]:
+    """Return one engine in short, as `enginery list --json` prints it."""
+    measured = _best_measured(manifest)
+    return {
+        "engine": str(manifest.identity),
+        "recipe": manifest.identity.recipe,
+        "target": manifest.identity.target,
+        "build": manifest.identity.build,
+        "created": manifest.identity.created,
+        "runtime": manifest.compatibility.runtime,
+        "runtime_version": manifest.compatibility.runtime_version,
+        "gpus": list(manifest.compatibility.gpus),
+        "precision": {"asked": manifest.precision.asked, "given": manifest.precision.given},
+        "size": manifest.size,
+        "parity": measured.parity.model_dump() if measured.parity is not None else None,
+        "metric": measured.metric.model_dump() if measured.metric is not None else None,
+        "executed": manifest.verification.engine.executed,
+    }
+
+
+def resolution_json(recipe: str, request: Request, resolution: Resolution) -> dict[str, Any]:
+    """Return what was asked, the best engine, and every candidate with the reasons against it."""
+    return {
+        "recipe": recipe,
+        "request": {
+            "runtimes": dict(request.runtimes),
+            "gpus": list(request.gpus),
+            "os": request.os,
+            "arch": request.arch,
+            "driver": request.driver,
+            "shapes": {name: list(shape) for name, shape in request.shapes.items()},
+            "channel": request.channel,
+            "precision": request.precision,
+        },
+        "best": engine_json(resolution.best) if resolution.best is not None else None,
+        "candidates": [
+            {"engine": str(candidate.manifest.identity), "fits": candidate.fits, "reasons": list(candidate.reasons)}
+            for candidate in resolution.candidates
+        ],
+    }
+
+
+def print_engines(manifests: Sequence[Manifest]) -> None:
+    """Print a table of engines on stdout."""
+    out = console()
+    metrics = {measured.metric.name for measured in map(_best_measured, manifests) if measured.metric is not None}
+    metric = metrics.pop() if len(metrics) == 1 else "metric"
+    table = plain_table(out, "engine", "precision", "size", metric, "parity (rel. L2)", "executed", "age")
+    for manifest in manifests:
+        measured = _best_measured(manifest)
+        asked, given = manifest.precision.asked, manifest.precision.given
+        add_row(
+            table,
+            str(manifest.identity),
+            given if given == asked else f"{given} (asked {asked})",
+            size_text(manifest.size),
+            _figure(measured.metric.value if measured.metric is not None else None, ".4f"),
+            _figure(measured.parity.relative_l2 if measured.parity is not None else None, ".1e"),
+            "yes" if manifest.verification.engine.executed else "no",
+            age_text(manifest.identity.created),
+        )
+    out.print(table)
+
+
+def print_candidates(resolution: Resolution) -> None:
+    """Print every candidate of a resolution on stderr: the best, those that fit, and why the others do not."""
+    out = console(stderr=True)
+    table = plain_table(out, "engine", "", "why")
+    for candidate in resolution.candidates:
+        verdict = "fits" if candidate.fits else "refused"
+        verdict = "best" if candidate.manifest is resolution.best else verdict
+        add_row(table, str(candidate.manifest.identity), verdict, "; ".join(candidate.reasons))
+    out.print(table)
+
+
+def print_engine(manifest: Manifest) -> None:
+    """Print one engine's manifest on stdout, in sections."""
+    out = console()
+    needs, precision, origin = manifest.compatibility, manifest.precision, manifest.provenance
+    rows: list[tuple[str, str]] = [
+        ("engine", str(manifest.identity)),
+        ("created", f"{manifest.identity.created} ({age_text(manifest.identity.created)})"),
+        ("loads on", f"{needs.runtime} {needs.runtime_version}, {' or '.join(needs.gpus)}, {needs.os} {needs.arch}"),
+    ]
+    rows += [
+        ("file", f"{name}  {size_text(entry.size)}  sha256 {entry.digest}") for name, entry in manifest.files.items()
+    ]
+    rows += [("input", f"{name}  {tensor.dtype} {_axes(tensor.shape)}") for name, tensor in manifest.inputs.items()]
+    rows += [("output", f"{name}  {tensor.dtype} {_axes(tensor.shape)}") for name, tensor in manifest.outputs.items()]
+    rows += [
+        ("profile", f"{profile.name}  {name} {_axes(span.min)} .. {_axes(span.opt)} .. {_axes(span.max)}")
+        for profile in manifest.profiles
+        for name, span in profile.inputs.items()
+    ]
+    asked = "" if precision.asked == precision.given else f" (asked {precision.asked})"
+    rows.append(("precision", f"{precision.given}{asked}, inputs and outputs {precision.io}"))
+    rows += [("refused", f"{refused.precision}: {'; '.join(refused.reasons)}") for refused in precision.tried]
+    if precision.kept:
+        rows.append(("kept in fp32", ", ".join(precision.kept)))
+    if manifest.calibration is not None:
+        samples = f", {manifest.calibration.samples} samples" if manifest.calibration.samples is not None else ""
+        method = f", {manifest.calibration.method}" if manifest.calibration.method is not None else ""
+        rows.append(("calibration", f"sha256 {manifest.calibration.digest}{samples}{method}"))
+    rows.append(("graph", _measured_text(manifest.verification.graph)))
+    rows.append(("engine itself", _measured_text(manifest.verification.engine)))
+    rows.append(("gates", "passed" if manifest.verification.passed else "not passed"))
+    commit = "not in git"
+    if origin.git is not None:
+        commit = f"commit {origin.git.commit}{' with changes' if origin.git.dirty else ''}"
+    rows.append(("recipe", f"{commit}, sha256 {origin.recipe_digest}"))
+    rows.append(("built by", f"enginery {origin.enginery} on {origin.host.name}"))
+    out.print(pairs_table(rows))
+    table = plain_table(out, "stage", "seconds", "", "toolchain")
+    for step in origin.steps:
+        tools = ", ".join(f"{name} {found}" for name, found in step.toolchain.items() if found is not None)
+        add_row(table, step.id, f"{step.seconds:.1f}", "reused" if step.reused else "built", tools)
+    out.print(table)
+
+
+def age_text(created: str, now: dt.datetime | None = None) -> str:
+    """Return how long ago an RFC 3339 instant in UTC was, as people say it."""
+    then = dt.datetime.fromisoformat(created.removesuffix("Z").partition(".")[0]).replace(tzinfo=dt.timezone.utc)
+    seconds = ((now or dt.datetime.now(dt.timezone.utc)) - then).total_seconds()
+    if seconds < -1:
+        return "in the future"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit} ago"
+    return "just now"
+
+
+def plain_table(out: Console, *columns: str) -> Table:
+    """Return a table with these columns, the first never folded: rules on a terminal, only spaces in a pipe."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        right = column in ("seconds", "size")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=index == 0)
+    return table
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Add a row of plain text: names and messages may hold what looks like markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return names beside values, a name that repeats shown once."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    last = ""
+    for name, value in rows:
+        add_row(table, "" if name == last else name, value)
+        last = name
+    return table
+
+
+def _best_measured(manifest: Manifest) -> Measured:
+    """Return what was measured of the engine itself where it was executed, else of its graph."""
+    engine = manifest.verification.engine
+    return engine if engine.executed else manifest.verification.graph
+
+
+def _measured_text(measured: Measured) -> str:
+    if not measured.executed or measured.parity is None:
+        return f"not executed: {measured.reason}"
+    parity = measured.parity
+    text = (
+        f"relative L2 {_figure(parity.relative_l2, '.1e')}, max abs {_figure(parity.max_abs, '.1e')}, "
+        f"cosine {_figure(parity.cosine, '.6f')}, {parity.non_finite} NaN or Inf, {len(measured.cases)} shapes"
+    )
+    if measured.metric is not None:
+        value, source = _figure(measured.metric.value, ".4f"), _figure(measured.metric.source, ".4f")
+        text += f"; {measured.metric.name} {value} (source {source})"
+    return text
+
+
+def _axes(shape: Sequence[int | str | None] | None) -> str:
+    if shape is None:
+        return "of unknown shape"
+    return f"[{', '.join('?' if axis is None else str(axis) for axis in shape)}]"
+
+
+def _figure(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
