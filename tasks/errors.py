@@ -1,8 +1,9 @@
 """What can go wrong in a stage, by whose fault.
 
 TaskError
-├── BackendError       a framework's or compiler's; `kind` is one of KINDS
-└── ModelCodeError     the recipe's own code raised; the message is that code's traceback
+├── BackendError         a framework's or compiler's; `kind` is one of KINDS
+├── ModelCodeError       the recipe's own code raised; the message is that code's traceback
+└── StageCancelledError  nobody's: the build was asked to stop
 (a wrong recipe is `recipes.errors.RecipeError`; a store's faults are in `artifacts.errors`)
 """
 
@@ -49,3 +50,7 @@ class BackendError(TaskError):
 
 class ModelCodeError(TaskError):
     """The recipe's own code raised; the message is the traceback of that code alone."""
+
+
+class StageCancelledError(TaskError):
+    """The build was asked to stop while the stage ran; its process is gone."""
