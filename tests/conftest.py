@@ -6,8 +6,13 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.servers import s3_environment, s3_server
+
+# Machines that run tests are busy: how long an example takes says nothing about the code.
+settings.register_profile("enginery", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("enginery")
 
 BUCKET = "enginery-tests"
 

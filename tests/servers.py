@@ -66,9 +66,11 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 class Faults:
     """What a `bad_network` does to the requests that come next; each entry is used up by one request."""
 
-    answers: deque[tuple[int, str]] = field(default_factory=deque)  # given instead of the server's: status, S3 code
+    # Given instead of the server's own, as status and S3 code; None lets one request pass.
+    answers: deque[tuple[int, str] | None] = field(default_factory=deque)
     lost_answers: int = 0  # requests that reach the server while their answer is lost
     cuts: deque[int] = field(default_factory=deque)  # bytes of a GET's body after which the connection breaks
+    flips: int = 0  # GETs in whose body one bit changes on the way
     dropped_headers: frozenset[str] = frozenset()  # for every request
     requests: list[str] = field(default_factory=list)  # what came, as "METHOD /path"
 
@@ -83,7 +85,7 @@ def bad_network(endpoint: str) -> Iterator[tuple[str, Faults]]:
         rules = faults
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}", faults
@@ -101,8 +103,9 @@ class _Proxy(BaseHTTPRequestHandler):
         rules = self.rules
         rules.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if rules.answers:
-            status, code = rules.answers.popleft()
+        answer = rules.answers.popleft() if rules.answers else None
+        if answer is not None:
+            status, code = answer
             text = f"<Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode()
             self._answer(status, {"Content-Length": str(len(text)), "Content-Type": "application/xml"}, text)
             return
@@ -116,11 +119,14 @@ class _Proxy(BaseHTTPRequestHandler):
             rules.lost_answers -= 1
             self.close_connection = True
             return
+        if self.command == "GET" and rules.flips:
+            rules.flips -= 1
+            content = bytes([content[0] ^ 1]) + content[1:]
         if self.command == "GET" and rules.cuts:
             content = content[: rules.cuts.popleft()]
             self.close_connection = True
         passed = {k: v for k, v in response.getheaders() if k.lower() not in ("connection", "server", "date")}
-        self._answer(response.status, passed, b"" if self.command == "HEAD" else content)
+        self._answer(response.status, passed, content)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_any  # noqa: N815 - the names that http.server calls
 
@@ -129,7 +135,8 @@ class _Proxy(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Say nothing."""

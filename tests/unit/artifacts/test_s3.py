@@ -1,0 +1,295 @@
+"""What only S3 has: refusals, lost answers, broken connections, services that ignore conditions, settings."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from artifacts.cache import ActionCache, blob_path
+from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.refs import BYTES, ArtifactRef, digest_bytes
+from artifacts.store import Store, open_store
+from tests.servers import Faults, bad_network
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def ref_of(data: bytes) -> ArtifactRef:
+    return ArtifactRef(digest_bytes(data), len(data), BYTES)
+
+
+@pytest.fixture
+def faults(s3_environ: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """The faults of a network between this process and the S3 server."""
+    with bad_network(s3_environ) as (address, rules):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        yield rules
+
+
+@pytest.fixture
+def store(s3_store_uri: str, faults: Faults) -> Store:
+    return open_store(s3_store_uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://", "s3:///prefix", "s3://ab", "s3://Upper/x", "s3://under_score", "s3://bucket?x=1", "s3://-bucket",
+        "s3://bucket/a//b", "s3://bucket/../b", "s3://bucket/" + "x" * 121, "s3://bucket/a\\b",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_none(uri: str) -> None:
+    with pytest.raises(StoreError, match=r"not an S3 address|not a prefix"):
+        open_store(uri)
+
+
+def test_opening_sends_nothing(store: Store, faults: Faults) -> None:
+    assert store.uri.startswith("s3://")
+    assert faults.requests == []
+
+
+def test_without_boto3() -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+sys.modules["boto3"] = None  # what an import of an absent package meets
+import artifacts.s3, artifacts.s3_faults
+from artifacts.cache import ActionCache, blob_path
+from artifacts.errors import StoreError
+from artifacts.store import open_store
+try:
+    open_store("s3://bucket/prefix")
+except StoreError as err:
+    print(err)
+assert not any(name.split(".")[0] == "botocore" for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "s3://bucket/prefix: S3 needs boto3; install it with: pip install 'enginery[s3]'"
+
+
+def test_a_write_whose_answer_is_lost_counts(store: Store, faults: Faults) -> None:
+    assert store.write("warm", b"", if_absent=True) is True
+    faults.lost_answers = 1
+    assert store.write("a", b"mine", if_absent=True) is True
+    assert store.read("a") == b"mine"
+    # Somebody else's object is not taken for one's own, even though the request was sent twice.
+    faults.lost_answers = 1
+    assert store.write("a", b"mine", if_absent=True) is False
+    # Nor is it while the first write finds out whether the service honours conditions.
+    faults.requests.clear()
+    fresh = open_store(store.uri)
+    assert fresh.write("b", b"mine", if_absent=True) is True
+    assert [line.split()[0] for line in faults.requests] == ["HEAD", "PUT", "PUT"]
+    faults.requests.clear()
+    assert fresh.write("c", b"mine", if_absent=True) is True
+    assert [line.split()[0] for line in faults.requests] == ["PUT"]
+
+
+def test_two_conditional_writes_at_once_are_tried_again(store: Store, faults: Faults) -> None:
+    store.write("warm", b"", if_absent=True)
+    faults.answers.extend([(409, "ConditionalRequestConflict")] * 2)
+    assert store.write("a", b"1", if_absent=True) is True
+    faults.answers.extend([(409, "ConditionalRequestConflict")] * 5)
+    with pytest.raises(StoreError, match="ConditionalRequestConflict"):
+        store.write("b", b"1", if_absent=True)
+
+
+def test_a_service_that_ignores_conditions_is_refused(store: Store, faults: Faults) -> None:
+    faults.dropped_headers = frozenset({"if-none-match"})
+    store.write("there", b"1")
+    assert store.write("there", b"2", if_absent=True) is False
+    with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+ ignores conditional writes \(If-None-Match\)"):
+        store.write("a", b"1", if_absent=True)
+    assert [found.path for found in store.list("")] == ["there"]
+    assert store.read("there") == b"1"
+
+
+def test_a_service_without_conditions_says_so(store: Store, faults: Faults) -> None:
+    store.write("warm", b"", if_absent=True)
+    faults.answers.append((501, "NotImplemented"))
+    with pytest.raises(StoreError, match="does not offer this"):
+        store.write("a", b"1", if_absent=True)
+
+
+def test_broken_downloads_go_on_where_they_broke(store: Store, faults: Faults, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20_000
+    store.write("blob", data)
+    faults.requests.clear()
+    faults.cuts.extend([0, 3_000_000, 100])
+    store.get_file("blob", ref_of(data), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == data
+    assert len(faults.requests) == 4
+    faults.cuts.append(1000)
+    assert store.read("blob") == data
+    faults.cuts.extend([10] * 5)
+    with pytest.raises(StoreError, match=r"cannot reach http://127.0.0.1") as caught:
+        store.get_file("blob", ref_of(data), tmp_path / "again")
+    assert not isinstance(caught.value.__cause__, IntegrityError)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_an_object_that_changes_while_it_is_read(store: Store, faults: Faults, tmp_path: Path) -> None:
+    store.write("blob", b"1" * 2_000_000)
+    faults.cuts.append(1_500_000)
+    client = store._client
+
+    def replace(**_kwargs: object) -> None:
+        if any(line.startswith("GET") for line in faults.requests):
+            client.meta.events.unregister("before-call.s3.GetObject", replace)
+            store.write("blob", b"2" * 2_000_000)
+
+    client.meta.events.register("before-call.s3.GetObject", replace)
+    with pytest.raises(StoreError, match="changed while it was read"):
+        store.get_file("blob", ref_of(b"1" * 2_000_000), tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_sent(store: Store, faults: Faults, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"right")
+
+    def change(**_kwargs: object) -> None:
+        source.write_bytes(b"wrong")
+
+    store._client.meta.events.register("before-call.s3.PutObject", change)
+    with pytest.raises(IntegrityError, match="changed while it was stored as blob; removed it"):
+        store.put_file("blob", source, ref_of(b"right"))
+    assert store.info("blob") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "AccessDenied", r": access denied \(said the proxy\); these credentials need s3:GetObject"),
+        (403, "InvalidAccessKeyId", r"the credentials were refused \(said the proxy\); check them and the clock"),
+        (403, "ExpiredToken", "the credentials were refused"),
+        (400, "AuthorizationHeaderMalformed", "in another region .*; set AWS_REGION"),
+        (
+            404,
+            "NoSuchBucket",
+            r"no bucket 'enginery-tests' at http://127.*; make it with: aws s3 mb s3://enginery-tests",
+        ),
+        (400, "StrangeThing", "answered StrangeThing: said the proxy; run again"),
+    ],
+)
+def test_refusals(store: Store, faults: Faults, tmp_path: Path, status: int, code: str, said: str) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 6)
+    faults.answers.append((status, code))
+    with pytest.raises(StoreError, match=said):
+        store.read("blob")
+    # An upload's refusal comes through boto3's transfer library, which wraps it.
+    store.info("blob")
+    faults.answers.extend([(404, "NotFound"), (status, code)])
+    with pytest.raises(StoreError, match=said):
+        store.put_file("blob", tmp_path / "source", ref_of(b"x" * 6))
+    faults.answers.append((status, code))
+    with pytest.raises(StoreError, match=said):
+        list(store.list(""))
+    faults.answers.append((403, "AccessDenied"))
+    with pytest.raises(StoreError, match="access denied"):
+        store.info("blob")
+
+
+def test_a_bit_that_flips_on_the_way(store: Store, faults: Faults, tmp_path: Path) -> None:
+    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
+    for checksum in ("CRC32", None):  # found by boto3 itself, or only by our digest
+        extra = {"ChecksumAlgorithm": checksum} if checksum else {}
+        store._client.put_object(Bucket=bucket, Key=f"{prefix}/blob", Body=b"right", **extra)
+        faults.flips = 1
+        with pytest.raises(IntegrityError, match="did not match calculated" if checksum else "SHA-256"):
+            store.get_file("blob", ref_of(b"right"), tmp_path / "target")
+        assert list(tmp_path.iterdir()) == []
+    store.get_file("blob", ref_of(b"right"), tmp_path / "target")
+
+
+def test_a_damaged_blob_that_may_not_be_removed_is_still_called_damaged(
+    store: Store, faults: Faults, tmp_path: Path
+) -> None:
+    ref = ref_of(b"right")
+    store.write(blob_path(ref.digest), b"wrong")
+    faults.answers.extend([None, (403, "AccessDenied")])
+    with pytest.raises(IntegrityError, match=r"SHA-256.*could not be removed \(.*access denied.*\): remove it by hand"):
+        ActionCache(store).get_blob(ref, tmp_path / "target")
+    assert store.read(blob_path(ref.digest)) == b"wrong"
+
+
+def test_missing_bucket(s3_environ: str, tmp_path: Path) -> None:
+    store = open_store("s3://no-such-bucket/x")
+    (tmp_path / "source").write_bytes(b"x")
+    for call in (
+        lambda: store.read("a"),
+        lambda: store.write("a", b""),
+        lambda: store.write("a", b"", if_absent=True),
+        lambda: store.put_file("a", tmp_path / "source", ref_of(b"x")),
+        lambda: list(store.list("")),
+    ):
+        with pytest.raises(StoreError, match="aws s3 mb s3://no-such-bucket --endpoint-url http://127"):
+            call()
+
+
+def test_unreachable_endpoint(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        with pytest.raises(StoreError, match=f"cannot reach {address} .* check the network, and AWS_ENDPOINT_URL_S3"):
+            open_store(s3_store_uri).read("a")
+
+
+def test_settings_that_are_wrong(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(StoreError, match=r"no usable credentials .*AWS_PROFILE.*aws configure"):
+            open_store(s3_store_uri).read("a")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_PROFILE", "nobody")
+        with pytest.raises(StoreError, match=r"profile \(nobody\) could not be found"):
+            open_store(s3_store_uri).read("a")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", "nonsense")
+        with pytest.raises(StoreError, match="nonsense; check AWS_ENDPOINT_URL_S3"):
+            open_store(s3_store_uri).info("a")
+    with monkeypatch.context() as patch:
+        patch.setenv("ENGINERY_S3_ADDRESSING", "sideways")
+        with pytest.raises(StoreError, match=r"'sideways' \(allowed: path, virtual, auto\)"):
+            open_store(s3_store_uri).read("a")
+
+
+@pytest.mark.parametrize(
+    ("addressing", "host"),
+    [("", "127.0.0.1"), ("path", "127.0.0.1"), ("auto", "127.0.0.1"), ("virtual", "enginery-tests.")],
+)
+def test_addressing(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, addressing: str, host: str) -> None:
+    if addressing == "virtual":
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.test.invalid:9")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("ENGINERY_S3_ADDRESSING", addressing)
+    store, asked = open_store(s3_store_uri), []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url))
+    with pytest.raises(StoreError):
+        store.read("a")
+    assert asked[0].removeprefix("http://").startswith(host)
+
+
+def test_threads_share_a_store(s3_store_uri: str) -> None:
+    store = open_store(s3_store_uri)
+    won: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda n=n: won.append(store.write(f"a/{n % 2}", b"x" * n, if_absent=True)))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 6 + [True] * 2
+    with pytest.raises(NotFoundError):
+        store.read("a/2")
