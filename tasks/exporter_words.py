@@ -22,8 +22,8 @@ class Noise:
     caught: list[warnings.WarningMessage] = field(default_factory=list)
 
     def line_with(self, *needles: str) -> str:
-        """Return the first line that holds any of the needles, in brackets, or nothing."""
-        lines = [line for line in self.text.getvalue().splitlines() if any(needle in line for needle in needles)]
+        """Return the first line with the first needle that occurs, in brackets, or nothing."""
+        lines = [line for needle in needles for line in self.text.getvalue().splitlines() if needle in line]
         return f" ({plain_words(lines[0], 300)})" if lines else ""
 
 
@@ -45,7 +45,8 @@ def quiet(*loggers: str) -> Iterator[Noise]:
         finally:
             for name in loggers:
                 logging.getLogger(name).removeHandler(handler)
-            sys.stderr.write(noise.text.getvalue())
+            lines = [f"{one.category.__name__}: {one.message}\n" for one in caught]
+            sys.stderr.write(noise.text.getvalue() + "".join(dict.fromkeys(lines)))
 
 
 def summary(error: BaseException) -> str:

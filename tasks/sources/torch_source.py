@@ -48,7 +48,8 @@ def reference(request: StageRequest) -> StageResult:
 
     Raises ModelCodeError, naming the case, where the module does not run at a shape of the recipe's profiles.
     """
-    module = load_module(request)
+    with quiet():
+        module = load_module(request)
     names = request.params["outputs"]
 
     def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
@@ -60,7 +61,7 @@ def reference(request: StageRequest) -> StageResult:
     # Sums split over threads round differently; parity runs are few, so they take one thread everywhere.
     torch.set_num_threads(1 if request.params["kind"] == "parity" else threads)
     try:
-        with quiet("torch"):
+        with quiet("torch", "onnxscript"):
             return write_reference(request, run)
     finally:
         torch.set_num_threads(threads)
@@ -72,9 +73,10 @@ def export(request: StageRequest) -> StageResult:
     Raises ModelCodeError for the recipe's code; BackendError("wrong result") for a frozen axis or a decision by value,
     "rejected setting" for an opset that the exporter did not keep, "unsupported operator" in the exporter's words.
     """
-    job = _Export(request, load_module(request))
+    with quiet():
+        job = _Export(request, load_module(request))
     request.report(0.2, "tracing the module")
-    with quiet("torch") as noise, tempfile.TemporaryDirectory(dir=request.output_dir) as scratch:
+    with quiet("torch", "onnxscript") as noise, tempfile.TemporaryDirectory(dir=request.output_dir) as scratch:
         job.run_eagerly()
         model = job.exported(Path(scratch) / GRAPH, noise)
         request.report(0.8, "checking the graph")
@@ -82,11 +84,13 @@ def export(request: StageRequest) -> StageResult:
         strip_notes(model)
         outputs = save_graph(model, request.output_dir)
     graph = infer_shapes(request.output_dir)
-    with quiet("torch"):
-        job.check_outputs(graph)
+    with quiet("torch", "onnxscript"):
+        if job.check_outputs(graph):
+            (request.output_dir / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
     check_graph(request.output_dir / GRAPH)
-    notes = {"warnings": job.notes} if job.notes else {}
-    return StageResult(outputs, graph_facts(graph) | notes)
+    # The graph's own count includes what the exporter folded.
+    facts = graph_facts(graph) | {"parameters": sum(parameter.numel() for parameter in job.module.parameters())}
+    return StageResult(outputs, facts | ({"warnings": job.notes} if job.notes else {}))
 
 
 @dataclass
@@ -105,29 +109,32 @@ class _Export:
         self.outputs: list[str] = params["outputs"]
         order = call_order(self.module, list(self.tensors))
         self.names = sorted(self.tensors) if order is None else order
-        self.plain = order is not None
+        self.by_keyword = order is None
+        self.shapes: list[tuple[int, ...]] = []
 
     def run_eagerly(self) -> None:
         """Run the module once at the trace shape: its own faults are its author's, not the exporter's."""
         found = run_module(self.module, self._inputs(self.trace), f"running the module at {_spell(self.trace)}")
         check_output_count(found, self.outputs)
+        self.shapes = [tuple(tensor.shape) for tensor in found]
+        # Wrapped only where needed: the wrapper shows in the names of parameters and nodes.
+        self.arguments = tuple(self._inputs(self.trace)[name] for name in self.names)
+        self.wrapped = self.by_keyword or not self._returns_tensors(self.arguments)
+        self.given = ByName(self.module, self.names) if self.wrapped else self.module
 
     def exported(self, path: Path, noise: Noise) -> Any:
         """Run the exporter and return its graph as written, with the opset asked for."""
-        arguments = tuple(self._inputs(self.trace)[name] for name in self.names)
-        wrap = not self.plain or not self._returns_tensors(arguments)
-        module = ByName(self.module, self.names) if wrap else self.module
         try:
-            self._call_exporter(module, arguments, path, variadic=wrap)
+            self._call_exporter(path)
         except TaskError:
             raise
         except Exception as err:
-            raise self._failure(err, module, arguments, variadic=wrap) from err
+            raise self._failure(err) from err
         model = load_graph(path)
         asked, found = self.request.params["opset"], opset_of(model)
         if found != asked:
             advice = "ask for export.opset 18 or later, or use export.exporter: torchscript"
-            words = noise.line_with("version conver", "target version")
+            words = noise.line_with("Failed to convert", "version conver")
             raise BackendError(
                 "rejected setting",
                 f"opset {asked} was asked for, the {self.exporter} exporter wrote opset {found}{words}",
@@ -155,30 +162,34 @@ class _Export:
             raise _wrong("; ".join(agreement.faults), "correct the recipe's inputs, or the module")
         rename_axes(model, self.tensors, agreement.names)
 
-    def check_outputs(self, graph: Any) -> None:
+    def check_outputs(self, graph: Any) -> bool:
         """Raise where an output's extent is a constant in the graph but follows a dynamic axis in the module.
 
         The module runs with each axis one larger (or twice as large, where it refuses that); a module that refuses both
-        says nothing here, and the stages after this one run the graph at every shape of the profiles.
+        says nothing here, and the stages after this one run the graph at every shape of the profiles. What was seen also
+        gives the recipe's axis names to extents that an exporter named itself; returns whether any was renamed.
         """
-        axes = sorted({axis for tensor in self.tensors.values() for axis in tensor["shape"] if isinstance(axis, str)})
+        names: dict[str, int | str] = {}
+        axes = self._axis_names()
         for axis in axes:
-            found = self._run_enlarged(axis)
-            for value, tensor in zip(graph.graph.output, found or (), strict=False):
-                for position, (dim, extent) in enumerate(zip(dims_of(value), tensor.shape, strict=False)):
-                    if isinstance(dim, int) and dim != extent:
+            extents, shapes = self._run_enlarged(axis)
+            for value, before, after in zip(graph.graph.output, self.shapes, shapes, strict=False):
+                for position, (dim, *sizes) in enumerate(zip(dims_of(value), before, after, strict=False)):
+                    if isinstance(dim, int) and dim != sizes[1]:
                         raise _wrong(
                             f"axis {axis!r} is frozen: output {value.name!r} axis {position} is the constant {dim} in the "
-                            f"graph of the {self.exporter} exporter; the module gives {extent} at another {axis}",
+                            f"graph of the {self.exporter} exporter; the module gives {sizes[1]} at another {axis}",
                             f"use sizes from tensor shapes in the module instead of Python numbers or loops, try "
                             f"export.exporter: {_OTHER[self.exporter]}, or make {axis!r} a fixed size",
                         )
+                    if isinstance(dim, str) and dim not in axes and tuple(sizes) == extents:
+                        names.setdefault(dim, axis)
+        rename_axes(graph, self.tensors, names)
+        return bool(names)
 
     # ---- the exporters ------------------------------------------------------------------------------------------
 
-    def _call_exporter(
-        self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], path: Path, *, variadic: bool
-    ) -> None:
+    def _call_exporter(self, path: Path) -> None:
         named: dict[str, Any] = {
             "input_names": self.names,
             "output_names": self.outputs,
@@ -188,8 +199,8 @@ class _Export:
             dims = {axis: torch.export.Dim(axis) for axis in self._axis_names()}
             named |= {
                 "dynamo": True,
-                "dynamic_shapes": self._dynamic(lambda axis: dims[axis], variadic=variadic),
-                "external_data": _weight_bytes(module) > INLINE_LIMIT,
+                "dynamic_shapes": self._dynamic(lambda axis: dims[axis]),
+                "external_data": _weight_bytes(self.module) > INLINE_LIMIT,
                 "optimize": True,
                 "verbose": False,
             }
@@ -202,17 +213,17 @@ class _Export:
                 },
             }
         with torch.no_grad():
-            torch.onnx.export(module, arguments, str(path), **named)
+            torch.onnx.export(self.given, self.arguments, str(path), **named)
 
-    def _dynamic(self, dim: Callable[[str], Any], *, variadic: bool) -> tuple[Any, ...]:
+    def _dynamic(self, dim: Callable[[str], Any]) -> tuple[Any, ...]:
         shapes = tuple(
             {i: dim(axis) for i, axis in enumerate(self.tensors[name]["shape"]) if isinstance(axis, str)}
             for name in self.names
         )
-        return (shapes,) if variadic else shapes
+        return (shapes,) if self.wrapped else shapes
 
     def _axis_names(self) -> list[str]:
-        return [axis for tensor in self.tensors.values() for axis in tensor["shape"] if isinstance(axis, str)]
+        return sorted({axis for tensor in self.tensors.values() for axis in tensor["shape"] if isinstance(axis, str)})
 
     def _returns_tensors(self, arguments: tuple[torch.Tensor, ...]) -> bool:
         """Tell whether exporters understand the result as it is: a tensor or a tuple of tensors."""
@@ -224,9 +235,7 @@ class _Export:
 
     # ---- what exporters get wrong -------------------------------------------------------------------------------
 
-    def _failure(
-        self, error: Exception, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], *, variadic: bool
-    ) -> BackendError:
+    def _failure(self, error: Exception) -> BackendError:
         text, words = f"{error}\n{error.__cause__ or ''}", summary(error)
         if "data-dependent" in text:
             return BackendError(
@@ -239,7 +248,7 @@ class _Export:
         other = f"export.exporter: {_OTHER[self.exporter]}"
         if type(error).__name__ == "UnsupportedOperatorError" or "is not supported" in text:
             return BackendError("unsupported operator", words, f"ask for a higher export.opset, or try {other}")
-        why = self._why_static(module, arguments, variadic=variadic) if self.exporter == "dynamo" else ""
+        why = self._why_static() if self.exporter == "dynamo" else ""
         if why:
             return self._axis_error(why)
         return BackendError(
@@ -250,10 +259,7 @@ class _Export:
 
     def _frozen(self, fixed: Sequence[FixedAxis]) -> BackendError:
         places = ", ".join(f"{at.axis!r} (input {at.input!r} axis {at.position}) became {at.extent}" for at in fixed)
-        why = ""
-        if self.exporter == "dynamo":
-            arguments = tuple(self._inputs(self.trace)[name] for name in self.names)
-            why = self._why_static(ByName(self.module, self.names), arguments, variadic=True)
+        why = self._why_static() if self.exporter == "dynamo" else ""
         return self._axis_error(f"{places}; {why}" if why else places)
 
     def _axis_error(self, words: str) -> BackendError:
@@ -263,16 +269,16 @@ class _Export:
             "or give the axis a fixed size in the recipe's inputs",
         )
 
-    def _why_static(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], *, variadic: bool) -> str:
+    def _why_static(self) -> str:
         """Export once more with axes that must stay dynamic, since only then the tracer says what froze one."""
-        shapes = self._dynamic(lambda _axis: torch.export.Dim.DYNAMIC, variadic=variadic)
+        shapes = self._dynamic(lambda _axis: torch.export.Dim.DYNAMIC)
         try:
-            torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+            torch.export.export(self.given, self.arguments, dynamic_shapes=shapes, strict=False)
         except Exception as err:  # noqa: BLE001 - whatever it says is the explanation
             lines = [
                 line.strip("- ") for line in str(err).splitlines() if "static shape" in line or "specialized" in line
             ]
-            return plain_words("; ".join(lines), 600)
+            return plain_words("; ".join(line.partition(". If you")[0] for line in lines), 600)
         return ""
 
     def _check_decisions(self, noise: Noise) -> None:
@@ -297,18 +303,26 @@ class _Export:
                 "choose with torch.where instead of a Python `if`, or remove the decision from the exported module",
             )
 
-    def _run_enlarged(self, axis: str) -> list[torch.Tensor] | None:
-        for factor, more in ((1, 1), (2, 0)):
+    def _run_enlarged(self, axis: str) -> tuple[tuple[int, int], list[tuple[int, ...]]]:
+        """Return the axis's extent before and after, and the output shapes after (none where the module refuses it)."""
+        at = next(
+            self.trace[name][position]
+            for name, tensor in self.tensors.items()
+            for position, wanted in enumerate(tensor["shape"])
+            if wanted == axis
+        )
+        for larger in (at + 1, 2 * at):
             shapes = {
                 name: [
-                    factor * extent + more if wanted == axis else extent
+                    larger if wanted == axis else extent
                     for extent, wanted in zip(self.trace[name], tensor["shape"], strict=True)
                 ]
                 for name, tensor in self.tensors.items()
             }
             with contextlib.suppress(TaskError):
-                return run_module(self.module, self._inputs(shapes), f"running the module at {_spell(shapes)}")
-        return None
+                found = run_module(self.module, self._inputs(shapes), f"running the module at {_spell(shapes)}")
+                return (at, larger), [tuple(tensor.shape) for tensor in found]
+        return (at, at), []
 
     def _inputs(self, shapes: Shapes, fill: str | None = None) -> dict[str, torch.Tensor]:
         arrays = seeded_inputs(self.tensors, shapes, 0, 0)
