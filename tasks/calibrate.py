@@ -129,11 +129,11 @@ def _extremes(request: StageRequest, observed: _Observed, once: Pass) -> Ranges:
 
 def _clipped(request: StageRequest, observed: _Observed, once: Pass, extremes: Ranges) -> Ranges:
     """Find the ranges that lose least (entropy), or that leave out the outliers (percentile)."""
-    from onnxruntime.quantization.calibrate import HistogramCollector
+    from tasks.entropy import FastCollector
 
     method = request.params["method"]
     symmetric = method == "percentile"
-    collector = HistogramCollector(method, symmetric, _BINS, _LEVELS, request.params["percentile"], "same")
+    collector = FastCollector(method, symmetric, _BINS, _LEVELS, request.params["percentile"], "same")
     for name, (low, high) in extremes.items():
         bound = np.float32(max(abs(low), abs(high)))
         if not zero_range(low, high):

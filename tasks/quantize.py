@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -101,8 +101,7 @@ def _with_pairs(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in sorted(ranges.items())
     }
-    logging.getLogger().addFilter(_without_advice)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), _without_advice():
         cache, output = Path(folder, "ranges.json"), Path(folder, "out", "model.onnx")
         output.parent.mkdir()
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
@@ -139,9 +138,18 @@ def _options(model: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def _without_advice(record: logging.LogRecord) -> bool:
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
     """Drop the advice to run quant_pre_process: the graph was simplified, and that step may lose dynamic axes."""
-    return "pre-processing before quantization" not in record.getMessage()
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "pre-processing before quantization" not in record.getMessage()
+
+    logging.getLogger().addFilter(wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(wanted)
 
 
 def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
