@@ -1,0 +1,48 @@
+"""Manifests and published engines for tests, all made from the golden manifest."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from artifacts.cache import blob_path
+from artifacts.manifest import Manifest
+from artifacts.refs import ENGINE_PLAN, ArtifactRef
+from artifacts.store import Store
+
+GOLDEN = Path(__file__).parent / "golden" / "manifest-v1.json"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_document(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the golden manifest as JSON values, with values replaced by dotted path."""
+    document = json.loads(GOLDEN.read_bytes())
+    for path, value in (changes or {}).items():
+        part = document
+        *parents, last = path.split(".")
+        for name in parents:
+            part = part[name]
+        part[last] = copy.deepcopy(value)
+    return document
+
+
+def make_manifest(changes: dict[str, Any] | None = None) -> Manifest:
+    return Manifest.from_bytes(json.dumps(manifest_document(changes)).encode())
+
+
+def make_engine(store: Store, folder: Path, content: bytes = b"plan", **names: str) -> Manifest:
+    """Store a plan's blob, and return the manifest of its engine, which is not published yet."""
+    ref = ArtifactRef(hashlib.sha256(content).hexdigest(), len(content), ENGINE_PLAN)
+    source = folder / f"source-{ref.digest}"
+    source.write_bytes(content)
+    store.put_file(blob_path(ref.digest), source, ref)
+    changes: dict[str, Any] = {f"identity.{name}": value for name, value in names.items()}
+    changes["files"] = {"model.plan": ref.to_json()}
+    changes["provenance.key"] = digest("/".join(names.values()))
+    return make_manifest(changes)

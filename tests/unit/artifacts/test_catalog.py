@@ -1,0 +1,216 @@
+import multiprocessing
+import shutil
+
+import pytest
+
+from artifacts.cache import blob_path
+from artifacts.catalog import EngineCatalog, EngineId, host_path
+from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.folder import FolderStore
+from artifacts.host import Gpu, Host
+from tests.engines import digest, make_engine, make_manifest
+
+SM89, SM80 = "tensorrt-rtx-1.7.1.116-sm89", "tensorrt-rtx-1.7.1.116-sm80"
+
+
+@pytest.fixture
+def warnings():
+    return []
+
+
+@pytest.fixture
+def catalog(tmp_path, warnings):
+    return EngineCatalog(FolderStore(tmp_path / "store"), warnings.append)
+
+
+@pytest.fixture
+def make(catalog, tmp_path):
+    def make(recipe="digits", target=SM89, build="fp16-0123456789abcdef", content=b"plan"):
+        return make_engine(catalog.store, tmp_path, content, recipe=recipe, target=target, build=build)
+
+    return make
+
+
+def test_a_published_engine_is_listed_read_and_fetched(catalog, make, tmp_path):
+    manifest = make()
+    assert catalog.publish(manifest) == manifest.to_bytes()
+    engine = EngineId.of(manifest.identity)
+    assert catalog.engines() == [engine]
+    assert catalog.engines("digits") == [engine]
+    assert catalog.engines("digit") == []
+    assert catalog.manifests() == [manifest]
+    assert catalog.manifest(engine) == manifest
+    catalog.fetch(engine, "model.plan", manifest.files["model.plan"], tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+
+
+def test_publishing_again_changes_nothing_and_returns_what_is_there(catalog, make, warnings):
+    first = make()
+    catalog.publish(first)
+    later = first.model_copy(update={"identity": first.identity.model_copy(update={"created": "2027-01-01T00:00:00Z"})})
+    assert catalog.publish(later) == first.to_bytes()
+    assert catalog.manifests() == [first]
+    assert not warnings
+
+
+def test_without_its_manifest_a_folder_is_no_engine(catalog, make):
+    manifest = make()
+    engine = EngineId.of(manifest.identity)
+    catalog.store.copy(blob_path(manifest.files["model.plan"].digest), f"{engine.path}/model.plan")
+    assert catalog.engines() == []
+    assert catalog.manifests() == []
+    assert catalog.find("digits") == []
+
+
+def test_a_blob_that_is_gone_publishes_nothing(catalog, make):
+    manifest = make()
+    catalog.store.delete(blob_path(manifest.files["model.plan"].digest))
+    with pytest.raises(NotFoundError):
+        catalog.publish(manifest)
+    assert catalog.engines() == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"schema": 9}', b"\x00" * 40])
+def test_a_damaged_manifest_is_passed_over_aloud_named_when_read_and_replaced_when_published(
+    catalog, make, warnings, damage
+):
+    good, bad = make(), make(recipe="other")
+    for manifest in (good, bad):
+        catalog.publish(manifest)
+    path = f"{EngineId.of(bad.identity).path}/manifest.json"
+    catalog.store.write(path, damage)
+    assert catalog.manifests() == [good]
+    assert len(warnings) == 1
+    assert path in warnings[0]
+    with pytest.raises(IntegrityError, match="engines/other"):
+        catalog.manifest(EngineId.of(bad.identity))
+    catalog.publish(bad)
+    assert catalog.manifest(EngineId.of(bad.identity)) == bad
+
+
+def test_a_manifest_that_was_moved_is_not_the_engine_of_its_new_place(catalog, make):
+    manifest = make()
+    catalog.publish(manifest)
+    old = catalog.store.root / EngineId.of(manifest.identity).path
+    new = EngineId("digits", SM80, manifest.identity.build)
+    (catalog.store.root / new.path).parent.mkdir()
+    shutil.copytree(old, catalog.store.root / new.path)
+    with pytest.raises(IntegrityError, match="is the manifest of digits/tensorrt-rtx"):
+        catalog.manifest(new)
+
+
+def test_two_actions_never_share_one_name(catalog, make):
+    first = make()
+    catalog.publish(first)
+    other = first.model_copy(update={"provenance": first.provenance.model_copy(update={"key": digest("another")})})
+    with pytest.raises(IntegrityError, match="share their first digits"):
+        catalog.publish(other)
+    assert catalog.manifests() == [first]
+
+
+def test_sending_to_another_store_brings_the_same_bytes(catalog, make, tmp_path):
+    manifest = make()
+    catalog.publish(manifest)
+    other = EngineCatalog(FolderStore(tmp_path / "other"))
+    engine = EngineId.of(manifest.identity)
+    for _twice in range(2):
+        assert catalog.send(engine, other) == manifest.to_bytes()
+    assert other.manifests() == [manifest]
+    assert other.store.read(f"{engine.path}/model.plan") == b"plan"
+
+
+def test_damaged_bytes_are_never_sent(catalog, make, tmp_path):
+    manifest = make()
+    catalog.publish(manifest)
+    engine = EngineId.of(manifest.identity)
+    catalog.store.write(f"{engine.path}/model.plan", b"nalp")
+    other = EngineCatalog(FolderStore(tmp_path / "other"))
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        catalog.send(engine, other)
+    assert other.engines() == []
+
+
+def test_finding_takes_whole_names_builds_and_unique_parts(catalog, make):
+    one = make(build="fp16-aaaaaaaaaaaaaaaa")
+    two = make(build="int8-bbbbbbbbbbbbbbbb", content=b"two")
+    three = make(target=SM80, build="fp16-cccccccccccccccc", content=b"three")
+    for manifest in (one, two, three):
+        catalog.publish(manifest)
+    ids = {str(EngineId.of(m.identity)): EngineId.of(m.identity) for m in (one, two, three)}
+    for text in ("fp16-a", "fp16-aaaaaaaaaaaaaaaa", str(one.identity), f"engines/{one.identity}/manifest.json", "aaaa"):
+        assert catalog.find(text) == [ids[str(one.identity)]]
+    assert len(catalog.find("sm89")) == 2
+    assert len(catalog.find("digits")) == 3
+    assert catalog.find("digitz") == []
+    assert "digits" in catalog.near("digitz")
+    assert str(two.identity) in catalog.near(f"digits/{SM89}/int8-bbbbbbbbbbbbbbb")
+
+
+def test_a_channel_names_a_build_for_each_target(catalog):
+    for target, build in ((SM80, "fp16-1"), (SM89, "int8-2")):
+        catalog.store.write(
+            f"channels/digits/{target}/production.json", b'{"schema": 1, "build": "%s"}' % build.encode()
+        )
+    catalog.store.write(f"channels/digits/{SM80}/staging.json", b'{"schema": 1, "build": "fp16-9"}')
+    assert catalog.channels("digits", "production") == {SM80: "fp16-1", SM89: "int8-2"}
+    assert catalog.channels("digits", "canary") == {}
+    assert catalog.channels("other", "production") == {}
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b'{"schema": 2, "build": "x"}', b'{"schema": 1}', b'{"schema": 1, "build": 3}']
+)
+def test_a_damaged_channel_is_named(catalog, data):
+    catalog.store.write(f"channels/digits/{SM80}/production.json", data)
+    with pytest.raises(IntegrityError, match="production"):
+        catalog.channels("digits", "production")
+
+
+def test_a_recorded_host_is_read_back(catalog):
+    host = Host(
+        "gpu box/1", "linux", "x86_64", "580.1", "13.0", (Gpu("L4", "GPU-1", "sm89", None),), {"onnxruntime": "1.31.1"}
+    )
+    path = catalog.record_host(host)
+    assert path == host_path(host.name) == "hosts/gpu_box_1.json"
+    assert catalog.host(host.name) == host
+    with pytest.raises(NotFoundError):
+        catalog.host("another")
+
+
+@pytest.mark.parametrize(
+    "data", [b"{}", b'{"schema": 1}', b'{"schema": 1, "name": "a", "os": "b", "arch": "c", "gpus": [1]}']
+)
+def test_a_damaged_fingerprint_is_named(catalog, data):
+    catalog.store.write("hosts/box.json", data)
+    with pytest.raises(IntegrityError, match="hosts/box"):
+        catalog.host("box")
+
+
+def test_names_that_lead_elsewhere_are_refused(catalog):
+    with pytest.raises(StoreError):
+        catalog.engines("../digits")
+
+
+def _publish(root, manifest, barrier):
+    barrier.wait()
+    EngineCatalog(FolderStore(root)).publish(manifest)
+
+
+def test_of_many_that_publish_one_build_at_once_all_succeed_and_one_manifest_is_left(catalog, make):
+    first = make()
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    manifests = [
+        make_manifest({**_document(first), "identity.created": f"2026-01-0{index}T00:00:00Z"}) for index in range(1, 5)
+    ]
+    workers = [context.Process(target=_publish, args=(catalog.store.root, m, barrier)) for m in manifests]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert catalog.manifests()[0] in manifests
+
+
+def _document(manifest):
+    return {name: value for name, value in manifest.to_json().items() if name != "schema"}

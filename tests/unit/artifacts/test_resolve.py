@@ -1,0 +1,220 @@
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts.host import Gpu, Host
+from artifacts.resolve import Request, resolve
+from tests.engines import digest, make_manifest, manifest_document
+
+MEASURED = manifest_document()["verification"]["graph"]
+RTX = "1.7.1.116"
+
+
+def engine(
+    build="fp16-0",
+    *,
+    runtime="tensorrt-rtx",
+    version=RTX,
+    gpu="sm89",
+    given="fp16",
+    asked=None,
+    created="2026-01-01T00:00:00Z",
+    wish=("int8", "fp16", "fp32"),
+    source="one",
+    executed=False,
+    **changes,
+):
+    changed = {
+        "identity.target": f"{runtime}-{version}-{gpu}",
+        "identity.build": build,
+        "identity.created": created,
+        "compatibility.runtime": runtime,
+        "compatibility.runtime_version": version,
+        "compatibility.gpus": [gpu],
+        "precision.given": given,
+        "precision.asked": asked or given,
+        "precision.wish": list(wish),
+        "provenance.source": {"weights": digest(source)},
+    }
+    if executed:
+        changed["verification.engine"] = MEASURED
+    return make_manifest(changed | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def request(**changes):
+    return Request(**{"runtimes": {"tensorrt-rtx": RTX}, "gpus": ("sm89",), "os": "linux", "arch": "x86_64"} | changes)
+
+
+def best(engines, asked=None, channels=None):
+    one, two = (resolve(order, asked or request(), channels).best for order in (engines, engines[::-1]))
+    assert one == two
+    return None if one is None else one.identity.build
+
+
+@pytest.mark.parametrize(
+    ("manifest", "asked", "reason"),
+    [
+        (engine(), request(runtimes={"onnxruntime": "1.31.1"}), "needs tensorrt-rtx; there is onnxruntime"),
+        (engine(), request(runtimes={}), "needs tensorrt-rtx; there is no runtime"),
+        (engine(), request(runtimes={"tensorrt-rtx": "1.7.1.117"}), f"needs tensorrt-rtx {RTX}; there is 1.7.1.117"),
+        (engine(), request(gpus=("sm90", "cpu")), "is for sm89; there is sm90, cpu"),
+        (engine(), request(os="windows"), "is for linux x86_64; there is windows x86_64"),
+        (engine(), request(arch="aarch64"), "is for linux x86_64; there is linux aarch64"),
+        (engine(), request(precision="int8"), "is fp16, not int8"),
+        (engine(), request(channel="production"), "channel production names nothing for this target"),
+        (engine(), request(shapes={"image": (5, 1, 16, 16)}), "no profile covers image=5x1x16x16"),
+        (engine(), request(shapes={"image": (1, 3, 8, 8)}), "no profile covers image=1x3x8x8"),
+        (engine(), request(shapes={"image": (1, 8, 8)}), "no profile covers image=1x8x8"),
+        (engine(), request(shapes={"pixels": (1,)}), "has no input pixels"),
+        (engine(verification__passed=False), request(), "its gates did not pass"),
+        (engine(compatibility__driver_minimum="580.65.06"), request(driver="570.1"), "needs driver 580.65.06"),
+        (engine(compatibility__driver_minimum="580.65.06"), request(), "there is none known"),
+    ],
+)
+def test_a_rule_that_is_broken_refuses_and_says_why(manifest, asked, reason):
+    resolution = resolve([manifest], asked)
+    assert resolution.best is None
+    (candidate,) = resolution.candidates
+    assert any(reason in said for said in candidate.reasons), candidate.reasons
+    assert len(candidate.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("manifest", "asked"),
+    [
+        (engine(), request()),
+        (engine(), request(driver="470.1")),
+        (engine(compatibility__driver_minimum="580.65.06"), request(driver="580.126.09")),
+        (engine(), request(shapes={"image": (4, 1, 16, 9)})),
+        (engine(), request(shapes={"image": (256, 1, 8, 8)})),
+        (engine(), request(shapes={})),
+        (engine(compatibility__gpus=["sm86", "sm89"]), request()),
+        (engine(), request(precision="fp16")),
+    ],
+)
+def test_what_breaks_no_rule_fits(manifest, asked):
+    assert resolve([manifest], asked).best == manifest
+
+
+def test_every_broken_rule_is_told_and_no_engine_is_left_out():
+    engines = [engine("a"), engine("b", gpu="sm80", version="1.6", given="int8")]
+    resolution = resolve(engines, request(os="windows"))
+    assert [len(candidate.reasons) for candidate in resolution.candidates] == [3, 1]
+    assert {candidate.manifest.identity.build for candidate in resolution.candidates} == {"a", "b"}
+
+
+def test_no_engine_resolves_to_none():
+    assert resolve([], request()).best is None
+
+
+def test_a_channel_decides_whatever_is_newer():
+    engines = [engine("old"), engine("new", created="2026-02-01T00:00:00Z")]
+    target = engines[0].identity.target
+    assert best(engines, request(channel="production"), {target: "old"}) == "old"
+    assert best(engines, request(channel="production"), {target: "gone"}) is None
+
+
+def test_a_gpu_comes_before_the_cpu_even_where_only_the_cpu_engine_was_executed():
+    both = request(runtimes={"tensorrt-rtx": RTX, "onnxruntime": "1.31.1"}, gpus=("sm89", "cpu"))
+    cpu = engine("cpu", runtime="onnxruntime", version="1.31.1", gpu="cpu", executed=True)
+    assert best([cpu, engine("gpu")], both) == "gpu"
+    assert best([cpu, engine("gpu", gpu="sm80")], both) == "cpu"
+
+
+def test_executed_comes_before_wanted_and_new():
+    executed = engine("a", given="fp32", executed=True)
+    assert best([executed, engine("b", given="int8", created="2026-02-01T00:00:00Z")]) == "a"
+
+
+def test_what_is_wanted_most_comes_first_though_it_had_to_give_way():
+    wanted = engine("a", asked="int8", given="fp32")
+    assert best([wanted, engine("b", given="fp16", created="2026-02-01T00:00:00Z")]) == "a"
+
+
+def test_the_newest_engine_says_what_is_wanted_most():
+    old = engine("a", given="int8")
+    new = engine("b", given="fp16", created="2026-02-01T00:00:00Z", wish=("fp16", "int8"))
+    assert best([old, new]) == "b"
+
+
+def test_old_weights_never_win_over_new_ones_by_precision_or_by_having_been_executed():
+    old = engine("a", given="int8", executed=True, source="old weights")
+    new = engine("b", given="fp16", created="2026-02-01T00:00:00Z", source="new weights")
+    assert best([old, new]) == "b"
+    assert best([old, engine("c", gpu="sm80", created="2026-02-01T00:00:00Z", source="new weights")]) == "a"
+
+
+def test_the_newest_of_equals_wins():
+    engines = [
+        engine(name, created=created)
+        for name, created in (
+            ("a", "2026-01-01T00:00:00Z"),
+            ("b", "2026-01-01T00:00:01.5Z"),
+            ("c", "2026-01-01T00:00:01Z"),
+        )
+    ]
+    for order in itertools.permutations(engines):
+        assert best(list(order)) == "b"
+
+
+def test_a_host_may_load_for_all_of_its_gpus_and_its_cpu():
+    gpus = tuple(Gpu("L4", f"GPU-{index}", name, 1) for index, name in enumerate(("sm89", "sm89", "sm120")))
+    host = Host("box", "linux", "x86_64", "580.1", "13.0", gpus, {"tensorrt-rtx": RTX})
+    asked = Request.of_host(host, shapes={"image": (1, 1, 8, 8)})
+    assert asked.gpus == ("sm89", "sm120", "cpu")
+    assert best([engine("a", gpu="sm120")], asked) == "a"
+    assert best([engine("a", gpu="sm80")], asked) is None
+
+
+engines_strategy = st.lists(
+    st.builds(
+        engine,
+        build=st.sampled_from(["a", "b", "c", "d"]),
+        runtime=st.sampled_from(["tensorrt-rtx", "onnxruntime"]),
+        version=st.sampled_from([RTX, "1.31.1"]),
+        gpu=st.sampled_from(["sm80", "sm89", "cpu"]),
+        given=st.sampled_from(["fp16", "int8"]),
+        asked=st.sampled_from(["fp16", "int8"]),
+        created=st.sampled_from(["2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"]),
+        source=st.sampled_from(["one", "two"]),
+        executed=st.booleans(),
+        verification__passed=st.booleans(),
+    ),
+    max_size=5,
+    unique_by=lambda manifest: str(manifest.identity),
+)
+requests_strategy = st.builds(
+    request,
+    runtimes=st.dictionaries(st.sampled_from(["tensorrt-rtx", "onnxruntime"]), st.sampled_from([RTX, "1.31.1"])),
+    gpus=st.lists(st.sampled_from(["sm80", "sm89", "cpu"]), unique=True),
+    os=st.sampled_from(["linux", "windows"]),
+    precision=st.sampled_from([None, "fp16"]),
+    shapes=st.sampled_from([{}, {"image": (1, 1, 8, 8)}, {"image": (64, 1, 16, 16)}]),
+)
+
+
+def obeys(manifest, asked):
+    """Say the rules once more, as plainly as possible."""
+    needs = manifest.compatibility
+    return (
+        asked.runtimes.get(needs.runtime) == needs.runtime_version
+        and any(gpu in asked.gpus for gpu in needs.gpus)
+        and (asked.os, asked.arch) == (needs.os, needs.arch)
+        and manifest.verification.passed
+        and asked.precision in (None, manifest.precision.given)
+        and asked.shapes.get("image") != (64, 1, 16, 16)
+    )
+
+
+@given(engines_strategy, requests_strategy, st.randoms())
+def test_the_answer_is_a_candidate_that_obeys_every_rule_whatever_the_order(engines, asked, random):
+    resolution = resolve(engines, asked)
+    assert {str(c.manifest.identity) for c in resolution.candidates} == {str(m.identity) for m in engines}
+    assert [c.fits for c in resolution.candidates] == sorted((obeys(m, asked) for m in engines), reverse=True)
+    assert all(obeys(candidate.manifest, asked) == candidate.fits for candidate in resolution.candidates)
+    assert resolution.best == next((c.manifest for c in resolution.candidates if c.fits), None)
+    shuffled = list(engines)
+    random.shuffle(shuffled)
+    assert resolve(shuffled, asked) == resolution
