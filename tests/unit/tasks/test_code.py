@@ -2,24 +2,13 @@ import io
 import subprocess
 import sys
 import tarfile
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from tasks.code import load_callable, recipe_code
 from tasks.errors import BackendError, ModelCodeError
-
-
-def bundle(folder: Path, files: dict[str, str]) -> Path:
-    path = folder / "code.tar"
-    with tarfile.open(path, "w") as archive:
-        for name, text in sorted(files.items()):
-            data = textwrap.dedent(text).encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
+from tests.unit.tasks.bundles import code_tar as bundle
 
 
 @pytest.fixture(autouse=True)
