@@ -157,10 +157,15 @@ def test_a_module_without_weights_is_initialised_from_its_seed(tmp_path):
     assert written[0] != written[2]
 
 
-def test_dropout_stays_off_after_an_export(tmp_path):
+def test_dropout_is_off_in_the_graph_and_in_the_reference(tmp_path):
     source = module("return self.drop(image)", "self.drop = nn.Dropout(0.9)")
     _, folder = export_code(tmp_path, source)
     assert "Dropout" not in {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    tar = code_tar(tmp_path, {"model.py": source})
+    asked = request("reference", torch_params(kind="parity", cases=CASES, input_seed=0), {"code.tar": tar}, tmp_path)
+    run_reference(asked)
+    arrays = load_file(asked.output_dir / "reference.safetensors")
+    assert np.array_equal(arrays["a/max/in/image"], arrays["a/max/out/logits"])
 
 
 # ---- torch: the recipe's own faults ---------------------------------------------------------------------------------
