@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -72,13 +73,12 @@ class Executable:
         # An engine was optimised when it was compiled; a graph must not lose Q/DQ pairs or casts to a fusion.
         options.graph_optimization_level = level.ORT_DISABLE_ALL if engine else level.ORT_ENABLE_BASIC
         self.emulated: str | None = None
-        path = inputs[GRAPH]
-        if not engine:
-            path = self._honest(inputs)
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as err:  # ONNX Runtime's exceptions share no base class
-            raise _failure(err, "loading the graph") from err
+        with tempfile.TemporaryDirectory() as folder:
+            path = inputs[GRAPH] if engine else self._honest(inputs, Path(folder))
+            try:
+                self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as err:  # ONNX Runtime's exceptions share no base class
+                raise _failure(err, "loading the graph") from err
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -91,17 +91,13 @@ class Executable:
             raise _failure(err, where) from err
         return dict(zip(self.outputs, values, strict=True))
 
-    def _honest(self, inputs: Mapping[str, Path]) -> Path:
-        import tempfile
-
+    def _honest(self, inputs: Mapping[str, Path], folder: Path) -> Path:
         from tasks.emulate import emulated, is_half
 
         model = load_graph(inputs[GRAPH])
         if not is_half(model):
             return inputs[GRAPH]
         self.emulated = _EMULATED
-        self._folder = tempfile.TemporaryDirectory()  # held until this object goes
-        folder = Path(self._folder.name)
         save_graph(emulated(model), folder, external=DATA in inputs)
         return folder / GRAPH
 
