@@ -235,7 +235,7 @@ class Provenance(Part):
     """Where the engine came from."""
 
     key: Digest = Field(description="The publish action's key.")
-    recipe_digest: Digest = Field(description="SHA-256 of the merged recipe as canonical JSON, defaults included.")
+    recipe_digest: Digest = Field(description="SHA-256 of the merged recipe as canonical JSON.")
     recipe_text: str = Field(description="The recipe as merged with what it includes, as YAML.")
     source: dict[str, Digest] = Field(description="What the model was made of: code, weights or graph, by file name.")
     git: GitFacts | None

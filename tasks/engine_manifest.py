@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from artifacts import manifest as m
 from artifacts.host import Host
-from artifacts.keys import canonical_json
-from artifacts.refs import digest_bytes
 from recipes.gates import judge
 from recipes.plan import EnginePlan
 from recipes.schema import Precision, Recipe
@@ -80,7 +78,7 @@ def engine_manifest(
         verification=_verification(params, recipe, engine.given),
         provenance=m.Provenance(
             key=key,
-            recipe_digest=digest_bytes(canonical_json(recipe.model_dump(mode="json"))),
+            recipe_digest=loaded.digest,
             recipe_text=dump_merged(loaded),
             source={
                 name: ref.digest
