@@ -39,26 +39,27 @@ def distance(reference: Array, found: Array) -> Distance:
     if not np.issubdtype(reference.dtype, np.floating):
         return _mismatch(reference, found)
     x, y = reference.reshape(-1), found.reshape(-1)
-    largest = max(_largest(x), _largest(y))
-    if not math.isfinite(largest):
+    peaks = _largest(x), _largest(y)
+    if not all(map(math.isfinite, peaks)):  # each by itself: max() of a number and NaN is either
         bad = int((~(np.isfinite(x) & np.isfinite(y))).sum())
         return Distance(math.inf, math.inf, math.nan, bad)
-    unit = largest or 1.0  # squares of very large or small numbers leave float64 otherwise
+    unit = max(peaks) or 1.0  # squares of very large or small numbers leave float64 otherwise
     difference = reference_norm = found_norm = product = greatest = 0.0
     for start in range(0, x.size, _PIECE):
-        a = x[start : start + _PIECE].astype(np.float64) / unit
-        b = y[start : start + _PIECE].astype(np.float64) / unit
+        a = x[start : start + _PIECE].astype(np.float64)
+        b = y[start : start + _PIECE].astype(np.float64)
+        greatest = max(greatest, float(np.max(np.abs(b - a))))
+        a, b = a / unit, b / unit
         difference += float(np.sum(np.square(b - a)))
         reference_norm += float(np.sum(np.square(a)))
         found_norm += float(np.sum(np.square(b)))
         product += float(np.sum(a * b))
-        greatest = max(greatest, float(np.max(np.abs(b - a))))
     if difference == 0.0:
         return Distance(0.0, 0.0, 1.0, 0)
     relative = math.sqrt(difference) / math.sqrt(reference_norm) if reference_norm else math.inf
     norms = math.sqrt(reference_norm) * math.sqrt(found_norm)
     cosine = max(-1.0, min(1.0, product / norms)) if norms else 0.0
-    return Distance(relative, greatest * unit, cosine, 0)
+    return Distance(relative, greatest, cosine, 0)
 
 
 def built_in(name: str) -> Metric:

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from tasks import verify
+from tasks.errors import BackendError, ModelCodeError
+from tests.unit.tasks.small_graphs import TENSORS, cnn, evaluate, graph, images, node, stage
+
+PARAMS = {"subject": "graph", "executor": "onnxruntime", "batch": 8, "metric": None, "tensors": TENSORS}
+TOP1 = {"name": "top1", "entry": None, "label": "label", "output": None}
+
+
+def reference(model, **cases):
+    """Arrays of reference.safetensors: the model's own outputs, at cases given as name -> input "x"."""
+    arrays = {}
+    for name, x in cases.items():
+        case = name.replace("_", "/")
+        arrays[f"{case}/in/x"] = x
+        arrays |= {f"{case}/out/{output}": value for output, value in evaluate(model, {"x": x}).items()}
+    return arrays
+
+
+def run(folder, model, arrays, params=PARAMS, **more):
+    result, output = stage(verify.run, folder, params, model_onnx=model, reference_safetensors=arrays, **more)
+    return result.facts, json.loads((output / "report.json").read_text("utf-8"))
+
+
+def bundle(folder, source):
+    path = folder / "code.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("judge.py")
+        member.size = len(source)
+        archive.addfile(member, io.BytesIO(source))
+    return path
+
+
+def test_a_graph_agrees_with_itself(tmp_path):
+    facts, report = run(tmp_path, cnn(), reference(cnn(), online_min=images(1), bulk_max=images(5, 12, 16)))
+    assert facts["executed"] is True
+    assert facts["parity"]["relative_l2"] < 1e-6
+    assert facts["parity"]["cosine"] > 1 - 1e-9
+    assert [case["name"] for case in facts["cases"]] == ["bulk/max", "online/min"]
+    assert report["cases"][0]["outputs"]["y"]["non_finite"] == 0
+    assert facts["emulated"] is None
+
+
+def test_the_worst_case_is_named(tmp_path):
+    arrays = reference(cnn(), online_min=images(1), online_max=images(4))
+    arrays["online/max/out/y"] = arrays["online/max/out/y"] * 2
+    facts, _report = run(tmp_path, cnn(), arrays)
+    assert facts["parity"]["worst"] == "online/max/y"
+    assert facts["parity"]["relative_l2"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_slashes_in_output_names(tmp_path):
+    model = graph(
+        [node("Relu", ["x"], ["/head/out/y"])], {}, outputs={"/head/out/y": (TensorProto.FLOAT, ["batch", 4])}
+    )
+    facts, _report = run(tmp_path, model, reference(model, static_opt=np.ones((2, 4), np.float32)))
+    assert facts["parity"]["worst"] == "static/opt//head/out/y"
+
+
+def test_nan_is_counted_and_stated_as_null(tmp_path):
+    model = graph([node("Log", ["x"], ["y"])], {})
+    arrays = {"a/min/in/x": np.full((1, 4), -1, np.float32), "a/min/out/y": np.ones((1, 4), np.float32)}
+    facts, _report = run(tmp_path, model, arrays)
+    assert facts["parity"] == {
+        "relative_l2": None,
+        "max_abs": None,
+        "cosine": None,
+        "non_finite": 4,
+        "worst": "a/min/y",
+    }
+
+
+def test_outputs_are_paired_by_name(tmp_path):
+    arrays = reference(cnn(), a_min=images(1))
+    arrays["a/min/out/boxes"] = arrays["a/min/out/y"]
+    with pytest.raises(BackendError, match="the graph gives y, its source boxes, y"):
+        run(tmp_path, cnn(), arrays)
+
+
+def test_a_shape_that_differs_is_an_error(tmp_path):
+    arrays = reference(cnn(), a_min=images(2))
+    arrays["a/min/out/y"] = arrays["a/min/out/y"][:1]
+    with pytest.raises(BackendError, match=r"a/min: y has shape \[2, 10\], the source gave \[1, 10\]"):
+        run(tmp_path, cnn(), arrays)
+
+
+def test_a_graph_that_does_not_run_is_an_error_with_its_words(tmp_path):
+    arrays = reference(cnn(), a_min=images(1))
+    arrays["a/min/in/x"] = np.ones((1, 3, 8, 8), np.float32)
+    with pytest.raises(BackendError, match="case a/min: ONNX Runtime:") as caught:
+        run(tmp_path, cnn(), arrays)
+    assert caught.value.kind == "crash"
+
+
+def test_an_unknown_executor_executes_nothing(tmp_path):
+    params = PARAMS | {"executor": "tensorrt"}
+    result, output = stage(verify.run, tmp_path, params, model_onnx=cnn())
+    assert result.facts["executed"] is False
+    assert "tensorrt" in result.facts["reason"]
+    assert list(output.iterdir()) == []
+
+
+def test_float16_overflow_is_not_hidden_by_the_cpu(tmp_path):
+    # ONNX Runtime alone computes 300 * 300 in float32 and answers 300
+    halves = graph(
+        [
+            node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+            node("Mul", ["h", "h"], ["s"]),
+            node("Sqrt", ["s"], ["r"]),
+            node("Cast", ["r"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {},
+    )
+    x = np.array([[300, 1, 2, 3]], np.float32)
+    facts, _report = run(tmp_path, halves, {"a/min/in/x": x, "a/min/out/y": x})
+    assert facts["parity"]["non_finite"] == 1
+    assert "rounded" in facts["emulated"]
+    engine, _report = run(tmp_path, halves, {"a/min/in/x": x, "a/min/out/y": x}, PARAMS | {"subject": "engine"})
+    assert engine["emulated"] is None
+
+
+@pytest.mark.parametrize("subject", ["graph", "engine"])
+def test_native_float16_inputs_and_outputs_are_widened(tmp_path, subject):
+    model = graph(
+        [node("Relu", ["x"], ["y"])],
+        {},
+        inputs={"x": (TensorProto.FLOAT16, ["batch", 4])},
+        outputs={"y": (TensorProto.FLOAT16, ["batch", 4])},
+    )
+    x = np.array([[0.1, 1, 2, 3]], np.float32)
+    facts, _report = run(tmp_path, model, {"a/min/in/x": x, "a/min/out/y": x}, PARAMS | {"subject": subject})
+    assert 1e-7 < facts["parity"]["relative_l2"] < 1e-3
+
+
+@pytest.mark.parametrize("shape", [["batch", 1, "height", "width"], [5, 1, "height", "width"]])
+def test_the_metric_sees_every_sample_once(tmp_path, shape):
+    x = images(19)
+    scores = evaluate(cnn(), {"x": x})["y"]
+    labels = scores.argmax(-1)
+    labels[[0, 6, 18]] = (labels[[0, 6, 18]] + 1) % 10
+    params = PARAMS | {"metric": TOP1, "tensors": {"x": TENSORS["x"] | {"shape": shape}}}
+    facts, report = run(
+        tmp_path,
+        cnn(),
+        reference(cnn(), a_min=images(1)),
+        params,
+        dataset_safetensors={"x": x, "label": labels},
+        outputs_safetensors={"y": np.eye(10, dtype=np.float32)[scores.argmax(-1)]},
+    )
+    assert facts["metric"] == {"name": "top1", "value": 16 / 19, "source": 16 / 19, "samples": 19}
+    assert report["metric"] == facts["metric"]
+
+
+def test_a_metric_of_the_recipe(tmp_path):
+    code = bundle(tmp_path, b"def judge(outputs, labels):\n    return float(outputs['y'].mean() - labels.mean())\n")
+    x = images(3)
+    params = PARAMS | {"metric": TOP1 | {"name": "callable", "entry": "judge:judge"}}
+    more = {
+        "dataset_safetensors": {"x": x, "label": np.full(3, 2.0, np.float32)},
+        "outputs_safetensors": {"y": np.full((3, 10), 5.0, np.float32)},
+        "code_tar": code,
+    }
+    facts, _report = run(tmp_path / "a", cnn(), reference(cnn(), a_min=x), params, **more)
+    assert facts["metric"]["source"] == 3.0
+    assert facts["metric"]["value"] == pytest.approx(evaluate(cnn(), {"x": x})["y"].mean() - 2, rel=1e-4)
+    more["code_tar"] = bundle(tmp_path, b"def judge(outputs, labels):\n    return 'good'\n")
+    with pytest.raises(ModelCodeError, match="expected a number, got str"):
+        run(tmp_path / "b", cnn(), reference(cnn(), a_min=x), params, **more)
+
+
+def test_faults_of_the_metric_are_said(tmp_path):
+    x = images(3)
+    more = {
+        "dataset_safetensors": {"x": x, "labels": np.zeros(3, np.int64)},
+        "outputs_safetensors": {"y": np.zeros((3, 10), np.float32)},
+    }
+    arrays = reference(cnn(), a_min=x)
+    with pytest.raises(BackendError, match=r"no labels 'label' \(it has: labels, x\)"):
+        run(tmp_path, cnn(), arrays, PARAMS | {"metric": TOP1}, **more)
+    spec = TOP1 | {"label": "labels", "output": "logits"}
+    with pytest.raises(BackendError, match="'logits', which is not among y"):
+        run(tmp_path, cnn(), arrays, PARAMS | {"metric": spec}, **more)
+
+
+def test_the_report_is_the_same_every_time(tmp_path):
+    arrays = reference(cnn(1), a_min=images(4))
+    first, second = (
+        stage(verify.run, tmp_path, PARAMS, model_onnx=cnn(), reference_safetensors=arrays)[1] for _ in range(2)
+    )
+    assert (first / "report.json").read_bytes() == (second / "report.json").read_bytes()
