@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final, Literal
+
+from recipes.digests import Digests
+from recipes.errors import Fault, RecipeError
+from recipes.includes import is_code_reference
+from recipes.nodes import Key, beside
+from recipes.onnx_data import NotOnnxError, external_locations, location_fault
+from recipes.schema import Dataset, FileReference, TorchSource
+
+if TYPE_CHECKING:
+    from recipes.loader import LoadedRecipe
 
 
 @dataclass(frozen=True)
@@ -58,3 +69,211 @@ class RecipeFiles:
     calibration: DatasetFiles | None = None
     labelled: DatasetFiles | None = None
     metric: CodeBundle | None = None
+
+
+IMAGE_SUFFIXES: Final = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+ARRAY_SUFFIXES: Final = frozenset((".npy", ".npz"))
+WEIGHTS_NAMES: Final[Mapping[str, str]] = {
+    ".safetensors": "weights.safetensors",
+    ".pt": "weights.pt",
+    ".pth": "weights.pt",
+}
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+
+
+def gather(loaded: LoadedRecipe, digests: Digests | None = None) -> RecipeFiles:
+    """Find and digest everything that a recipe names. Nothing of it is executed, and no network is used.
+
+    Raises RecipeError with all faults at once: files that are missing (near misses named), are folders, empty or Git
+    LFS pointers, have another digest than the recipe states, code that cannot be parsed or lacks the callable.
+    """
+    gatherer = _Gatherer(loaded, digests if digests is not None else Digests())
+    files = gatherer.gather()
+    gatherer.digests.save()
+    if gatherer.faults:
+        raise RecipeError(list(dict.fromkeys(gatherer.faults)))
+    return files
+
+
+def dataset_members(folder: Path, *, images: bool) -> list[tuple[str, Path]]:
+    """Return the samples in a folder, at any depth, as (name relative to it, path), sorted by name.
+
+    Those are the files with an image's suffix, or .npy and .npz; hidden ones and linked folders are left out.
+    """
+    suffixes = IMAGE_SUFFIXES if images else ARRAY_SUFFIXES
+    found: list[tuple[str, Path]] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
+                found.append((path.relative_to(folder).as_posix(), path))
+    return sorted(found)
+
+
+@dataclass
+class _Gatherer:
+    """Finds files and collects faults, each at the line that names the file."""
+
+    loaded: LoadedRecipe
+    digests: Digests
+    faults: list[Fault] = field(default_factory=list)
+
+    def gather(self) -> RecipeFiles:
+        recipe = self.loaded.recipe
+        source = recipe.source
+        code, weights = None, None
+        model: tuple[LocalFile, ...] = ()
+        if isinstance(source, TorchSource):
+            code = self._code(("source", "model"), source.model, source.include, ("source", "include"))
+            weights = self._weights(source.weights) if source.weights is not None else None
+        else:
+            model = self._model(source.model)
+        calibration = self._dataset(("precision", "calibration"), recipe.precision.calibration)
+        labelled, metric = None, None
+        if recipe.acceptance.metric is not None:
+            at: Key = ("acceptance", "metric")
+            labelled = self._dataset((*at, "data"), recipe.acceptance.metric.data)
+            if is_code_reference(recipe.acceptance.metric.name):
+                metric = self._code((*at, "name"), recipe.acceptance.metric.name)
+            self._held_out((*at, "data", "data"), calibration, labelled)
+        return RecipeFiles(code, weights, model, calibration, labelled, metric)
+
+    def _fault(self, at: Key, what: str) -> None:
+        self.faults.append(self.loaded.fault(at, what))
+
+    def _file(self, at: Key, name: str, stated: str | None) -> tuple[Path, str] | None:
+        """Return a plain file that the recipe names, with its digest, or None with a fault."""
+        path = self.loaded.folder / name
+        try:
+            if path.is_dir():
+                self._fault(at, f"{name} is a folder; expected a file")
+            elif not path.exists():
+                self._fault(at, f"{name}: no such file{beside(path)}")
+            elif not path.is_file():
+                self._fault(at, f"{name} is not a regular file")
+            else:
+                return self._checked(at, path, name, stated)
+        except OSError as err:
+            self._fault(at, f"{name} cannot be read: {err.strerror}")
+        return None
+
+    def _checked(self, at: Key, path: Path, name: str, stated: str | None) -> tuple[Path, str] | None:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+        if size == 0:
+            self._fault(at, f"{name} is empty")
+        elif start == _LFS_POINTER:
+            self._fault(at, f"{name} is a Git LFS pointer and not the file itself; fetch it: git lfs pull")
+        else:
+            digest = self.digests.file(path)
+            if stated is None or stated == digest:
+                return path, digest
+            advice = "restore the file, or state the new digest if the change is meant"
+            self._fault((*at[:-1], "sha256"), f"{name}: expected {stated}, found {digest}; {advice}")
+        return None
+
+    def _weights(self, file: FileReference) -> LocalFile | None:
+        at: Key = ("source", "weights", "file")
+        name = WEIGHTS_NAMES.get(PurePosixPath(file.file).suffix.lower())
+        if name is None:
+            allowed = ", ".join(WEIGHTS_NAMES)
+            advice = "save the tensors with safetensors.torch.save_file"
+            self._fault(at, f"{file.file}: weights of this kind are not read (allowed: {allowed}); {advice}")
+        if file.file.startswith("s3://"):
+            return LocalFile(name, file.sha256 or "", -1, file.file) if name is not None else None
+        found = self._file(at, file.file, file.sha256)
+        if found is None or name is None:
+            return None
+        return LocalFile(name, found[1], found[0].stat().st_size, str(found[0]))
+
+    def _model(self, file: FileReference) -> tuple[LocalFile, ...]:
+        at: Key = ("source", "model", "file")
+        if file.file.startswith("s3://"):  # one file: what lies beside it cannot be seen from here
+            return (LocalFile("model.onnx", file.sha256 or "", -1, file.file),)
+        found = self._file(at, file.file, file.sha256)
+        if found is None:
+            return ()
+        path, digest = found
+        try:
+            locations = external_locations(path, digest, self.digests)
+        except NotOnnxError as err:
+            self._fault(at, f"{file.file} is no ONNX graph: {err}")
+            return ()
+        files = [LocalFile("model.onnx", digest, path.stat().st_size, str(path))]
+        for location in locations:
+            refused = location_fault(location)
+            if refused is not None:
+                self._fault(at, f"{file.file}: {refused}")
+                continue
+            data = self._file(at, str(PurePosixPath(file.file).parent / location), None)
+            if data is not None:
+                files.append(LocalFile(location, data[1], data[0].stat().st_size, str(data[0])))
+        return tuple(files)
+
+    def _code(
+        self, at: Key, reference: str, include: Sequence[str] = (), include_at: Key | None = None
+    ) -> CodeBundle | None:
+        from recipes.bundle import collect  # which needs the dataclasses above
+
+        name, _, function = reference.rpartition(":")
+        try:
+            return collect(self.loaded.folder / name, function, self.loaded.folder, include)
+        except RecipeError as err:
+            for fault in err.faults:
+                if fault.line:  # a line of the code itself
+                    self.faults.append(fault)
+                elif fault.path == "include" and include_at is not None:
+                    self._fault(include_at, fault.what)
+                else:
+                    self._fault(at, f"{fault.file} {fault.what}")
+        return None
+
+    def _dataset(self, at: Key, data: Dataset | None) -> DatasetFiles | None:
+        if data is None:
+            return None
+        here: Key = (*at, "data")
+        path = self.loaded.folder / data.data
+        if is_code_reference(data.data):
+            code = self._code(here, data.data, data.include, (*at, "include"))
+            file = self.loaded.folder / data.data.rpartition(":")[0]
+            return DatasetFiles("callable", code.digest, file, code) if code is not None else None
+        if path.is_dir():
+            return self._folder(at, path, data)
+        if path.suffix != ".npz" and path.is_file():
+            allowed = "an .npz, a folder of .npy, .npz or images, file.py:callable"
+            self._fault(here, f"{data.data}: data of this kind are not read (allowed: {allowed})")
+            return None
+        found = self._file(here, data.data, data.sha256)
+        return DatasetFiles("npz", found[1], found[0]) if found is not None else None
+
+    def _folder(self, at: Key, path: Path, data: Dataset) -> DatasetFiles | None:
+        here: Key = (*at, "data")
+        if data.sha256 is not None:
+            self._fault((*at, "sha256"), f"is for a single file, and {data.data} is a folder")
+        images, arrays = dataset_members(path, images=True), dataset_members(path, images=False)
+        members = images if data.images is not None else arrays
+        if images and data.images is None and not arrays:
+            what = "holds images: say how they become arrays, under images: (at least size: [height, width])"
+            self._fault(here, f"{data.data} {what}")
+        elif images and arrays:
+            self._fault(here, f"{data.data} holds {len(images)} images and {len(arrays)} arrays; expected one kind")
+        elif not members:
+            kinds = sorted(IMAGE_SUFFIXES if data.images is not None else ARRAY_SUFFIXES)
+            self._fault(here, f"{data.data} holds no samples (looked for {', '.join(kinds)})")
+        else:
+            try:
+                digest = self.digests.files(members)
+            except OSError as err:
+                self._fault(here, f"{err.filename} cannot be read: {err.strerror}")
+                return None
+            return DatasetFiles("images" if data.images is not None else "arrays", digest, path)
+        return None
+
+    def _held_out(self, at: Key, calibration: DatasetFiles | None, labelled: DatasetFiles | None) -> None:
+        if calibration is None or labelled is None or labelled.format == "callable":
+            return
+        if calibration.digest == labelled.digest:
+            what = "has the same content as the calibration data; the gate must be held out"
+            self._fault(at, f"{labelled.path.name} {what}")

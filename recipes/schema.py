@@ -1,7 +1,7 @@
 """Recipe schema, version 1: strict, frozen, and the only description of what a recipe may say.
 
-Every rule that needs one value is a field constraint here; rules that need several values raise
-`ValueError` from validators, and the loader adds file and line to all of them.
+Every rule that needs one value is a constraint of its field here; rules over several values are in `rules`, and the
+loader adds file and line to both. Paths are relative to the file that states them, and use `/`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ SCHEMA_VERSION: Final = 1
 
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 AXIS_PATTERN: Final = r"^[a-z][a-z0-9_]*$"
+SHA256_PATTERN: Final = r"^[0-9a-f]{64}$"
+CODE_PATTERN: Final = r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$"
+SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(MiB|GiB)$"
+DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Axis = Annotated[str, Field(pattern=AXIS_PATTERN)]
 Extent = Annotated[int, Field(ge=1, le=1 << 31)]
 Range = Annotated[list[Extent], Field(min_length=3, max_length=3)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=400)]
-CodeReference = Annotated[str, Field(pattern=r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+CodeReference = Annotated[str, Field(pattern=CODE_PATTERN)]
 
 # What each runtime can build for, and in which precision. TensorRT-RTX: facts/tensorrt.md sections 1 and 2
 # (its ComputeCapability enum, and the builds that were tried); fp32 GEMM and bf16 do not compile for sm75.
@@ -93,14 +97,18 @@ class Export(Model):
     opset: int | None = Field(
         default=None, ge=11, le=23, description="ONNX opset; default 18 for torch, unchanged for onnx."
     )
-    exporter: Literal["dynamo", "torchscript"] = Field(default="dynamo", description="Which PyTorch exporter.")
-    simplifier: Literal["onnxsim", "onnxslim", "none"] = Field(default="onnxsim")
+    exporter: Literal["dynamo", "torchscript"] = Field(
+        default="dynamo", description="Which PyTorch exporter: dynamo writes opset 18 and later, torchscript any."
+    )
+    simplifier: Literal["onnxsim", "onnxslim", "none"] = Field(
+        default="onnxsim", description="What folds and fuses the graph; its result is compared with the exported one."
+    )
 
 
 class Tensor(Model):
     """One input of the model."""
 
-    dtype: DType = Field(default="float32")
+    dtype: DType = Field(default="float32", description="Type of the elements, as the source takes them.")
     shape: list[Extent | Axis] = Field(min_length=0, max_length=8, description="Sizes, or names of dynamic axes.")
     low: float | None = Field(
         default=None, description="Least value of the seeded inputs used for parity (default -1, or 0 for integers)."
@@ -114,11 +122,17 @@ class ImageFolder(Model):
     """How a folder of images becomes an array NCHW float32."""
 
     size: Annotated[list[Extent], Field(min_length=2, max_length=2)] = Field(description="[height, width] in pixels.")
-    resize: Literal["stretch", "shorter-side-crop", "letterbox"] = Field(default="stretch")
-    color: Literal["rgb", "bgr", "gray"] = Field(default="rgb")
+    resize: Literal["stretch", "shorter-side-crop", "letterbox"] = Field(
+        default="stretch", description="How an image of another shape is brought to the size."
+    )
+    color: Literal["rgb", "bgr", "gray"] = Field(default="rgb", description="Order of the channels; gray has one.")
     scale: float = Field(default=1.0 / 255.0, gt=0, description="Pixels are multiplied by this, then normalised.")
-    mean: list[float] = Field(default_factory=lambda: [0.0])
-    std: list[float] = Field(default_factory=lambda: [1.0])
+    mean: list[float] = Field(
+        default_factory=lambda: [0.0], description="Subtracted after scaling: one number, or one for each channel."
+    )
+    std: list[float] = Field(
+        default_factory=lambda: [1.0], description="Divided by after that: one number, or one for each channel."
+    )
     input: str | None = Field(default=None, description="Which input the images are; default: the only one.")
 
 
@@ -130,6 +144,10 @@ class Dataset(Model):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of a callable (JSON values)."
     )
+    include: list[RelativePath] = Field(
+        default_factory=list,
+        description="Further files that a callable reads or imports dynamically, as globs relative to the recipe.",
+    )
     fields: dict[str, str] = Field(
         default_factory=dict, description="Input (or label) name -> array name, where they differ."
     )
@@ -138,14 +156,18 @@ class Dataset(Model):
     order: Literal["sequential", "shuffled"] = Field(
         default="sequential", description="Which ones: the first, or a seeded choice."
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="Seed of the shuffled order.")
 
 
 class Calibration(Dataset):
     """Representative inputs for int8 ranges; real data, never the held-out set of the gate."""
 
-    method: Literal["entropy", "minmax", "percentile"] = Field(default="entropy")
-    percentile: float = Field(default=99.99, gt=50.0, le=100.0)
+    method: Literal["entropy", "minmax", "percentile"] = Field(
+        default="entropy", description="How the range of a tensor is found from its values."
+    )
+    percentile: float = Field(
+        default=99.99, gt=50.0, le=100.0, description="Part of the values, in percent, that the range holds."
+    )
     batch: int = Field(default=8, ge=1, description="Samples in one calibration run; memory grows with it.")
 
 
@@ -158,7 +180,7 @@ class PrecisionPlan(Model):
     )
     keep: list[str] = Field(default_factory=list, description="Name globs of ONNX nodes that stay fp32.")
     io: Literal["float32", "native"] = Field(default="float32", description="Type of float inputs and outputs.")
-    calibration: Calibration | None = None
+    calibration: Calibration | None = Field(default=None, description="The data that int8 ranges are found on.")
 
     @field_validator("build")
     @classmethod
@@ -171,8 +193,8 @@ class PrecisionPlan(Model):
 class Parity(Model):
     """Largest distance from the source framework's outputs on seeded inputs, over every output and shape."""
 
-    relative_l2: float | None = Field(default=None, gt=0)
-    max_abs: float | None = Field(default=None, gt=0)
+    relative_l2: float | None = Field(default=None, gt=0, description="Greatest |y - x| / |x| (Euclidean norms).")
+    max_abs: float | None = Field(default=None, gt=0, description="Greatest absolute difference of one element.")
     cosine: float | None = Field(default=None, ge=-1, le=1, description="Least cosine similarity.")
 
 
@@ -182,7 +204,7 @@ class Metric(Model):
     name: str = Field(
         description="top1, exact-match, or file.py:callable taking (outputs, labels) and returning a float."
     )
-    data: Dataset
+    data: Dataset = Field(description="Labelled data that calibration and training have not seen.")
     labels: str = Field(default="label", description="Array of the data set that holds the labels.")
     output: str | None = Field(default=None, description="Which output is judged; default: the first.")
     floor: float | None = Field(default=None, description="Least acceptable value.")
@@ -193,75 +215,69 @@ class Acceptance(Model):
     """Gates: a precision that fails one is not published."""
 
     parity: dict[Precision, Parity] = Field(default_factory=dict, description="Overrides of the defaults by precision.")
-    metric: Metric | None = None
+    metric: Metric | None = Field(default=None, description="A gate on labelled data.")
 
 
 class Target(Model):
     """What engines are for. `gpus` names compute capabilities; `onnxruntime` takes [cpu]."""
 
-    runtime: Runtime
-    gpus: list[str] = Field(default_factory=lambda: ["cpu"], min_length=1)
+    runtime: Runtime = Field(description="What executes the engine.")
+    gpus: list[str] = Field(
+        default_factory=lambda: ["cpu"], min_length=1, description="Compute capabilities, such as sm89, or cpu."
+    )
     version: str | None = Field(
         default=None, description="Full runtime version; default: the one installed where it compiles."
     )
     precision: list[Precision] | None = Field(default=None, description="Instead of precision.build.")
 
-    @model_validator(mode="after")
-    def _known(self) -> Target:
-        for gpu in self.gpus:
-            if gpu not in GPUS[self.runtime]:
-                raise ValueError(
-                    f"{self.runtime} does not build for {gpu!r} (allowed: {', '.join(GPUS[self.runtime])})"
-                )
-        for precision in self.precision or ():
-            if precision not in PRECISIONS[self.runtime]:
-                allowed = ", ".join(PRECISIONS[self.runtime])
-                raise ValueError(f"{self.runtime} has no precision {precision!r} (allowed: {allowed})")
-        if len(set(self.gpus)) != len(self.gpus):
-            raise ValueError("the same GPU is named twice")
-        return self
-
 
 class Build(Model):
     """Options of the compiler, and limits of its process."""
 
-    workspace: str | None = Field(
-        default=None, pattern=r"^[1-9][0-9]*(MiB|GiB)$", description="Scratch memory on the GPU."
+    workspace: str | None = Field(default=None, pattern=SIZE_PATTERN, description="Scratch memory on the GPU.")
+    optimization_level: int | None = Field(
+        default=None, ge=0, le=5, description="How long the compiler searches; default: its own."
     )
-    optimization_level: int | None = Field(default=None, ge=0, le=5)
-    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
-    version_compatible: bool = False
-    timeout: str = Field(default="60m", pattern=r"^[1-9][0-9]*[smh]$", description="Time limit of each stage.")
-    memory: str = Field(
-        default="16GiB", pattern=r"^[1-9][0-9]*(MiB|GiB)$", description="Memory limit of each stage's process."
+    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = Field(
+        default="none", description="Which other GPUs an engine may run on, at a cost in speed (tensorrt only)."
     )
+    version_compatible: bool = Field(
+        default=False, description="Whether later TensorRT versions may load the engine (tensorrt only)."
+    )
+    timeout: str = Field(default="60m", pattern=DURATION_PATTERN, description="Time limit of each stage.")
+    memory: str = Field(default="16GiB", pattern=SIZE_PATTERN, description="Memory limit of each stage's process.")
 
 
 class Publish(Model):
     """Where engines go besides the store that the build uses."""
 
-    to: str | None = Field(default=None, description="Another store: a folder or s3://bucket/prefix.")
+    to: str | None = Field(
+        default=None, description="Another store: a folder relative to the recipe, or s3://bucket/prefix."
+    )
 
 
 class Recipe(Model):
     """One model: where it comes from, what must stay true of it, and which engines it becomes."""
 
     enginery: Literal[1] = Field(description="Version of the recipe schema.")
-    name: str = Field(pattern=NAME_PATTERN)
-    description: str = ""
-    source: Source
-    export: Export = Field(default_factory=Export)
-    inputs: dict[str, Tensor] = Field(min_length=1)
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the model: engines are published under it.")
+    description: str = Field(default="", description="What the model does, for people; no key depends on it.")
+    source: Source = Field(description="Where the model comes from.")
+    export: Export = Field(default_factory=Export, description="How it becomes an ONNX graph.")
+    inputs: dict[str, Tensor] = Field(
+        min_length=1, description="Input name -> type and shape; for torch the names of forward's parameters."
+    )
     outputs: list[str] | None = Field(default=None, description="Names of the outputs, in order; required for torch.")
     profiles: dict[str, dict[Axis, Range]] = Field(
-        default_factory=dict, description="Profile name -> dynamic axis -> [min, opt, max]."
+        default_factory=dict,
+        description="Profile name -> dynamic axis -> [min, opt, max]; the compiler gets them by name.",
     )
-    precision: PrecisionPlan = Field(default_factory=PrecisionPlan)
-    acceptance: Acceptance = Field(default_factory=Acceptance)
-    targets: list[Target] = Field(min_length=1)
-    build: Build = Field(default_factory=Build)
+    precision: PrecisionPlan = Field(default_factory=PrecisionPlan, description="Which number formats, and how.")
+    acceptance: Acceptance = Field(default_factory=Acceptance, description="What must hold before publishing.")
+    targets: list[Target] = Field(min_length=1, description="What engines are built for.")
+    build: Build = Field(default_factory=Build, description="Options and limits of the build.")
     driver: Literal["ignore", "branch", "exact"] = Field(default="branch", description="Which driver changes rebuild.")
-    publish: Publish = Field(default_factory=Publish)
+    publish: Publish = Field(default_factory=Publish, description="Where engines go.")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -284,3 +300,27 @@ def duration_seconds(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is not a duration (write 90s, 30m or 2h)")
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a recipe file, for editors.
+
+    It covers what a YAML language server can check: keys, types, bounds and the words that are allowed. `include` is
+    part of it, since files state it. It holds for whole recipes, and not for bases, which may leave anything out.
+    """
+    schema = Recipe.model_json_schema()
+    schema["properties"]["include"] = {
+        "description": "Shared bases, relative to this file; later ones win, and this file wins over all of them.",
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}},
+        ],
+        "title": "Include",
+    }
+    schema["properties"]["enginery"]["type"] = "integer"
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:enginery:recipe:{SCHEMA_VERSION}",
+        **schema,
+        "title": f"Enginery recipe, version {SCHEMA_VERSION}",
+    }

@@ -1,4 +1,7 @@
-"""Profiles to tensor shapes: what a compiler is told, and which shapes parity is measured at."""
+"""Profiles to tensor shapes: what a compiler is told, and which shapes parity is measured at.
+
+The order of keys in YAML carries no meaning, so profiles and axes are taken by name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def tensor_shape(tensor: Tensor, extents: Mapping[str, int]) -> Shape:
 
 
 def profile_shapes(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return every profile as JSON: `{"name", "inputs": {input: {"min": [...], "opt": [...], "max": [...]}}}`.
+    """Return every profile as JSON, by name: `{"name", "inputs": {input: {"min": [...], "opt": [...], "max": [...]}}}`.
 
     A recipe without dynamic axes has the one profile `static`.
     """
@@ -35,7 +38,7 @@ def profile_shapes(recipe: Recipe) -> list[dict[str, Any]]:
                 for input_name, tensor in recipe.inputs.items()
             },
         }
-        for name, ranges in profiles.items()
+        for name, ranges in sorted(profiles.items())
     ]
 
 
@@ -58,14 +61,14 @@ def random_cases(recipe: Recipe, count: int, seed: int = 0) -> list[dict[str, An
     cases: list[dict[str, Any]] = []
     for index in range(count if recipe.axes else 0):
         name, ranges = choose.choice(sorted(recipe.profiles.items()))
-        extents = {axis: choose.randint(low, high) for axis, (low, _opt, high) in ranges.items()}
+        extents = {axis: choose.randint(low, high) for axis, (low, _opt, high) in sorted(ranges.items())}
         shapes = {input_name: tensor_shape(tensor, extents) for input_name, tensor in recipe.inputs.items()}
         cases.append({"name": f"{name}/random-{index}", "shapes": shapes})
     return cases
 
 
 def trace_shapes(recipe: Recipe) -> dict[str, Shape]:
-    """Return the shapes that an exporter traces with: opt of the first profile, dynamic axes of 1 raised to 2.
+    """Return the shapes that an exporter traces with: the least opt of each axis, those of 1 raised to 2.
 
     An exporter that sees an extent of 1 may specialise the graph on it (broadcasting), so where the
     profiles allow 2 anywhere, 2 is used.
@@ -73,8 +76,8 @@ def trace_shapes(recipe: Recipe) -> dict[str, Shape]:
     extents: dict[str, int] = {}
     for axis in recipe.axes:
         ranges = [profile[axis] for profile in recipe.profiles.values()]
-        first = ranges[0][1]
-        extents[axis] = 2 if first == 1 and any(high >= 2 for _low, _opt, high in ranges) else first
+        least = min(opt for _low, opt, _high in ranges)
+        extents[axis] = 2 if least == 1 and any(high >= 2 for _low, _opt, high in ranges) else least
     return {name: tensor_shape(tensor, extents) for name, tensor in recipe.inputs.items()}
 
 

@@ -1,0 +1,154 @@
+"""What runtimes can build for which GPUs: facts about hardware and versions, and the rules that follow for targets.
+
+Sources: facts/tensorrt.md sections 1 and 2 (TensorRT-RTX's ComputeCapability enum and the builds that were tried, opset
+ceilings, types by version), section 3 (hardware compatibility), section 5 (what TensorRT-RTX lacks).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from recipes.nodes import Key, near
+from recipes.schema import GPUS, PRECISIONS, Precision, Recipe, Target
+
+Found = Iterator[tuple[Key, str]]
+
+# Names that people write instead of a compute capability.
+_CARDS: Final = {
+    "t4": "sm75", "rtx2080": "sm75", "a100": "sm80", "a30": "sm80", "a10": "sm86", "a10g": "sm86", "a40": "sm86",
+    "a6000": "sm86", "rtx3090": "sm86", "orin": "sm87", "l4": "sm89", "l40": "sm89", "l40s": "sm89", "rtx4090": "sm89",
+    "rtx6000ada": "sm89", "h100": "sm90", "h200": "sm90", "gh200": "sm90", "b200": "sm100", "gb200": "sm100",
+    "b300": "sm103", "thor": "sm110", "rtx5090": "sm120", "rtxpro6000": "sm120", "dgxspark": "sm121",
+}  # fmt: skip
+_VERSION: Final = re.compile(r"[0-9]+(\.[0-9]+){2,3}([a-z.+-][A-Za-z0-9.+-]*)?")
+
+
+def check_targets(recipe: Recipe) -> Found:
+    """Yield what is wrong with the targets: path and message."""
+    seen: dict[tuple[str, str, str | None], int] = {}
+    for index, target in enumerate(recipe.targets):
+        at: Key = ("targets", index)
+        yield from _check_gpus(target, at)
+        yield from _check_version(target, at)
+        yield from _check_precisions(recipe, target, at)
+        for position, gpu in enumerate(target.gpus):
+            same = (target.runtime, gpu, target.version)
+            if same in seen:
+                where = "above" if seen[same] == index else f"by targets[{seen[same]}]"
+                yield (*at, "gpus", position), f"{target.runtime} for {gpu} is asked for {where} already"
+            seen.setdefault(same, index)
+        yield from _check_opset(recipe, target, at)
+    yield from _check_options(recipe)
+
+
+def refusal(runtime: str, gpu: str, precision: Precision, version: str | None = None) -> str | None:
+    """Say why a runtime cannot build a precision for a GPU, or None where nothing is known against it."""
+    if precision not in PRECISIONS[runtime]:
+        return f"{runtime} has no precision {precision} (allowed: {', '.join(PRECISIONS[runtime])})"
+    if gpu == "sm75":
+        if runtime == "tensorrt-rtx" and precision != "fp16":
+            return f"TensorRT-RTX does not compile {precision} for sm75 (Turing); allowed: fp16"
+        if precision in ("tf32", "bf16"):
+            return f"sm75 (Turing) has no {precision}; it begins with sm80"
+    major = _major(version)
+    if runtime == "tensorrt" and major is not None and major < 10 and precision == "bf16":
+        return f"TensorRT {version} has no bf16; it begins with TensorRT 10"
+    return None
+
+
+def opset_ceiling(target: Target) -> int | None:
+    """Return the highest ONNX opset that a target's runtime reads, where that is known."""
+    numbers = _numbers(target.version)
+    if target.runtime != "tensorrt" or not numbers:
+        return None
+    if numbers[0] < 10:
+        return 17
+    return 20 if numbers[:2] in ((10, 0), (10, 1)) else None
+
+
+def _check_gpus(target: Target, at: Key) -> Found:
+    allowed = GPUS[target.runtime]
+    if "gpus" not in target.model_fields_set and "cpu" not in allowed:
+        yield at, f"gpus is required for {target.runtime}, and missing (allowed: {', '.join(allowed)})"
+        return
+    for position, gpu in enumerate(target.gpus):
+        if gpu in allowed:
+            major = _major(target.version)
+            if target.runtime == "tensorrt" and major is not None and major < 10 and len(gpu) == len("sm100"):
+                yield (*at, "gpus", position), f"TensorRT {target.version} is older than {gpu}; it needs TensorRT 10"
+            continue
+        plain = re.sub(r"[^a-z0-9]", "", gpu.lower()).removeprefix("nvidia").removeprefix("geforce")
+        capability = _CARDS.get(plain, "sm" + re.sub(r"[^0-9]", "", plain.removeprefix("sm")))
+        hint = f"did you mean {capability!r}? " if capability in allowed else near(gpu, allowed)
+        if capability not in allowed and capability in GPUS["tensorrt"]:
+            hint = f"{capability} takes runtime: tensorrt; "
+        message = f"{target.runtime} does not build for {gpu!r} ({hint}allowed: {', '.join(allowed)})"
+        yield (*at, "gpus", position), message
+
+
+def _check_version(target: Target, at: Key) -> Found:
+    if target.version is not None and not _VERSION.fullmatch(target.version):
+        like = {"tensorrt": "10.16.1.11", "tensorrt-rtx": "1.7.1.116", "onnxruntime": "1.31.1"}[target.runtime]
+        what = (
+            f"{target.version!r} is not a full version, such as {like} (an engine loads only where all of it is equal)"
+        )
+        yield (*at, "version"), what
+
+
+def _check_precisions(recipe: Recipe, target: Target, at: Key) -> Found:
+    asked = target.precision if target.precision is not None else recipe.precision.build
+    for position, precision in enumerate(asked):
+        own = target.precision is not None
+        if own and precision in asked[:position]:
+            yield (*at, "precision", position), f"{precision} is named twice"
+            continue
+        reasons = [why for gpu in target.gpus if (why := refusal(target.runtime, gpu, precision, target.version))]
+        if reasons and own:
+            yield (*at, "precision", position), reasons[0]
+        elif reasons:
+            yield at, f"{reasons[0]}, and precision.build asks for it: state this target's own precision"
+
+
+def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:
+    ceiling = opset_ceiling(target)
+    default = 18 if recipe.source.framework == "torch" else None
+    opset = recipe.export.opset or default
+    if ceiling is not None and opset is not None and opset > ceiling:
+        how = f"set export.opset to {ceiling}"
+        how += " and export.exporter to torchscript" if recipe.source.framework == "torch" and ceiling < 18 else ""
+        yield at, f"TensorRT {target.version} reads ONNX up to opset {ceiling}, the graph gets {opset}: {how}"
+
+
+def _check_options(recipe: Recipe) -> Found:
+    build = recipe.build
+    level = build.hardware_compatibility
+    for target in recipe.targets:
+        if target.runtime == "tensorrt-rtx":
+            if level != "none":
+                what = "TensorRT-RTX has no hardware compatibility; its engines name their GPUs (allowed: none)"
+                yield ("build", "hardware_compatibility"), what
+            if build.version_compatible:
+                yield (
+                    ("build", "version_compatible"),
+                    "TensorRT-RTX cannot build version-compatible engines; leave it out",
+                )
+            return
+    for target in recipe.targets:
+        if target.runtime == "tensorrt" and level == "ampere+" and "sm75" in target.gpus:
+            yield ("build", "hardware_compatibility"), "ampere+ leaves out sm75 (Turing), which is a target"
+        old = _numbers(target.version)
+        if level == "same-compute-capability" and target.runtime == "tensorrt" and old and old < (10, 9):
+            what = f"same-compute-capability begins with TensorRT 10.9, and a target asks for {target.version}"
+            yield ("build", "hardware_compatibility"), what
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    found = re.match(r"[0-9]{1,6}(\.[0-9]{1,6})*", version or "")
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def _major(version: str | None) -> int | None:
+    numbers = _numbers(version)
+    return numbers[0] if numbers else None
