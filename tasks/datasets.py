@@ -6,8 +6,8 @@ file declares is compared with MEMORY_LIMIT before it is read.
 
 from __future__ import annotations
 
-import io
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +23,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # No calibration or test set of a recipe needs more; a decompression bomb ends here.
 MEMORY_LIMIT: Final = 8 << 30
 _IMAGE_SUFFIXES: Final = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"])
-# Pillow's own bound (Image.MAX_IMAGE_PIXELS) only warns; this many pixels in one file are refused.
-_PIXEL_LIMIT: Final = 89_478_485
 
 
 def choose(count: int, samples: int | None, order: str, seed: int) -> Array:
@@ -129,19 +127,17 @@ def read_image_folder(
     size = len(chosen) * channels * height * width * 4
     if size > MEMORY_LIMIT:
         raise _too_large(folder.name, size)
+    arrays: dict[str, Array] = {}
+    if label is not None:
+        flat = [file for file in files if file.parent == folder]
+        if flat:
+            raise _bad(f"{flat[0].name} lies in no class folder", "put each image into a folder of its class")
+        tops = sorted({file.relative_to(folder).parts[0] for file in files})
+        arrays[label] = np.array([tops.index(file.relative_to(folder).parts[0]) for file in chosen], np.int64)
     images = np.empty((len(chosen), channels, height, width), np.float32)
     for index, file in enumerate(chosen):
         images[index] = _image(file, spec)
-    arrays = {spec["input"] or default: images}
-    if label is not None:
-        tops = [file.relative_to(folder).parts[0] if file.parent != folder else "" for file in files]
-        if "" in tops:
-            raise _bad(
-                f"{files[tops.index('')].name} lies in no class folder", "put each image into a folder of its class"
-            )
-        classes = {name: index for index, name in enumerate(sorted(set(tops)))}
-        arrays[label] = np.array([classes[file.relative_to(folder).parts[0]] for file in chosen], np.int64)
-    return arrays
+    return {spec["input"] or default: images, **arrays}
 
 
 def from_callable(returned: Any, fields: Mapping[str, str], limit: int | None) -> dict[str, Array]:
@@ -244,16 +240,19 @@ def _image(file: Path, spec: Mapping[str, Any]) -> Array:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(file.read_bytes())) as opened:
-            if opened.width * opened.height > _PIXEL_LIMIT:
-                raise _bad(
-                    f"{file.name} has {opened.width} x {opened.height} pixels (limit {_PIXEL_LIMIT})", "scale it down"
-                )
-            mode = "L" if spec["color"] == "gray" else "RGB"
-            image = ImageOps.exif_transpose(opened).convert(mode)
-            resized = _resize(image, tuple(spec["size"]), spec["resize"])
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise BackendError("bad data", f"{file.name} is not a readable image: {err}", "remove or replace it") from err
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit, made to hold
+            with Image.open(file) as opened:
+                mode = "L" if spec["color"] == "gray" else "RGB"
+                resized = _resize(ImageOps.exif_transpose(opened).convert(mode), tuple(spec["size"]), spec["resize"])
+    except UnidentifiedImageError as err:  # its words hold the path, which differs from run to run
+        raise _bad(
+            f"{file.name} is not a readable image: its format is not recognised", "remove or replace it"
+        ) from err
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as err:
+        raise _bad(f"{file.name} is too large an image: {err}", "scale it down") from err
+    except (OSError, SyntaxError, ValueError) as err:
+        raise _bad(f"{file.name} is not a readable image: {err}", "remove or replace it") from err
     pixels = np.asarray(resized, np.float32)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if spec["color"] == "bgr":
