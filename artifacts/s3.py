@@ -254,8 +254,8 @@ class S3Store:
         """Write an object that must not exist, and tell whether it was written."""
         from botocore.exceptions import ClientError
 
-        writer = uuid.uuid4().hex
-        for attempt in range(_TRIES):
+        writer, attempt = uuid.uuid4().hex, 0
+        while True:
             try:
                 self._client.put_object(
                     Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer}
@@ -269,9 +269,9 @@ class S3Store:
                 if code not in ("ConditionalRequestConflict", "409") or attempt + 1 == _TRIES:
                     raise
                 _back_off(attempt)
+                attempt += 1
             else:
                 return True
-        raise AssertionError("unreachable: the last try returns or raises")
 
     def _wrote(self, key: str, writer: str) -> bool:
         return self._client.head_object(Bucket=self.bucket, Key=key)["Metadata"].get("writer") == writer

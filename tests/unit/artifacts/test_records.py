@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import IntegrityError
@@ -39,6 +39,7 @@ EXAMPLE = ActionRecord(
 )
 
 
+@settings(max_examples=40)
 @given(records)
 def test_round_trip(record: ActionRecord) -> None:
     data = record.to_bytes()
@@ -67,6 +68,7 @@ def test_other_json(value: Any) -> None:
         ActionRecord.from_bytes(json.dumps(value).encode())
 
 
+@settings(max_examples=40)
 @given(records, st.data())
 def test_damaged_bytes_are_noticed_or_harmless(record: ActionRecord, data: st.DataObject) -> None:
     text = bytearray(record.to_bytes())
@@ -79,6 +81,7 @@ def test_damaged_bytes_are_noticed_or_harmless(record: ActionRecord, data: st.Da
     assert back.key == record.key  # what was asked is covered by the key; the rest may be read wrong
 
 
+@settings(max_examples=40)
 @given(records, st.integers(0, 10_000))
 def test_cut_bytes(record: ActionRecord, length: int) -> None:
     text = record.to_bytes().rstrip()
