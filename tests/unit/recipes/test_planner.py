@@ -156,7 +156,7 @@ def test_a_change_runs_exactly_the_stages_that_it_touches(built: World, what: st
         ("calibration count", "fetch:calibration", "miss: params.samples 256 -> 128"),
         ("kept layers", "type:int8", 'miss: params.keep [] -> ["/head/*"]'),
         ("simplifier", "simplify", "miss: params.simplifier onnxsim -> onnxslim"),
-        ("profile", "compile:tensorrt-rtx:sm89:fp16", "miss: params.profiles[1].inputs.image.max[0] 256 -> 512"),
+        ("profile", "compile:tensorrt-rtx:sm89:fp16", "miss: params.profiles[0].inputs.image.max[0] 256 -> 512"),
         ("gate", "publish:tensorrt-rtx:sm89:fp16", "miss: params.gates.metric.floor 0.97 -> 0.9"),
         ("workspace", "compile:tensorrt-rtx:sm120:int8", "miss: params.workspace null -> 1073741824"),
     ],
