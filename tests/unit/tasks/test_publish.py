@@ -99,7 +99,7 @@ def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
     assert {name: entry.ref for name, entry in manifest.files.items()} == dict(engine.compile.record.outputs)
     assert manifest.inputs["image"].shape == ("batch", 1, "height", "width")
     assert manifest.outputs["logits"].shape == ("batch", 10)
-    assert manifest.profiles[1].inputs["image"].opt == (64, 1, 8, 8)
+    assert manifest.profiles[0].inputs["image"].opt == (64, 1, 8, 8)
     assert manifest.precision.wish == ("int8", "fp16")
     assert manifest.precision.kept == ("/head/Gemm",)
     assert manifest.calibration.samples == 256
