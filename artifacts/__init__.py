@@ -3,6 +3,7 @@
 Enters: bytes and JSON values. Leaves: `ArtifactRef`, `Action`, `ActionRecord`, `Manifest`, and a
 `Store` that is a folder or S3. Imports nothing of Enginery: every other layer stands on this one.
 Map: `refs` (names of bytes), `keys` (the one key function), `records`, `manifest`, `resolve`
-(which engine may a host load), `store` (Protocol), `folder` and `s3` (implementations, over `files`, `scratch` and `s3_faults`), `cache`
-(blobs and records), `catalog` (engines and channels), `errors`.
+(which engine may a host load), `store` (Protocol), `folder` and `s3` (implementations, over
+`files`, `scratch` and `s3_faults`), `cache` (blobs and records), `catalog` (engines and channels),
+`errors`.
 """
