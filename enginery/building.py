@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from enginery.output import note
@@ -17,61 +19,98 @@ from tasks.report import report
 from tasks.session import BuildSession, Outcome, activate, drive
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
     from recipes.plan import Plan
     from recipes.steps import Step
 
-# Set before Prefect is imported. The first two keep it from the internet; see docs/operations.md.
+# Set before Prefect is imported, unless the user has set them. The first two keep it from the internet
+# (docs/operations.md); what a stage says is told by this command, so that Prefect need not say it again.
 PREFECT_SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
-    "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
+_SETTLE_SECONDS = 10.0
 
 
-def build_session(session: BuildSession, *, verbose: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Build what is stale and return the report."""
+def build_session(
+    session: BuildSession, *, show: Callable[[dict[str, Any]], None], verbose: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Build what is stale, `show` the report as soon as it is known, and return it."""
     planned = session.plan()
     if not planned.ready:
         for step in planned.steps:
             if step.record is not None:
                 session.ensure(step, planned)
         session.finish(planned)
-        return report(session, planned)
+        document = report(session, planned)
+        show(document)
+        return document
     from enginery.progress import watch
 
-    with watch(session, planned, verbose=verbose, quiet=quiet):
-        try:
-            return _build_with_prefect(session)
-        except KeyboardInterrupt:
-            session.cancel()
-            raise
+    try:
+        with watch(session, planned, verbose=verbose, quiet=quiet):
+            document, settle = _build_with_prefect(session)
+    except KeyboardInterrupt:
+        session.cancel()
+        raise
+    show(document)
+    settle()
+    return document
 
 
-def _build_with_prefect(session: BuildSession) -> dict[str, Any]:
-    """Start the stages in a thread, then Prefect, whose flow joins them."""
+def _build_with_prefect(session: BuildSession) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Start the stages in a thread, then Prefect, whose flow joins them.
+
+    Returns the report, and what has to be waited for before this process (and the embedded server with it) may end.
+    """
     recipe = str(session.loaded.path)
     head_start = threading.Thread(target=_head_start, args=(session,), name="head start", daemon=True)
     head_start.start()
     for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from flows.build import build
-
     with activate(recipe, session):
         try:
-            document: dict[str, Any] = asyncio.run(build(recipe, store=session.store.uri))
-        except Exception as err:
-            # A server that cannot be had must not cost the work: the stages end, and are in the store.
+            state, document = asyncio.run(_run_flow(recipe, session.store.uri))
+        except Exception as err:  # Prefect's faults are of many kinds, and none may cost the work
             head_start.join()
             planned = session.plan()
-            session.finish(planned)
             if planned.ready:
                 raise
+            session.finish(planned)
             note(f"warning: Prefect did not record this build: {err}")
-            return report(session, planned)
+            return report(session, planned), lambda: None
     head_start.join()
-    return document
+    return document, lambda: _settle(state, len(document["steps"]))
+
+
+async def _run_flow(recipe: str, store: str) -> tuple[State[Any], dict[str, Any]]:
+    from flows.build import build
+
+    state = await build(recipe, store=store, return_state=True)
+    return state, await state.aresult()
+
+
+def _settle(state: State[Any], steps: int) -> None:
+    """Wait until the server has recorded every task run: it gets them as events, some seconds behind the flow."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    flow_run = state.state_details.flow_run_id
+    if flow_run is None:
+        return
+    where = FlowRunFilter.model_validate({"id": {"any_": [str(flow_run)]}})
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < deadline:
+            runs = client.read_task_runs(flow_run_filter=where, limit=200)
+            if sum(run.state is not None and run.state.is_final() for run in runs) >= min(steps, 200):
+                return
+            time.sleep(0.2)
 
 
 def _head_start(session: BuildSession) -> None:

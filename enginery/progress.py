@@ -57,7 +57,7 @@ class _Lines:
 
 @contextmanager
 def _bars(session: BuildSession, *, verbose: bool) -> Iterator[None]:
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     terminal = console(stderr=True)
@@ -69,7 +69,7 @@ def _bars(session: BuildSession, *, verbose: bool) -> Iterator[None]:
         TimeElapsedColumn(),
     )
     with Bars(*columns, console=terminal, transient=True) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
         lock = threading.Lock()
 
         def show(event: Progress) -> None:
@@ -80,11 +80,11 @@ def _bars(session: BuildSession, *, verbose: bool) -> Iterator[None]:
                     total = None if event.fraction is None else 1.0
                     bars.update(
                         tasks[event.step_id], total=total, completed=event.fraction or 0.0, text=event.text[:60]
-                    )  # type: ignore[arg-type]
+                    )
                 elif event.kind == "log" and verbose:
                     bars.console.print(f"{event.step_id}| {event.text}", markup=False, style="dim")
                 elif event.kind in ("done", "failed") and event.step_id in tasks:
-                    bars.remove_task(tasks.pop(event.step_id))  # type: ignore[arg-type]
+                    bars.remove_task(tasks.pop(event.step_id))
                     mark = f"[green]built[/] {event.seconds:.1f} s" if event.kind == "done" else "[red]failed[/]"
                     bars.console.print(f"{event.step_id} {mark}")
 

@@ -125,12 +125,10 @@ def build(
     from enginery.building import build_session
     from enginery.tables import print_build
 
-    reports = []
-    for session in _sessions(recipes, store, target, jobs=jobs):
-        document = build_session(session, verbose=verbose, quiet=as_json)
-        reports.append(document)
-        if not as_json:
-            print_build(document)
+    reports = [
+        build_session(session, show=(lambda _report: None) if as_json else print_build, verbose=verbose, quiet=as_json)
+        for session in _sessions(recipes, store, target, jobs=jobs)
+    ]
     if as_json:
         print_json(reports[0] if len(reports) == 1 else reports)
     raise typer.Exit(_worst([document["status"] for document in reports]))

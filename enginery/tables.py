@@ -58,7 +58,9 @@ def print_build(document: dict[str, Any]) -> None:
             _figure(engine["source_metric"], ".4f"),
             _figure(engine["parity"], ".1e"),
             "yes" if engine["executed"] else "no",
-            engine["path"] if engine["state"] == "cached" and engine["path"] else f"{engine['state']}: {engine['why']}",
+            engine["path"]
+            if engine["state"] == "cached" and engine["path"]
+            else f"{engine['state']}: {_brief(engine['why'])}",
         )
     out.print(engines)
     out.print(f"store: {document['store']}", markup=False)
@@ -98,4 +100,5 @@ def _figure(value: float | None, spec: str) -> str:
 
 
 def _brief(text: str, limit: int = 90) -> str:
+    text = text.partition("\n")[0]
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -13,7 +13,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 
 from recipes.plan import Plan
 from recipes.steps import Step
@@ -33,7 +33,8 @@ class StageTasks:
         """Run one step as a Prefect task run and return what became of it."""
         outcomes: list[Outcome] = []
 
-        async def stage(key: str, why: list[str]) -> State[Any]:
+        @task(name=step.stage, task_run_name=step.id, cache_policy=NO_CACHE, persist_result=False)
+        async def stage(key: str, why: list[str]) -> Any:
             """Run a stage, or find that it is cached."""
             logger = get_run_logger()
             logger.info("%s %s: %s", step.id, key[:12], "; ".join(why) or "cached")
@@ -47,8 +48,5 @@ class StageTasks:
                 return Completed(name="Cached", message=f"record and blobs of {key[:12]} are in the store")
             return Completed(message=f"built in {outcome.seconds:.1f} s")
 
-        run = task(
-            stage, name=step.stage, task_run_name=step.id, cache_policy=NO_CACHE, persist_result=False, retries=0
-        )
-        await run(step.action.key if step.action is not None else "", list(step.why), return_state=True)
+        await stage(step.action.key if step.action is not None else "", list(step.why), return_state=True)
         return outcomes[0]

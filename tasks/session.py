@@ -172,7 +172,9 @@ class BuildSession:
             engine for engine in planned.engines if engine.publish is not None and engine.publish.id == step.id
         )
         self._tell(Progress(step.id, "started", text="; ".join(step.why)))
-        record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store)
+        with self._lock:
+            built = [name for name, outcome in self.outcomes.items() if outcome.state == "built"]
+        record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
         kept = self._cache.put_record(record)
         self._tell(Progress(step.id, "done", seconds=record.seconds))
         return kept, kept is record
