@@ -31,7 +31,7 @@ from tasks.quantize import activations, zero_range
 from tasks.stage import StageRequest, StageResult
 
 RANGES: Final = "ranges.json"
-# NVIDIA's entropy calibrator: 2048 bins, quantised to 128 levels on each side (GTC 2017, S7310).
+# As in NVIDIA's entropy calibration (GTC 2017, S7310); ONNX Runtime counts the levels of both signs together.
 _BINS: Final = 2048
 _LEVELS: Final = 128
 Ranges = dict[str, tuple[float, float]]
@@ -142,8 +142,10 @@ def _clipped(request: StageRequest, observed: _Observed, once: Pass, extremes: R
         for index, (_samples, batch) in enumerate(once()):
             request.report(None, f"histograms, batch {index + 1}")
             for name, values in observed(batch):
-                if name in collector.histogram_dict and values.size:
-                    collector.collect({name: values})
+                # Zeros are exact at any scale; counted, what a Relu cuts off would outweigh everything else.
+                counted = values if symmetric else values[values != 0]
+                if name in collector.histogram_dict and counted.size:
+                    collector.collect({name: counted})
         request.report(None, f"{method} of {len(collector.histogram_dict)} histograms")
         if not collector.histogram_dict:
             return {}
