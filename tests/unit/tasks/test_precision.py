@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -15,6 +19,8 @@ from tasks.emulate import emulated
 from tasks.errors import BackendError
 from tasks.graphs import array_of
 from tasks.halves import round_to_half
+from tasks.references import save_arrays
+from tasks.stage import StageRequest
 from tests.unit.tasks.small_graphs import TENSORS, cnn, evaluate, graph, images, node, stage
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -333,3 +339,65 @@ def test_ranges_of_another_graph_are_refused(tmp_path):
     (tmp_path / "ranges.json").write_text(json.dumps({"x": [0.0, 1.0]}))
     with pytest.raises(BackendError, match="no calibrated range for 2 tensors, 'f'"):
         typed(tmp_path, cnn(), "int8", ranges_json=tmp_path / "ranges.json")
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
+def test_weights_beside_the_graph_stay_beside_it(tmp_path, kind):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    model = cnn()
+    ranges = ranges_of(tmp_path, model)
+    onnx.save_model(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0
+    )
+    files = {"model_onnx": folder / "model.onnx", "model_onnx_data": folder / "model.onnx.data", "ranges_json": ranges}
+    inputs = {name.replace("_", "."): path for name, path in files.items()}
+    output = tmp_path / "typed"
+    output.mkdir()
+    params = {"precision": kind, "keep": [], "io": "float32"}
+    result = precision.run(StageRequest("type", params, inputs, output))
+    assert set(result.outputs) == {"model.onnx", "model.onnx.data"}
+    assert {path.name for path in output.iterdir()} == set(result.outputs)
+    x = images(3)
+    arrays = {"a/min/in/x": x, "a/min/out/y": evaluate(cnn(), {"x": x})["y"]}
+    save_arrays(arrays, tmp_path / "reference.safetensors")
+    inputs = {name: output / name for name in result.outputs} | {
+        "reference.safetensors": tmp_path / "reference.safetensors"
+    }
+    report = tmp_path / "report"
+    report.mkdir()
+    assert verify.run(StageRequest("verify", PARITY, inputs, report)).facts["parity"]["relative_l2"] < 0.05
+
+
+BUILD = """
+import sys
+import tensorrt_rtx as trt
+
+logger = trt.Logger(trt.Logger.ERROR)
+for path in sys.argv[1:]:
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(path):
+        sys.exit("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("x", (1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 16, 16))
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    if builder.build_serialized_network(network, config) is None:
+        sys.exit(f"{path} does not build")
+"""
+
+
+def test_tensorrt_rtx_builds_every_typed_graph(tmp_path):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("needs tensorrt-rtx: pip install 'enginery[tensorrt-rtx]'")
+    paths = []
+    for kind, keep in itertools.product(["fp16", "bf16", "int8"], [(), ("body/*",)]):
+        extra = {"ranges_json": ranges_of(tmp_path, cnn())} if kind == "int8" else {}
+        model, _facts = typed(tmp_path, cnn(), kind, keep=keep, **extra)
+        paths.append(tmp_path / f"{kind}-{len(keep)}.onnx")
+        onnx.save(model, paths[-1])
+    found = subprocess.run([sys.executable, "-c", BUILD, *map(str, paths)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
