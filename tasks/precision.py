@@ -94,5 +94,6 @@ def _for_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
                 f"bf16 needs ONNX opset {_BF16_OPSET}, and the graph (opset {opset_of(model)}) cannot be raised to it: {err}",
                 "set export.opset to 18 or more, or build fp16",
             ) from err
+        name_nodes(model)  # the converter may add nodes without names
     model.ir_version = max(model.ir_version, _BF16_IR)
     return model
