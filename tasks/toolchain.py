@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import platform
 from functools import cache
 from importlib import metadata
@@ -23,7 +23,8 @@ def version(package: str) -> str | None:
     Where several distributions provide one import name (a namespace package), all are named with their versions.
     """
     found = _distribution_version(package)
-    if found is not None:
+    # What is not installed is told apart by looking for it, since reading every distribution's file list takes 0.5 s.
+    if found is not None or not _is_importable(package):
         return found
     provided = {name: _distribution_version(name) for name in sorted(set(_distributions().get(package, ())))}
     versions = {name: found for name, found in provided.items() if found is not None}
@@ -54,6 +55,16 @@ def _distribution_version(name: str) -> str | None:
         return metadata.version(name) or None
     except (metadata.PackageNotFoundError, KeyError, ValueError):
         return None
+
+
+def _is_importable(name: str) -> bool:
+    if "." in name:
+        # Finding a submodule would import its package.
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 @cache
