@@ -158,7 +158,7 @@ class _Child:
                 if "progress" in message:
                     on_progress(*message["progress"])
                 else:
-                    answer = message
+                    answer = answer or message
             if ended:
                 break
             now = time.monotonic()
