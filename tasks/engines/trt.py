@@ -1,0 +1,200 @@
+"""TensorRT 8.6, 10 and 11: compile a typed graph for the GPU that is here.
+
+The compiler times kernels on the device, so the device must be of the target's compute capability and should be idle. What
+differs between versions is in `trt_adapter`; what a version cannot do is refused by name. Measured facts: docs/backends.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.refs import BYTES, ENGINE_PLAN, JSON
+from tasks.engines.cuda import Cuda, driver_version, find_device
+from tasks.engines.trt_adapter import require
+from tasks.engines.trt_log import Log, progress_monitor
+from tasks.engines.trt_network import add_profiles, parse, signature
+from tasks.engines.trt_settings import Settings
+from tasks.errors import BackendError
+from tasks.onnx_files import GRAPH, load_graph, opset_of
+from tasks.stage import StageRequest, StageResult
+
+PLAN: Final = "model.plan"
+LAYERS: Final = "layers.json"
+TIMING_CACHE: Final = "timing.cache"
+# A build that runs out of memory is tried again with half of the scratch memory, down to this.
+LEAST_WORKSPACE: Final = 64 << 20
+_MAX_WARNINGS: Final = 50
+
+
+def compile_plan(request: StageRequest) -> StageResult:
+    """Compile "model.onnx" to "model.plan", for a device of params["gpu"].
+
+    params: gpu, precision, tf32, profiles, workspace (bytes or None), optimization_level, hardware_compatibility,
+    version_compatible; and, where given, max_aux_streams, sparse_weights, refit, strip_weights, weight_streaming,
+    tactic_sources (names). The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
+    inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
+    driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, inputs, outputs,
+    warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
+    """
+    import tensorrt as trt
+
+    device = find_device(request.params["gpu"])
+    cuda = Cuda(device["index"])
+    try:
+        built = Build(trt, request).run(cuda.free_bytes)
+    finally:
+        cuda.close()
+    return StageResult(built[0], {"device": device, "driver_cuda": driver_version(), **built[1]})
+
+
+class Build:
+    """One compilation with one TensorRT module, on the current CUDA device."""
+
+    def __init__(self, trt: Any, request: StageRequest) -> None:
+        self._trt, self._request = trt, request
+        self._log = Log(request.report)
+        self._logger = self._log.for_runtime(trt)
+        self._timing: dict[str, Any] = {"given": TIMING_CACHE in request.inputs, "used": False}
+
+    def run(self, free_bytes: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        """Compile, trying again with less workspace where memory runs out; return outputs and facts.
+
+        `free_bytes` says how much memory of the device is free.
+        """
+        trt, params = self._trt, self._request.params
+        require(trt, params["precision"], opset_of(load_graph(self._request.inputs[GRAPH], weights=False)))
+        started = time.monotonic()
+        limit, tried = params["workspace"], list[int]()
+        while True:
+            try:
+                facts = self._attempt(limit, tried)
+                break
+            except BackendError as err:
+                following = _smaller(tried, free_bytes) if err.kind == "out of memory" else None
+                if following is None:
+                    raise _with_attempts(err, tried) from err
+                self._request.report(None, f"out of memory; trying again with {following >> 20} MiB of workspace")
+                self._log.warnings.append(f"out of memory with {tried[-1] >> 20} MiB of workspace")
+                self._log.take_errors(0)
+                limit = following
+        seconds = time.monotonic() - started
+        layers = self._inspect()
+        outputs = {PLAN: ENGINE_PLAN, **({LAYERS: JSON} if layers is not None else {})}
+        if (self._request.output_dir / TIMING_CACHE).exists():
+            outputs[TIMING_CACHE] = BYTES
+        return outputs, {
+            "runtime_version": trt.__version__,
+            **facts,
+            "workspace": {"asked": params["workspace"], "limit": tried[-1], "tried": tried},
+            "seconds": round(seconds, 3),
+            "layers": layers,
+            "timing_cache": self._timing,
+            "warnings": self._log.warnings[:_MAX_WARNINGS],
+            "log_lines": self._log.lines,
+            "size": (self._request.output_dir / PLAN).stat().st_size,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def _attempt(self, limit: int | None, tried: list[int]) -> dict[str, Any]:
+        trt, log, params = self._trt, self._log, self._request.params
+        try:
+            builder = trt.Builder(self._logger)
+        except TypeError as err:  # "pybind11::init(): factory function returned nullptr"
+            raise log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
+        network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH])
+        config = builder.create_builder_config()
+        settings = Settings(trt, log, config)
+        settings.apply(params, network)
+        tried.append(settings.workspace(limit))
+        add_profiles(trt, log, builder, network, config, params["profiles"])
+        cache = self._attach_timing_cache(config)
+        monitor = progress_monitor(trt, log, self._request.report)
+        if monitor is not None:
+            config.progress_monitor = monitor
+        self._request.report(0.0 if monitor is not None else None, "compiling")
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise log.failure(f"TensorRT {trt.__version__} does not compile the graph")
+        (self._request.output_dir / PLAN).write_bytes(memoryview(plan))
+        self._keep_timing_cache(config)
+        facts = {"settings": settings.applied, **signature(network), "network_layers": network.num_layers}
+        # In this order: what is made from another must go first.
+        del plan, monitor, cache, config, parser, network, builder
+        self._log.warnings += [f"logged as an error, and built all the same: {words}" for words in log.take_errors(0)]
+        return facts
+
+    def _attach_timing_cache(self, config: Any) -> Any:
+        """Attach the given timing cache if it was made on such a device by this version, else an empty one.
+
+        A mismatch is never ignored: such a cache "may lead to functional or performance bugs" (ITimingCache.combine).
+        """
+        path, since = self._request.inputs.get(TIMING_CACHE), len(self._log.errors)
+        if path is not None:
+            cache = config.create_timing_cache(path.read_bytes())
+            if cache is not None and config.set_timing_cache(cache, False) and not self._log.errors[since:]:
+                self._timing["used"] = True
+                return cache
+            said = "; ".join(self._log.take_errors(since)) or "made by another version or on another device"
+            self._timing["refused"] = said
+            self._log.warnings.append(f"the timing cache is not used: {said}")
+        cache = config.create_timing_cache(b"")
+        return cache if cache is not None and config.set_timing_cache(cache, False) else None
+
+    def _keep_timing_cache(self, config: Any) -> None:
+        cache = config.get_timing_cache()
+        data = cache.serialize() if cache is not None else None
+        if data is not None:
+            size = (self._request.output_dir / TIMING_CACHE).write_bytes(memoryview(data))
+            self._timing["size"] = size
+
+    def _inspect(self) -> dict[str, Any] | None:
+        """Load the plan once, and list its layers. Raises BackendError where TensorRT does not load its own plan."""
+        trt = self._trt
+        self._request.report(None, "loading the plan")
+        engine = load_plan(trt, self._logger, self._log, self._request.output_dir / PLAN, self._request.params)
+        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        listing = json.loads(text)
+        canonical = json.dumps(listing, sort_keys=True, separators=(",", ":")) + "\n"
+        (self._request.output_dir / LAYERS).write_text(canonical, "utf-8")
+        return {
+            "count": len(listing.get("Layers", ())),
+            "digest": hashlib.sha256(canonical.encode()).hexdigest(),
+            "device_memory_bytes": int(device_memory(engine)),
+        }
+
+
+def load_plan(trt: Any, logger: Any, log: Log, path: Path, params: Mapping[str, Any]) -> Any:
+    """Deserialise a plan that this process has just written. Raises BackendError with TensorRT's words."""
+    runtime = trt.Runtime(logger)
+    if params.get("version_compatible"):
+        runtime.engine_host_code_allowed = True  # the lean runtime inside of the plan; it was written by ourselves
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise log.failure(f"TensorRT {trt.__version__} does not load the plan that it made")
+    return engine
+
+
+def device_memory(engine: Any) -> int:
+    """Return how many bytes of device memory one execution context of an engine needs, besides the weights."""
+    newer = getattr(engine, "device_memory_size_v2", None)  # 10.1 and later; 11 has no other
+    return int(engine.device_memory_size if newer is None else newer)
+
+
+def _smaller(tried: list[int], free_bytes: Any) -> int | None:
+    """Return the next workspace limit: half of the last, or of the memory that is free; None where there is no less."""
+    if not tried or tried[-1] <= LEAST_WORKSPACE:
+        return None
+    return max(min(tried[-1], int(free_bytes())) // 2, LEAST_WORKSPACE)
+
+
+def _with_attempts(err: BackendError, tried: list[int]) -> BackendError:
+    if len(tried) < 2:
+        return err
+    limits = ", ".join(f"{limit >> 20} MiB" for limit in tried)
+    return BackendError(err.kind, f"{err.message}\n    (tried workspaces: {limits})", err.advice)

@@ -1,0 +1,83 @@
+"""What differs between major versions of TensorRT, behind one Protocol; which one applies is probed by member.
+
+Everything else that a version may lack is looked up by name where it is used (`named`): the numbers behind TensorRT's
+enumerations move from version to version, and a setter that refuses says so only in the log.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from tasks.errors import BackendError
+
+# Which versions have what another lacks, for messages (facts/tensorrt.md section 1, read from the bindings).
+_HAVE: Final = {
+    "BuilderFlag.VERSION_COMPATIBLE": "TensorRT 8.6 and later",
+    "BuilderFlag.STRIP_PLAN": "TensorRT 10.0 and later",
+    "BuilderFlag.REFIT_IDENTICAL": "TensorRT 10.0 and later",
+    "BuilderFlag.WEIGHT_STREAMING": "TensorRT 10.0 and later",
+    "HardwareCompatibilityLevel.AMPERE_PLUS": "TensorRT 8.6 and later",
+    "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY": "TensorRT 10.9 and later",
+}
+
+
+class Adapter(Protocol):
+    """One major version: how a typed graph becomes a network and a configuration there.
+
+    `opset` is the newest ONNX operator set that the version's documentation lists, None where it is not known;
+    `precisions` are those that the version can express.
+    """
+
+    opset: int | None
+    precisions: tuple[str, ...]
+
+    def network_flags(self, trt: Any) -> int:
+        """Return the bits that `Builder.create_network` takes."""
+
+    def prepare_parser(self, trt: Any, parser: Any) -> None:
+        """Set what the parser needs before it reads the graph."""
+
+    def type_flags(self, trt: Any, network: Any) -> tuple[str, ...]:
+        """Return the names of the BuilderFlags without which this network's own types would not be used.
+
+        May constrain layers of the network, so that flags do not lower what the graph keeps in fp32.
+        """
+
+
+def adapter(trt: Any) -> Adapter:
+    """Return the adapter for a TensorRT module, chosen by what the module has."""
+    from tasks.engines import trt_v8, trt_v10, trt_v11
+
+    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        return trt_v8.Weak()
+    return trt_v10.StronglyTyped() if hasattr(trt.BuilderFlag, "FP16") else trt_v11.Typed()
+
+
+def named(trt: Any, enumeration: str, name: str) -> Any:
+    """Return a member of one of TensorRT's enumerations. Raises BackendError naming the versions that have it."""
+    member = getattr(getattr(trt, enumeration, None), name, None)
+    if member is None:
+        path = f"{enumeration}.{name}"
+        raise BackendError(
+            "version mismatch",
+            f"TensorRT {trt.__version__} has no {path}",
+            f"build with {_HAVE.get(path, 'another version of TensorRT')}, or leave this option out",
+        )
+    return member
+
+
+def require(trt: Any, precision: str, opset: int) -> None:
+    """Refuse a precision or operator set that this version cannot express, naming the versions that can."""
+    chosen = adapter(trt)
+    if precision not in chosen.precisions:
+        raise BackendError(
+            "version mismatch",
+            f"TensorRT {trt.__version__} has no {precision} (it has: {', '.join(chosen.precisions)})",
+            f"build {precision} with TensorRT 10.0 or later, or TensorRT-RTX; or ask for fp16",
+        )
+    if chosen.opset is not None and opset > chosen.opset:
+        raise BackendError(
+            "version mismatch",
+            f"TensorRT {trt.__version__} reads ONNX up to opset {chosen.opset}, the graph has {opset}",
+            f"set export.opset to {chosen.opset} (exporter: torchscript), or build with TensorRT 10.0 or later",
+        )
