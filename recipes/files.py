@@ -71,7 +71,8 @@ class RecipeFiles:
     metric: CodeBundle | None = None
 
 
-IMAGE_SUFFIXES: Final = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+# What the `fetch` stage reads from a folder (tasks/datasets.py): what is read has to be what is digested.
+IMAGE_SUFFIXES: Final = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 ARRAY_SUFFIXES: Final = frozenset((".npy", ".npz"))
 WEIGHTS_NAMES: Final[Mapping[str, str]] = {
     ".safetensors": "weights.safetensors",
@@ -98,15 +99,14 @@ def gather(loaded: LoadedRecipe, digests: Digests | None = None) -> RecipeFiles:
 def dataset_members(folder: Path, *, images: bool) -> list[tuple[str, Path]]:
     """Return the samples in a folder, at any depth, as (name relative to it, path), sorted by name.
 
-    Those are the files with an image's suffix, or .npy and .npz; hidden ones and linked folders are left out.
+    Those are the files with an image's suffix, or .npy and .npz; folders that are links are not entered.
     """
     suffixes = IMAGE_SUFFIXES if images else ARRAY_SUFFIXES
     found: list[tuple[str, Path]] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, _folders, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
-            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() in suffixes and path.is_file():
                 found.append((path.relative_to(folder).as_posix(), path))
     return sorted(found)
 

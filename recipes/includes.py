@@ -81,7 +81,9 @@ class Merged:
         own = dict(document.root.value)
         include = own.pop("include", None)
         root = _rebased(replace(document.root, value=own), prefix)
-        entries = [] if include is None else include.value if isinstance(include.value, list) else [include]
+        entries = [] if include is None or include.value is None else [include]
+        if include is not None and isinstance(include.value, list):
+            entries = include.value
         below: Node | None = None
         for entry in entries:
             if not isinstance(entry.value, str) or not entry.value:

@@ -102,7 +102,8 @@ def dump_merged(loaded: LoadedRecipe) -> str:
             return True
 
     def string(dumper: Dumper, text: str) -> yaml.ScalarNode:
-        style = None if is_plain_string(text) else "'"
+        # Double quotes escape what the emitter would fold or a reader could not see (line breaks of Unicode).
+        style = '"' if not text.isprintable() else None if is_plain_string(text) else "'"
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, string)

@@ -272,7 +272,7 @@ class _Builder:
             self._fault(line, f"{brief(text, 40)} can be read as octal, hexadecimal or decimal: {advice}")
             return 0
         if _INT.fullmatch(text):
-            if len(text) < 20 and abs(int(text)) < 1 << 63:
+            if len(text) <= 20 and abs(int(text)) < 1 << 63:
                 return int(text)
             self._fault(line, f"{brief(text, 40)} does not fit 64 bits; put it in quotes where a string is meant")
             return 0
