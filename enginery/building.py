@@ -7,7 +7,6 @@ where the plan is fresh, or where it only waits for other hosts.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from enginery.output import note
 from tasks.report import report
-from tasks.session import BuildSession, Outcome, activate, drive
+from tasks.session import BuildSession, Outcome, activate
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -68,6 +67,8 @@ def _build_with_prefect(session: BuildSession) -> tuple[dict[str, Any], Callable
 
     Returns the report, and what has to be waited for before this process (and the embedded server with it) may end.
     """
+    import asyncio
+
     recipe = str(session.loaded.path)
     head_start = threading.Thread(target=_head_start, args=(session,), name="head start", daemon=True)
     head_start.start()
@@ -114,6 +115,10 @@ def _settle(state: State[Any], steps: int) -> None:
 
 
 def _head_start(session: BuildSession) -> None:
+    import asyncio
+
+    from tasks.drive import drive
+
     async def run(step: Step, planned: Plan) -> Outcome:
         return await asyncio.to_thread(session.ensure, step, planned)
 

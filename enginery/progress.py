@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from enginery.output import console, note
-from tasks.run import Progress
+from tasks.progress import Progress
 
 if TYPE_CHECKING:
     from recipes.plan import Plan

@@ -9,8 +9,9 @@ from prefect import flow
 
 from artifacts.store import open_store
 from tasks.cache import StageTasks
+from tasks.drive import drive
 from tasks.report import report
-from tasks.session import active_session, drive, open_session
+from tasks.session import active_session, open_session
 
 
 @flow(name="build", flow_run_name="build {recipe}", persist_result=False, validate_parameters=True)

@@ -8,8 +8,9 @@ result cache is off, since the action record is the result.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -48,5 +49,7 @@ class StageTasks:
                 return Completed(name="Cached", message=f"record and blobs of {key[:12]} are in the store")
             return Completed(message=f"built in {outcome.seconds:.1f} s")
 
-        await stage(step.action.key if step.action is not None else "", list(step.why), return_state=True)
+        # Prefect types this call as its state; of an async task it is an awaitable of it.
+        run = stage(step.action.key if step.action is not None else "", list(step.why), return_state=True)
+        await cast("Awaitable[object]", run)
         return outcomes[0]

@@ -10,7 +10,7 @@ import datetime as dt
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,22 +22,9 @@ from artifacts.store import Store, open_store
 from recipes.files import CodeBundle, DatasetFiles, LocalFile
 from recipes.steps import Step
 from tasks.process import Limits, run_stage
+from tasks.progress import Listener, Progress
 
 _MEDIA_TYPES: Final[Mapping[str, str]] = {".onnx": ONNX, ".safetensors": SAFETENSORS, ".tar": TAR}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Something a running step says: how far it is (0..1, None where unknown) and a short text, or a log line."""
-
-    step_id: str
-    kind: str  # "started" | "progress" | "log" | "done" | "failed"
-    fraction: float | None = None
-    text: str = ""
-    seconds: float = 0.0
-
-
-Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ and the Prefect task that shows it) runs once.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.cache import ActionCache
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
@@ -31,10 +31,12 @@ from recipes.planner import plan
 from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
 from tasks.errors import TaskError
-from tasks.process import Limits
+from tasks.progress import Listener, Progress
 from tasks.publish import is_published, publish_engine
-from tasks.run import Listener, Progress, StepRunner
 from tasks.toolchain import probe_host, version
+
+if TYPE_CHECKING:
+    from tasks.run import StepRunner
 
 DEFAULT_JOBS: Final = 2
 _RERUNS: Final = 3
@@ -71,15 +73,7 @@ class BuildSession:
 
     def __post_init__(self) -> None:
         """Prepare the cache, the limits of stages and the explanations."""
-        build = self.loaded.recipe.build
         self._cache = ActionCache(self.store, self._warn_once)
-        self._runner = StepRunner(
-            self.store,
-            self._cache,
-            Limits(timeout_s=duration_seconds(build.timeout), memory_bytes=size_bytes(build.memory)),
-            producer={"host": self.host.name, "os": self.host.os},
-            listen=self._tell,
-        )
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self.jobs)
         self._known: dict[tuple[str, str], ActionRecord | None] = {}
@@ -88,6 +82,21 @@ class BuildSession:
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
         self._previous: Mapping[str, Mapping[str, Any]] | None = None
+
+    @cached_property
+    def _runner(self) -> StepRunner:
+        """What runs steps; planning does without it, and without what it imports."""
+        from tasks.process import Limits
+        from tasks.run import StepRunner
+
+        build = self.loaded.recipe.build
+        return StepRunner(
+            self.store,
+            self._cache,
+            Limits(timeout_s=duration_seconds(build.timeout), memory_bytes=size_bytes(build.memory)),
+            producer={"host": self.host.name, "os": self.host.os},
+            listen=self._tell,
+        )
 
     @property
     def recipe_name(self) -> str:
@@ -262,28 +271,3 @@ def activate(recipe: str, session: BuildSession) -> Iterator[None]:
 def active_session(recipe: str) -> BuildSession | None:
     """Return the session that this process has begun for a recipe, if any."""
     return _ACTIVE.get(recipe)
-
-
-RunStep = Callable[[Step, Plan], Awaitable[Outcome]]
-
-
-async def drive(session: BuildSession, run_step: RunStep, *, show_cached: bool = False) -> Plan:
-    """Run what is ready through `run_step`, plan again whenever a step ends, and return the last plan.
-
-    With `show_cached`, `run_step` also gets every step that is cached, once, so that it can be shown as such.
-    """
-    running: dict[asyncio.Task[Outcome], str] = {}
-    shown: set[str] = set()
-    while True:
-        planned = await asyncio.to_thread(session.plan)
-        cached = [step for step in planned.steps if step.record is not None and step.id not in shown]
-        for step in (*planned.ready, *(cached if show_cached else ())):
-            if step.id not in running.values():
-                running[asyncio.ensure_future(run_step(step, planned))] = step.id
-                shown.add(step.id)
-        if not running:
-            return planned
-        done, _pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            del running[task]
-            task.result()

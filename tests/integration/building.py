@@ -1,0 +1,67 @@
+"""Whole builds with real stages, without Prefect: what the flow does, driven by threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from artifacts.store import open_store
+from recipes.plan import Plan
+from recipes.steps import Step
+from tasks.drive import drive
+from tasks.session import BuildSession, Outcome, open_session
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+
+
+def copy_digits(folder: Path, change=lambda _document: None) -> Path:
+    """Copy the digits recipe with its code and data, after a change of the document, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(
+        RECIPES / "digits", folder / "digits", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
+    document = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    document["targets"] = [
+        {"runtime": "tensorrt-rtx", "gpus": ["sm89"]},
+        {"runtime": "onnxruntime", "gpus": ["cpu"], "precision": ["fp32", "int8"]},
+    ]
+    change(document)
+    path = folder / "digits.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def build(recipe: Path, store: str | Path, *, targets: tuple[str, ...] = ()) -> tuple[set[str], Plan, BuildSession]:
+    """Build and return the ids of the steps that ran, the last plan, and the session."""
+    session = open_session(recipe, open_store(str(store)), targets=targets)
+
+    async def run(step: Step, planned: Plan) -> Outcome:
+        return await asyncio.to_thread(session.ensure, step, planned)
+
+    planned = asyncio.run(drive(session, run))
+    session.finish(planned)
+    failed = {name: outcome.message for name, outcome in session.outcomes.items() if outcome.state == "failed"}
+    assert not failed, failed
+    return {name for name, outcome in session.outcomes.items() if outcome.state == "built"}, planned, session
+
+
+def enginery(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "enginery", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
