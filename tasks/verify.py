@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -40,9 +40,9 @@ def run(request: StageRequest) -> StageResult:
     not fit, and by its kind where ONNX Runtime fails.
     """
     params = request.params
-    if params["executor"] != "onnxruntime":
+    graph = _subject(request)
+    if graph is None:
         return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
-    graph = Executable(request.inputs, engine=params["subject"] == "engine")
     cases = _parity(request, graph)
     metric = _metric(request, graph) if params["metric"] is not None else None
     request.report(1.0, "verified")
@@ -58,6 +58,26 @@ def run(request: StageRequest) -> StageResult:
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
     (request.output_dir / REPORT).write_text(text + "\n", "utf-8")
     return StageResult({REPORT: JSON}, facts)
+
+
+class Subject(Protocol):
+    """What is judged: it runs on arrays, and names its outputs in order."""
+
+    outputs: list[str]
+    emulated: str | None
+
+    def __call__(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
+        """Run once; `where` names the run in errors."""
+
+
+def _subject(request: StageRequest) -> Subject | None:
+    if request.params["executor"] == "tensorrt":
+        from tasks.engines.trt_run import runner_for
+
+        return runner_for(request)
+    if request.params["executor"] == "onnxruntime":
+        return Executable(request.inputs, engine=request.params["subject"] == "engine")
+    return None
 
 
 class Executable:
@@ -102,7 +122,7 @@ class Executable:
         return folder / GRAPH
 
 
-def _parity(request: StageRequest, graph: Executable) -> dict[str, dict[str, Distance]]:
+def _parity(request: StageRequest, graph: Subject) -> dict[str, dict[str, Distance]]:
     from safetensors import safe_open
 
     cases: dict[str, dict[str, Distance]] = {}
@@ -147,7 +167,7 @@ def _distance(reference: Array, found: Array, where: str) -> Distance:
     return distance(reference, found)
 
 
-def _metric(request: StageRequest, graph: Executable) -> dict[str, Any]:
+def _metric(request: StageRequest, graph: Subject) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     spec = request.params["metric"]
@@ -180,7 +200,7 @@ def _metric(request: StageRequest, graph: Executable) -> dict[str, Any]:
     }
 
 
-def _outputs(request: StageRequest, graph: Executable, data: Mapping[str, Array]) -> dict[str, Array]:
+def _outputs(request: StageRequest, graph: Subject, data: Mapping[str, Array]) -> dict[str, Array]:
     params, parts = request.params, {name: list[Array]() for name in graph.outputs}
     start = 0
     for samples, inputs in batches(data, params["tensors"], params["batch"]):

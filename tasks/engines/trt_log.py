@@ -105,7 +105,7 @@ class Log:
     def _beat(self, message: str) -> None:
         self._timed += 1 if (timed := _TIMED.match(message)) else 0
         now = time.monotonic()
-        if self.silent or now - self._spoke < _REPORT_SECONDS:
+        if self.silent or not self._timed or now - self._spoke < _REPORT_SECONDS:
             return
         self._spoke = now
         what = f": {timed[1][:80]}" if timed and timed[1] else ""

@@ -15,9 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from artifacts.refs import digest_bytes
-from tasks.engines.cuda import Cuda
+from tasks.engines.cuda import Cuda, find_device
 from tasks.engines.trt_log import Log
 from tasks.errors import BackendError
+from tasks.stage import StageRequest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -81,6 +82,8 @@ class PlanRunner:
 
     `inputs` is {name: TensorRT's name of the type}, `outputs` the names in order, `profiles` what shapes it takes.
     """
+
+    emulated: str | None = None  # as `tasks.verify` asks of what it runs: the device computes as the plan says
 
     def __init__(
         self,
@@ -177,6 +180,17 @@ class PlanRunner:
             self._cuda.synchronize()
         dtypes = {name: np.dtype(_DTYPES[kind]) for name, kind in self._types.items()}
         return _Context(self._trt, self._log, self._cuda, made, dtypes, tuple(self.outputs))
+
+
+def runner_for(request: StageRequest) -> PlanRunner:
+    """Return the runner of a stage's input "model.plan", which the stage's parent has checked.
+
+    params: `gpu` (where given, the device must be of it) and `version_compatible`.
+    """
+    gpu = request.params.get("gpu")
+    device = find_device(gpu)["index"] if gpu is not None else 0
+    host_code = bool(request.params.get("version_compatible"))
+    return PlanRunner(request.inputs["model.plan"], None, device=device, host_code=host_code)
 
 
 @dataclass
@@ -322,9 +336,12 @@ def _bf16_bits(values: Array) -> Array:
     """Round to bfloat16, to nearest with ties to even, and return its bits."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    kept: Array = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-    return kept.reshape(values.shape)
+    kept: Array = np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
+    return kept
 
 
 def _widened(values: Array, kind: str) -> Array:
-    return (values.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else values
+    if kind != "BF16":
+        return values
+    bits: np.ndarray[Any, np.dtype[np.uint32]] = values.astype(np.uint32) << np.uint32(16)
+    return bits.view(np.float32)

@@ -102,7 +102,7 @@ def test_a_graph_that_does_not_run_is_an_error_with_its_words(tmp_path):
 
 
 def test_an_unknown_executor_executes_nothing(tmp_path):
-    params = PARAMS | {"executor": "tensorrt"}
+    params = PARAMS | {"executor": "abacus"}
     result, output = stage(verify.run, tmp_path, params, model_onnx=cnn())
     assert result.facts["executed"] is False
     assert "tensorrt" in result.facts["reason"]
