@@ -105,7 +105,7 @@ def test_an_unknown_executor_executes_nothing(tmp_path):
     params = PARAMS | {"executor": "abacus"}
     result, output = stage(verify.run, tmp_path, params, model_onnx=cnn())
     assert result.facts["executed"] is False
-    assert "tensorrt" in result.facts["reason"]
+    assert "abacus" in result.facts["reason"]
     assert list(output.iterdir()) == []
 
 
