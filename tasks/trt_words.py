@@ -37,10 +37,11 @@ _BUILD: Final[_Rules] = (
         "raise build.workspace in the recipe (or leave it out), or lower the profiles' maxima",
     ),
     (
-        r"Cannot compile operation|HW-specific datatypes|no (runners that|tactics to) implement|not find any implementation",
+        r"Cannot compile operation|HW-specific datatypes|no tactics to implement|not find any implementation",
         "no kernel",
         "use another precision for this GPU, keep the node in fp32 (precision.keep), or drop the GPU from the target",
     ),
+    (r"no runners that implement", "no kernel", _OTHER_MODEL),  # whatever the GPU and the precision
     (
         r"optimization profile|in profile \d|and profile \d|profile index|but profile|MIN<=OPT<=MAX|self-consistent",
         "bad profile",
