@@ -18,12 +18,13 @@ from recipes.schema import Acceptance, Parity, Precision
 # (unit roundoff 2^-11 = 4.9e-4) and bf16 keeps 7 (2^-8 = 3.9e-3); both are given about 20 roundoffs, since errors grow
 # with depth. int8: the measured 8.4e-3 of a small net (facts: tensorrt.md section 8) grows to several percent in real
 # ones, so its bound only catches collapse, and the metric is the gate that matters.
+# (Constructed without validation: constants need none, and its schema would be built at start-up.)
 DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
-    "fp32": Parity(relative_l2=1e-4),
-    "tf32": Parity(relative_l2=1e-2, cosine=0.999),
-    "fp16": Parity(relative_l2=1e-2, cosine=0.999),
-    "bf16": Parity(relative_l2=8e-2, cosine=0.99),
-    "int8": Parity(relative_l2=0.25, cosine=0.97),
+    "fp32": Parity.model_construct(relative_l2=1e-4),
+    "tf32": Parity.model_construct(relative_l2=1e-2, cosine=0.999),
+    "fp16": Parity.model_construct(relative_l2=1e-2, cosine=0.999),
+    "bf16": Parity.model_construct(relative_l2=8e-2, cosine=0.99),
+    "int8": Parity.model_construct(relative_l2=0.25, cosine=0.97),
 }
 
 

@@ -34,7 +34,7 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         self.profiles = profile_shapes(self.recipe)
-        self.tensors = {name: tensor.model_dump() for name, tensor in self.recipe.inputs.items()}
+        self.tensors = {name: dict(tensor) for name, tensor in self.recipe.inputs.items()}
 
     # ---- what comes from outside -------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class Pipeline:
             "fields": spec.fields,
             "names": names,
             "label": label,
-            "images": spec.images.model_dump() if spec.images is not None else None,
+            "images": dict(spec.images) if spec.images is not None else None,
             "samples": spec.samples,
             "order": spec.order,
             "seed": spec.seed,

@@ -20,6 +20,7 @@ from recipes.steps import Lookup, Step, Steps
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
 RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
+CUDA_FLAVOURS: Final = ("cu11", "cu12", "cu13")
 PLAN_NAMES: Final = {"tensorrt-rtx": "model.plan", "tensorrt": "model.plan", "onnxruntime": "model.onnx"}
 
 
@@ -127,11 +128,12 @@ class _Engines:
                 "hardware_compatibility": build.hardware_compatibility,
                 "version_compatible": build.version_compatible,
             }
-        toolchain = {
-            RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version,
-            "os": self.host.os,
-            "arch": self.host.arch,
-        }
+        package = RUNTIME_PACKAGES[engine.runtime]
+        toolchain = {package: engine.runtime_version, "os": self.host.os, "arch": self.host.arch}
+        if engine.runtime != "onnxruntime":
+            # One version is released for several major versions of CUDA, as packages of that name.
+            found = [flavour for flavour in CUDA_FLAVOURS if self.pipeline.version(f"{package}_{flavour}") is not None]
+            toolchain["cuda"] = ",".join(found)
         return self.pipeline.steps.add(
             f"compile:{engine.runtime}:{engine.gpu}:{precision}",
             params=params,
@@ -168,7 +170,7 @@ class _Engines:
             "inputs": self.pipeline.tensors,
             "profiles": self.pipeline.profiles,
             "gates": {
-                "parity": parity_bounds(recipe.acceptance, engine.given).model_dump(),
+                "parity": dict(parity_bounds(recipe.acceptance, engine.given)),
                 "metric": _metric_gate(recipe),
             },
             "calibration": self.pipeline.calibration_digest() if engine.given == "int8" else None,

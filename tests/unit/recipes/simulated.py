@@ -49,6 +49,7 @@ VERSIONS = {
     "onnxslim": "0.1.98",
     "numpy": "2.4.6",
     "pillow": "13.0.0",
+    "tensorrt_rtx_cu13": "1.7.1.116",
 }
 HOST = Host("here", "linux", "x86_64", runtimes={"tensorrt-rtx": "1.7.1.116", "onnxruntime": "1.31.1"})
 

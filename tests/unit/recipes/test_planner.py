@@ -216,6 +216,14 @@ def test_a_new_runtime_version_rebuilds_its_engines_alone(built: World):
     assert planned.engines[0].target == "tensorrt-rtx-1.8.0.9-sm89"
 
 
+def test_another_cuda_flavour_of_one_runtime_version_compiles_anew(built: World):
+    built.versions = {name: found for name, found in built.versions.items() if name != "tensorrt_rtx_cu13"}
+    built.versions["tensorrt_rtx_cu12"] = "1.7.1.116"
+    planned = {step.id: step for step in built.plan(recipe()).steps}
+    assert planned["compile:tensorrt-rtx:sm89:int8"].why == ("miss: toolchain.cuda cu13 -> cu12",)
+    assert {step.id for step in planned.values() if step.state == "run"} == {s for s in RTX if s.startswith("compile")}
+
+
 @pytest.mark.parametrize("field", ["os", "arch"])
 def test_another_platform_compiles_anew(built: World, field: str):
     built.host = replace(HOST, **{field: "other"})
