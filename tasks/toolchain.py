@@ -11,7 +11,7 @@ from typing import Any, Final
 from artifacts.host import Gpu, Host
 
 # The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
-BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
+BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 
 _ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 

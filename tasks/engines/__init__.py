@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from artifacts.refs import ENGINE_PLAN, ONNX
+from recipes.schema import GPUS
 from tasks.errors import BackendError
 from tasks.stage import StageRequest, StageResult
 
@@ -69,6 +70,15 @@ RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
                 "tasks.engines.trt_rtx:compile_plan",
                 "model.plan",
                 ENGINE_PLAN,
+            ),
+            Runtime(
+                "tensorrt",
+                "tensorrt",
+                "tensorrt",
+                "tasks.engines.trt:compile_plan",
+                "model.plan",
+                ENGINE_PLAN,
+                GPUS["tensorrt"],  # compiled on the GPU that it is for
             ),
             Runtime("onnxruntime", "onnxruntime", None, "tasks.engines.ort:compile_plan", "model.onnx", ONNX, ("cpu",)),
         )

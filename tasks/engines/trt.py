@@ -35,8 +35,8 @@ _MAX_WARNINGS: Final = 50
 def compile_plan(request: StageRequest) -> StageResult:
     """Compile "model.onnx" to "model.plan", for a device of params["gpu"].
 
-    params: gpu, precision, tf32, profiles, workspace (bytes or None), optimization_level, hardware_compatibility,
-    version_compatible; and, where given, max_aux_streams, sparse_weights, refit, strip_weights, weight_streaming,
+    params: gpu, tf32, profiles, workspace (bytes or None), optimization_level, hardware_compatibility,
+    version_compatible; and, where given, precision (to refuse what a version lacks), max_aux_streams, sparse_weights, refit, strip_weights, weight_streaming,
     tactic_sources (names). The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
     inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
     driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, inputs, outputs,
@@ -58,7 +58,7 @@ class Build:
 
     def __init__(self, trt: Any, request: StageRequest) -> None:
         self._trt, self._request = trt, request
-        self._log = Log(request.report)
+        self._log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
         self._logger = self._log.for_runtime(trt)
         self._timing: dict[str, Any] = {"given": TIMING_CACHE in request.inputs, "used": False}
 
@@ -68,7 +68,7 @@ class Build:
         `free_bytes` says how much memory of the device is free.
         """
         trt, params = self._trt, self._request.params
-        require(trt, params["precision"], opset_of(load_graph(self._request.inputs[GRAPH], weights=False)))
+        require(trt, params.get("precision", "fp32"), opset_of(load_graph(self._request.inputs[GRAPH], weights=False)))
         started = time.monotonic()
         limit, tried = params["workspace"], list[int]()
         while True:

@@ -80,7 +80,9 @@ class Log:
     `errors` and `warnings` hold distinct messages in order, at most 200 of each; `lines` counts all.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, *, folder: str = "") -> None:
+        """`folder` is left out of messages: it names a temporary place of this machine."""
+        self._folder = f"{folder}/"
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.lines = 0
@@ -96,6 +98,8 @@ class Log:
             self.lines += 1
             kept = {"ERROR": self.errors, "INTERNAL_ERROR": self.errors, "WARNING": self.warnings}.get(severity)
             message = message.strip()
+            if self._folder != "/":
+                message = message.replace(self._folder, "")
             if kept is not None and message not in kept and len(kept) < _KEPT:
                 kept.append(message[:_MESSAGE_CHARS])
             if severity != "VERBOSE":

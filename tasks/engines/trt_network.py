@@ -29,7 +29,7 @@ def parse(trt: Any, logger: Any, log: Log, builder: Any, path: Path) -> tuple[An
     chosen.prepare_parser(trt, parser)
     if not parser.parse_from_file(str(path)):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
-        words = "\n    ".join(dict.fromkeys(_words(error) for error in found))
+        words = "\n    ".join(dict.fromkeys(_words(error) for error in found)).replace(f"{path.parent}/", "")
         failure = log.failure(f"TensorRT {trt.__version__} does not read the graph", otherwise="bad data", extra=words)
         raise _about_operator(trt, failure, found, path)
     return network, parser
