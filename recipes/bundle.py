@@ -42,10 +42,6 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
     _require_callable(walk, path, module, callable_name)
     for pattern in include:
         walk.include(pattern, recipe_root)
-    if len(walk.members) > MAX_FILES or sum(walk.sizes.values()) > MAX_BYTES:
-        what = f"takes {len(walk.members)} files, {sum(walk.sizes.values()) >> 20} MiB"
-        limit = f"at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB of code travel with a model"
-        raise RecipeError([Fault(str(path), 0, "", f"{what}; {limit} (weights and data are named in the recipe)")])
     members = dict(sorted(walk.members.items()))
     digest, size = hashlib.sha256(), 0
     for chunk in _tar_chunks(members, walk.sizes):
@@ -92,6 +88,7 @@ class _Walk:
         self.digests: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.packages: set[str] = set()
+        self._bytes = 0
         self._shown = shown
         self._stars: dict[str, tuple[str, ...]] = {}
         self._queue: list[tuple[Path, str, str]] = []
@@ -179,11 +176,17 @@ class _Walk:
                 parts = inner.parent.parts if inner.name == "__init__.py" else inner.with_suffix("").parts
                 self._add_file(path, name, ".".join(parts))
             else:
-                self.members[name] = path
-                self.digests[name], self.sizes[name] = digest_file(path), path.stat().st_size
-            if len(self.members) > MAX_FILES:
-                break
+                self.members[name], self.sizes[name] = path, path.stat().st_size
+                self._bytes += self.sizes[name]
+                self._check_limits(pattern)
+                self.digests[name] = digest_file(path)
         self._follow()
+
+    def _check_limits(self, pattern: str) -> None:
+        if len(self.members) > MAX_FILES or self._bytes > MAX_BYTES:
+            limit = f"at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB travel with the code"
+            what = f"{pattern!r} takes too much: {limit} (weights and data are named in the recipe)"
+            raise RecipeError([Fault(str(self._shown), 0, "include", what)])
 
     def _as_shown(self, path: Path) -> Path:
         """Name a file as the recipe does, where it is the recipe's own; a neighbour by its place beside that."""

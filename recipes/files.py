@@ -228,20 +228,22 @@ class _Gatherer:
                     self._fault(include_at, fault.what)
                 else:
                     self._fault(at, f"{fault.file} {fault.what}")
+        except OSError as err:
+            self._fault(at, f"{name} cannot be read: {err.strerror}")
         return None
 
     def _dataset(self, at: Key, data: Dataset | None) -> DatasetFiles | None:
         if data is None:
             return None
         here: Key = (*at, "data")
-        path = self.loaded.folder / data.data
         if is_code_reference(data.data):
             code = self._code(here, data.data, data.include, (*at, "include"))
             file = self.loaded.folder / data.data.rpartition(":")[0]
             return DatasetFiles("callable", code.digest, file, code) if code is not None else None
-        if path.is_dir():
+        path = self.loaded.folder / data.data
+        if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises for a name that is too long
             return self._folder(at, path, data)
-        if path.suffix != ".npz" and path.is_file():
+        if path.suffix != ".npz" and os.path.isfile(path):  # noqa: PTH113  as above
             allowed = "an .npz, a folder of .npy, .npz or images, file.py:callable"
             self._fault(here, f"{data.data}: data of this kind are not read (allowed: {allowed})")
             return None

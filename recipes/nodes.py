@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def near(word: str, known: Sequence[str]) -> str:
 def beside(path: Path) -> str:
     """Return ` (did you mean 'x'?)` for a missing file that has a near namesake in its folder, or name the folder."""
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in islice(path.parent.iterdir(), 2000)]
     except (OSError, ValueError):
         return f" (there is no folder {path.parent})"
     hint = near(path.name, sorted(names))

@@ -41,11 +41,14 @@ def external_locations(path: Path, digest: str, digests: Digests) -> tuple[str, 
     """
     if not _holds(path, b"location"):
         return ()
-    noted = digests.noted("onnx", digest)
-    if noted is None:
-        noted = _ask(path)
-        digests.note("onnx", digest, noted)
-    return tuple(str(name) for name in json.loads(noted))
+    names = _names(digests.noted("onnx", digest))
+    if names is None:
+        answer = _ask(path)
+        names = _names(answer)
+        if names is None:
+            raise NotOnnxError(f"onnx did not say where its data is: {answer[:100]!r}")
+        digests.note("onnx", digest, answer)
+    return names
 
 
 def location_fault(name: str) -> str | None:
@@ -58,12 +61,18 @@ def location_fault(name: str) -> str | None:
     return None
 
 
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Read a JSON list of strings; None for anything else, such as a damaged memory."""
+    try:
+        found = json.loads(text or "")
+    except ValueError:
+        return None
+    return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+
+
 def _holds(path: Path, word: bytes) -> bool:
-    with path.open("rb") as stream:
-        if not path.stat().st_size:
-            return False
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return view.find(word) >= 0
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return view.find(word) >= 0
 
 
 def _ask(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
-from recipes.schema import GPUS, NAME_PATTERN, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
+from recipes.schema import GPUS, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
 from recipes.targets import check_targets, refusal
 
 Found = Iterator[tuple[Key, str]]
@@ -141,7 +141,7 @@ def _profiles(recipe: Recipe) -> Found:
     for name, ranges in recipe.profiles.items():
         at: Key = ("profiles", name)
         if not name.strip() or "/" in name:
-            yield at, f"{name!r} cannot name a profile ({NAME_PATTERN})"
+            yield at, f"{name!r} cannot name a profile: it is empty, or has a '/' in it"
         missing = [axis for axis in axes if axis not in ranges]
         if missing:
             yield at, f"[min, opt, max] of {', '.join(missing)} missing (the inputs' dynamic axes: {', '.join(axes)})"

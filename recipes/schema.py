@@ -67,7 +67,7 @@ class FileReference(Model):
 class TorchSource(Model):
     """A PyTorch module, returned by a callable of the recipe's own code."""
 
-    framework: Literal["torch"]
+    framework: Literal["torch"] = Field(description="PyTorch.")
     model: CodeReference = Field(description="file.py:callable, relative to the recipe; it returns a torch.nn.Module.")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the callable (JSON values)."
@@ -85,8 +85,8 @@ class TorchSource(Model):
 class OnnxSource(Model):
     """An ONNX file; external data beside it is found and taken along."""
 
-    framework: Literal["onnx"]
-    model: FileReference
+    framework: Literal["onnx"] = Field(description="An ONNX graph.")
+    model: FileReference = Field(description="The graph; it stands for its external data too.")
 
 
 Source = Annotated[TorchSource | OnnxSource, Field(discriminator="framework")]

@@ -33,7 +33,9 @@ def test_mappings_merge_and_everything_else_replaces(tmp_path):
 
 
 def test_later_bases_win_and_the_recipe_over_all(tmp_path):
-    (tmp_path / "one.yaml").write_text("export: {opset: 20, simplifier: onnxslim}\nbuild: {timeout: 1m, memory: 1GiB}\n")
+    (tmp_path / "one.yaml").write_text(
+        "export: {opset: 20, simplifier: onnxslim}\nbuild: {timeout: 1m, memory: 1GiB}\n"
+    )
     (tmp_path / "two.yaml").write_text("export: {simplifier: none}\nbuild: {timeout: 2m}\n")
     recipe = load_text(tmp_path, including("[one.yaml, two.yaml]")).recipe
     assert (recipe.export.opset, recipe.export.simplifier) == (18, "none")
@@ -135,8 +137,10 @@ def test_remote_and_refused_paths_of_a_base_are_left_alone(tmp_path):
 def test_a_fault_in_a_base_is_told_at_its_line(tmp_path):
     (tmp_path / "base.yaml").write_text("# shared\nexport:\n  simplifer: none\nbuild: {timeout: 3}\n")
     assert told(faults_of(tmp_path, including("base.yaml")), tmp_path) == [
-        "base.yaml:3: export.simplifer: unknown key 'simplifer' "
-        "(did you mean 'simplifier'? allowed: opset, exporter, simplifier)",
+        (
+            "base.yaml:3: export.simplifer: unknown key 'simplifer' "
+            "(did you mean 'simplifier'? allowed: opset, exporter, simplifier)"
+        ),
         "base.yaml:4: build.timeout: expected a string, found the number 3; put it in quotes: '3'",
     ]
 

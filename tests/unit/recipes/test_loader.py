@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.errors import RecipeError
+from recipes.errors import Fault, RecipeError
 from recipes.files import gather
 from recipes.loader import dump_merged, load
 from recipes.shapes import parity_cases, profile_shapes, random_cases, trace_shapes
@@ -79,14 +79,14 @@ SHAPE_FAULTS = [
     ("  framework: torch\n", "", "4: source: source.framework is required, and missing (allowed: torch, onnx)"),
     ("framework: torch", "framework: pytorch", "4: source: unknown framework: found the string \"pytorch\" (did you mean 'torch'? allowed: torch, onnx)"),
     ("framework: torch", "framework: [torch]", "4: source: unknown framework: found a list (allowed: torch, onnx)"),
-    ("framework: torch", "framework: onnx", "6: source.model: expected a mapping, found the string \"code/model.py:build\""),
+    ("framework: torch", "framework: onnx", '6: source.model: expected a mapping, found the string "code/model.py:build"'),
     ("framework: torch", "framework: onnx", "7: source.weights: unknown key 'weights' (allowed: framework, model)"),
     ("framework: torch", "framework: torch\n  torch: {}", "6: source.torch: unknown key 'torch' (allowed: framework, model, arguments, weights, include, seed)"),
     ("  model: code/model.py:build\n", "", "4: source.model: is required, and missing"),
-    ("model.py:build", "model.build", "6: source.model: expected file.py:callable; found the string \"code/model.build\""),
-    ("{file: code/weights.safetensors}", "code/weights.safetensors", "7: source.weights: expected a mapping, found the string \"code/weights.safetensors\""),
+    ("model.py:build", "model.build", '6: source.model: expected file.py:callable; found the string "code/model.build"'),
+    ("{file: code/weights.safetensors}", "code/weights.safetensors", '7: source.weights: expected a mapping, found the string "code/weights.safetensors"'),
     ("{file: code/weights.safetensors}", "{file: 's3://b/w.safetensors'}", "7: source.weights: a remote file needs its sha256 (planning reads no network)"),
-    ("{file: code/weights.safetensors}", "{file: w.pt, sha256: ABC}", "7: source.weights.sha256: expected a SHA-256: 64 lower-case hex digits; found the string \"ABC\""),
+    ("{file: code/weights.safetensors}", "{file: w.pt, sha256: ABC}", '7: source.weights.sha256: expected a SHA-256: 64 lower-case hex digits; found the string "ABC"'),
     ("{file: code/weights.safetensors}", "{file: ''}", "7: source.weights.file: is empty"),
     ("{file: code/weights.safetensors}", "{file: " + "x" * 401 + "}", "7: source.weights.file: is longer than 400 characters"),
     ("[batch, 1, height, 8]", "[batch, 1, Height, 8]", "10: inputs.image.shape[2]: expected a size (a whole number, at least 1) or the name of a dynamic axis: lower-case letters, digits and '_', beginning with a letter; found the string \"Height\""),
@@ -94,7 +94,7 @@ SHAPE_FAULTS = [
     ("[batch, 1, height, 8]", "[batch, 1, height, {a: 1}]", "10: inputs.image.shape[3]: expected a size (a whole number, at least 1) or the name of a dynamic axis: lower-case letters, digits and '_', beginning with a letter; found a mapping"),
     ("[batch, 1, height, 8]", "batch", '10: inputs.image.shape: expected a list, found the string "batch"; write [batch]'),
     ("[batch, 1, height, 8]", "{batch: 1}", "10: inputs.image.shape: expected a list, found a mapping; begin each item with '- '"),
-    ("dtype: float32", "dtype: fp32", "10: inputs.image.dtype: found the string \"fp32\" (allowed: float32, float16, int64, int32, bool, uint8, int8)"),
+    ("dtype: float32", "dtype: fp32", '10: inputs.image.dtype: found the string "fp32" (allowed: float32, float16, int64, int32, bool, uint8, int8)'),
     ("dtype: float32", "low: '0'", '10: inputs.image.low: expected a number, found the string "0"; take away the quotes'),
     ("[1, 64, 256]", "[1, 64]", "14: profiles.bulk.batch: expected [min, opt, max], found 2 numbers"),
     ("[1, 64, 256]", "[1, 64, 256, 512]", "14: profiles.bulk.batch: expected [min, opt, max], found 4 numbers"),
@@ -109,7 +109,7 @@ SHAPE_FAULTS = [
     ("samples: 16", "images: {size: [8]}", "18: precision.calibration.images.size: expected [height, width], found 1 numbers"),
     ("samples: 16", "images: {siz: [8, 8]}", "18: precision.calibration.images.siz: unknown key 'siz' (did you mean 'size'? allowed: size, resize, color, scale, mean, std, input)"),
     ("samples: 16", "arguments: []", "18: precision.calibration.arguments: expected a mapping, found a list"),
-    ("targets:\n", "driver: newest\ntargets:\n", "24: driver: found the string \"newest\" (allowed: ignore, branch, exact)"),
+    ("targets:\n", "driver: newest\ntargets:\n", '24: driver: found the string "newest" (allowed: ignore, branch, exact)'),
     ("targets:\n", "build: {version_compatible: on}\ntargets:\n", '24: build.version_compatible: expected true or false, found the string "on"; write true'),
     ("targets:\n", "build: {version_compatible: no}\ntargets:\n", '24: build.version_compatible: expected true or false, found the string "no"; write false'),
     ("targets:\n", "build: {version_compatible: 1}\ntargets:\n", "24: build.version_compatible: expected true or false, found the number 1"),
@@ -117,7 +117,7 @@ SHAPE_FAULTS = [
     ("targets:\n", "build: {timeout: 30 min}\ntargets:\n", '24: build.timeout: expected a duration, such as 90s, 30m or 2h; found the string "30 min"'),
     ("targets:\n", "workspace: 4GiB\ntargets:\n", "24: workspace: unknown key 'workspace' (it belongs at build.workspace; allowed: enginery, name, description, source, export, inputs, outputs, profiles, precision, acceptance, targets, build, driver, publish, include)"),
     ("targets:\n", "percentile: 99.9\ntargets:\n", "24: percentile: unknown key 'percentile' (it belongs at precision.calibration.percentile; allowed: enginery, name, description, source, export, inputs, outputs, profiles, precision, acceptance, targets, build, driver, publish, include)"),
-    ("runtime: onnxruntime", "runtime: onnx", "26: targets[1].runtime: found the string \"onnx\" (allowed: tensorrt-rtx, tensorrt, onnxruntime)"),
+    ("runtime: onnxruntime", "runtime: onnx", '26: targets[1].runtime: found the string "onnx" (allowed: tensorrt-rtx, tensorrt, onnxruntime)'),
     ("runtime: onnxruntime", "runtime: tensorrt_rtx", "26: targets[1].runtime: found the string \"tensorrt_rtx\" (did you mean 'tensorrt-rtx'? allowed: tensorrt-rtx, tensorrt, onnxruntime)"),
 ]  # fmt: skip
 
@@ -199,7 +199,16 @@ def test_key_order_comments_and_spacing_change_nothing(tmp_path_factory, choose,
 SCALARS = st.none() | st.booleans() | st.integers(-(1 << 63) + 1, (1 << 63) - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(
     st.characters(codec="utf-8", exclude_characters="\0"), max_size=12
 )  # fmt: skip
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=6), inner, max_size=3), max_leaves=8)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=6), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
 
 
 @given(VALUES)
@@ -257,12 +266,14 @@ def test_mutated_recipes_give_faults_or_a_recipe_and_nothing_else(tmp_path):
     path = write_project(tmp_path)
     choose = random.Random(20250101)
     good = 0
+    found: list[tuple[Fault, ...]] = []
     for _ in range(MUTANTS):
         path.write_bytes(mutated(TEXT, choose))
         try:
             gather(load(path))
             good += 1
         except RecipeError as err:
-            assert err.faults
-            assert all(fault.what and fault.file for fault in err.faults)
-    assert 0 < good < MUTANTS / 2
+            found.append(err.faults)
+    assert all(faults and all(fault.what and fault.file for fault in faults) for faults in found)
+    assert len(found) > MUTANTS / 2
+    assert good > 0

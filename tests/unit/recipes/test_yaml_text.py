@@ -165,7 +165,10 @@ def test_a_document_over_the_limit_is_refused(tmp_path):
     assert f"has {MAX_BYTES + 1} bytes; a recipe has at most {MAX_BYTES}" in read(path)[1][0].what
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12) | st.from_regex(r"[-+0-9.exob_]{1,6}", fullmatch=True))
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12)
+    | st.from_regex(r"[-+0-9.exob_]{1,6}", fullmatch=True)
+)
 @settings(max_examples=300, deadline=None)
 def test_plain_strings_read_back_as_themselves(tmp_path_factory, text):
     """Where `is_plain_string` is false, the text without quotes is something else, or a fault."""

@@ -1,0 +1,224 @@
+"""Rules over several values: each one broken on its own, at the path to mend, with what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from recipes.nodes import dotted
+from recipes.rules import check
+from recipes.schema import GPUS, PRECISIONS
+from recipes.targets import opset_ceiling, refusal
+from tests.unit.recipes.recipe_text import recipe
+
+
+def found(tmp_path, change):
+    return [f"{dotted(path)}: {what}" for path, what in check(recipe(tmp_path, change))]
+
+
+def test_a_good_recipe_breaks_no_rule(tmp_path):
+    assert found(tmp_path, lambda _d: None) == []
+
+
+def static(d):
+    d["inputs"] = {"image": {"shape": [1, 1, 8, 8]}}
+    d["profiles"] = {}
+
+
+def onnx(d, **export):
+    d.update(source={"framework": "onnx", "model": {"file": "m.onnx"}}, export=export)
+
+
+def images(d, **spec):
+    d["precision"]["calibration"] = {"data": "photos", "images": {"size": [16, 8], "color": "gray"} | spec}
+
+
+def target(d, **fields):
+    d["targets"] = [{"runtime": "tensorrt", "gpus": ["sm89"], "precision": ["fp16"]} | fields]
+    d["precision"]["fallback"] = {}
+
+
+BROKEN = {
+    # profiles
+    "axis missing": (lambda d: d["profiles"]["bulk"].pop("height"), "profiles.bulk: [min, opt, max] of height missing (the inputs' dynamic axes: batch, height)"),
+    "axis unknown": (lambda d: d["profiles"]["bulk"].update(hieght=[1, 2, 3]), "profiles.bulk.hieght: no input has an axis 'hieght' (did you mean 'height'? allowed: batch, height)"),
+    "min above opt": (lambda d: d["profiles"]["bulk"].update(batch=[8, 4, 16]), "profiles.bulk.batch: expected min <= opt <= max, found [8, 4, 16]"),
+    "opt above max": (lambda d: d["profiles"]["bulk"].update(batch=[1, 32, 16]), "profiles.bulk.batch: expected min <= opt <= max, found [1, 32, 16]"),
+    "no profiles": (lambda d: d.update(profiles={}), ": profiles is required: [min, opt, max] of the dynamic axes batch, height"),
+    "profiles for nothing": (lambda d: d["inputs"]["image"].update(shape=[1, 1, 8, 8]), "profiles: no input has a dynamic axis: name one in a shape, or leave the profiles out"),
+    "axis always 1": (lambda d: [p.update(batch=[1, 1, 1]) for p in d["profiles"].values()], "profiles.online.batch: batch is 1 in every profile: write 1 in the shape, or allow more"),
+    "profile name": (lambda d: d["profiles"].update({"a/b": d["profiles"]["bulk"]}), "profiles.a/b: 'a/b' cannot name a profile"),
+    # inputs and outputs
+    "low above high": (lambda d: d["inputs"]["image"].update(low=1.0, high=0.0), "inputs.image.low: low 1 must be less than high 0"),
+    "low equal high": (lambda d: d["inputs"]["image"].update(low=1.0, high=1.0), "inputs.image.low: low 1 must be less than high 1"),
+    "low above default": (lambda d: d["inputs"]["image"].update(low=5.0), "inputs.image.low: low 5 must be less than high 1 (a default)"),
+    "high below default": (lambda d: d["inputs"]["image"].update(high=-5.0), "inputs.image.high: low -1 must be less than high -5 (a default)"),
+    "not whole": (lambda d: d["inputs"]["image"].update(dtype="int64", high=1.5), "inputs.image.high: 1.5 is not a whole number, and the input is int64"),
+    "out of range": (lambda d: d["inputs"]["image"].update(dtype="uint8", high=256.0), "inputs.image.high: 256 does not fit uint8 (allowed: 0 to 255)"),
+    "half range": (lambda d: d["inputs"]["image"].update(dtype="float16", high=1e6), "inputs.image.high: 1e+06 does not fit float16 (allowed: -65504 to 65504)"),
+    "nameless input": (lambda d: d["inputs"].update({" ": d["inputs"]["image"]}), "inputs. : an input needs a name"),
+    "no outputs": (lambda d: d.pop("outputs"), ": outputs is required for torch, and missing: the names of the outputs, in order"),
+    "empty outputs": (lambda d: d.update(outputs=[]), "outputs: expected at least one name"),
+    "nameless output": (lambda d: d.update(outputs=[""]), "outputs[0]: an output needs a name"),
+    "output twice": (lambda d: d.update(outputs=["a", "a"]), "outputs[1]: 'a' is named twice"),
+    "output is input": (lambda d: d.update(outputs=["image"]), "outputs[0]: 'image' is the name of an input too"),
+    # export
+    "dynamo 17": (lambda d: d.update(export={"opset": 17}), "export.opset: the dynamo exporter writes opset 18 and later, found 17: raise it, or set export.exporter to torchscript"),
+    "dynamo 23": (lambda d: d.update(export={"opset": 23}), "export.opset: 23 is later than the onnx package checks (allowed: 11 to 22)"),
+    "torchscript 23": (lambda d: d.update(export={"opset": 23, "exporter": "torchscript"}), "export.opset: 23 is later than the onnx package checks (allowed: 11 to 22)"),
+    "onnx 23": (lambda d: onnx(d, opset=23), "export.opset: 23 is later than the onnx package checks (allowed: 11 to 22)"),
+    # paths
+    "absolute model": (lambda d: d["source"].update(model="/opt/m.py:build"), "source.model: '/opt/m.py:build' is absolute, and so true on one machine only; write it relative to the recipe"),
+    "home": (lambda d: d["source"].update(weights={"file": "~/w.pt"}), "source.weights.file: '~/w.pt' is absolute, and so true on one machine only; write it relative to the recipe"),
+    "drive": (lambda d: d["source"].update(weights={"file": "C:\\w.pt"}), "source.weights.file: 'C:\\\\w.pt' is absolute"),
+    "backslash": (lambda d: d["source"].update(weights={"file": "a\\w.pt"}), "source.weights.file: 'a\\\\w.pt' has backslashes; write / between folders"),
+    "https": (lambda d: d["source"].update(weights={"file": "https://x/w.pt"}), "source.weights.file: 'https://x/w.pt' cannot be fetched (allowed: a path relative to the recipe, s3://bucket/key)"),
+    "s3 without key": (lambda d: onnx(d) or d["source"].update(model={"file": "s3://b/", "sha256": "0" * 64}), "source.model.file: 's3://b/' cannot be fetched"),
+    "absolute include": (lambda d: d["source"].update(include=["ok/*.txt", "/etc/*"]), "source.include[1]: '/etc/*' is absolute"),
+    "remote data": (lambda d: d["precision"]["calibration"].update(data="s3://b/c.npz"), "precision.calibration.data: 's3://b/c.npz' is an address; this is read from a file beside the recipe"),
+    "absolute metric": (lambda d: d["acceptance"]["metric"].update(name="/m.py:score"), "acceptance.metric.name: '/m.py:score' is absolute"),
+    "absolute data include": (lambda d: d["precision"].update(calibration={"data": "d.py:load", "include": ["/x"]}), "precision.calibration.include[0]: '/x' is absolute"),
+    # precision
+    "int8 without data": (lambda d: d["precision"].pop("calibration"), "precision.build: int8 needs precision.calibration: data that its ranges are found on"),
+    "int8 of a target": (lambda d: d["precision"].update(build=["fp16"], fallback={}, calibration=None), "targets: int8 needs precision.calibration: data that its ranges are found on"),
+    "fallback to itself": (lambda d: d["precision"].update(fallback={"fp16": ["fp16"]}), "precision.fallback.fp16[0]: fp16 is in this chain already"),
+    "fallback twice": (lambda d: d["precision"].update(fallback={"int8": ["fp16", "fp16"]}), "precision.fallback.int8[1]: fp16 is in this chain already"),
+    "fallback downwards": (lambda d: d["precision"].update(fallback={"fp16": ["int8"]}), "precision.fallback.fp16[0]: int8 is lower than fp16; a fallback leads to a higher precision"),
+    "chain downwards": (lambda d: d["precision"].update(fallback={"int8": ["fp32", "fp16"]}), "precision.fallback.int8[1]: fp16 is lower than fp32; a fallback leads to a higher precision"),
+    "fallback of nothing": (lambda d: d["precision"].update(fallback={"bf16": ["fp32"]}), "precision.fallback.bf16: no target is built in bf16, so this never applies (built: int8, fp16, fp32)"),
+    "empty fallback": (lambda d: d["precision"].update(fallback={"int8": []}), "precision.fallback.int8: expected at least one precision; leave the key out where nothing may take its place"),
+    "fallback nowhere": (lambda d: d.update(targets=[{"runtime": "onnxruntime", "precision": ["int8"]}], precision=d["precision"] | {"fallback": {"int8": ["bf16"]}}), "precision.fallback.int8[0]: no target can be built in bf16"),
+    "empty keep": (lambda d: d["precision"].update(keep=["/a/*", ""]), "precision.keep[1]: an empty glob matches no node"),
+    # data
+    "percentile unused": (lambda d: d["precision"]["calibration"].update(percentile=99.0), "precision.calibration.percentile: has no effect with method entropy; set method to percentile"),
+    "gate on calibration data": (lambda d: d["acceptance"]["metric"].update(data={"data": "./data/calibration.npz"}), "acceptance.metric.data.data: is the calibration data too: the gate must be held out"),
+    "gate on the same callable": (lambda d: [d["precision"].update(calibration={"data": "d.py:load"}), d["acceptance"]["metric"].update(data={"data": "d.py:load"})], "acceptance.metric.data.data: is the calibration data too: the gate must be held out"),
+    "gate inside": (lambda d: [d["precision"].update(calibration={"data": "samples"}), d["acceptance"]["metric"].update(data={"data": "samples/test"})], "acceptance.metric.data.data: overlaps the calibration data (samples): the gate must be held out"),
+    "unknown field": (lambda d: d["precision"]["calibration"].update(fields={"imag": "x"}), "precision.calibration.fields.imag: no such input (did you mean 'image'? allowed: image)"),
+    "arguments of a file": (lambda d: d["precision"]["calibration"].update(arguments={"split": "x"}), "precision.calibration.arguments: is for a Python callable (file.py:callable), and data is 'data/calibration.npz'"),
+    "include of a file": (lambda d: d["precision"]["calibration"].update(include=["x"]), "precision.calibration.include: is for a Python callable"),
+    "digest of a callable": (lambda d: d["precision"].update(calibration={"data": "d.py:load", "sha256": "0" * 64}), "precision.calibration.sha256: is for a single file; a callable's code is digested with what it imports"),
+    "images of a file": (lambda d: d["precision"]["calibration"].update(images={"size": [8, 8]}), "precision.calibration.images: is for a folder of images, and data is 'data/calibration.npz'"),
+    "images of a callable": (lambda d: images(d) or d["precision"]["calibration"].update(data="d.py:load"), "precision.calibration.images: is for a folder of images, and data is 'd.py:load'"),
+    "mean": (lambda d: images(d, mean=[0.5, 0.5, 0.5]), "precision.calibration.images.mean: expected 1 or 1 numbers (gray), found 3"),
+    "std zero": (lambda d: images(d, std=[0.0]), "precision.calibration.images.std: must be greater than 0"),
+    "images input": (lambda d: images(d, input="imag"), "precision.calibration.images.input: no such input (did you mean 'image'? allowed: image)"),
+    "images channels": (lambda d: images(d, color="rgb"), "precision.calibration.images: images become [N, 3, 16, 8] float32, image is [batch, 1, height, 8] float32"),
+    "images size": (lambda d: images(d, size=[16, 16]), "precision.calibration.images: images become [N, 1, 16, 16] float32, image is [batch, 1, height, 8] float32"),
+    "images type": (lambda d: images(d) or d["inputs"]["image"].update(dtype="uint8"), "precision.calibration.images: images become [N, 1, 16, 8] float32, image is [batch, 1, height, 8] uint8"),
+    "images rank": (lambda d: images(d) or d["inputs"]["image"].update(shape=["batch", "height"]), "precision.calibration.images: images become [N, 1, 16, 8] float32, image is [batch, height] float32"),
+    "images of two inputs": (lambda d: images(d) or d["inputs"].update(mask={"shape": ["batch"]}), "precision.calibration.images: a folder of images fills one input, and the model has 2: use .npz files or a callable"),
+    # acceptance
+    "parity of nothing": (lambda d: d["acceptance"].update(parity={"bf16": {"cosine": 0.9}}), "acceptance.parity.bf16: nothing is built in bf16 (built: int8, fp16, fp32)"),
+    "parity without bounds": (lambda d: d["acceptance"].update(parity={"fp16": {}}), "acceptance.parity.fp16: states no bound, so anything would pass (allowed: relative_l2, max_abs, cosine)"),
+    "metric name": (lambda d: d["acceptance"]["metric"].update(name="topl"), "acceptance.metric.name: unknown metric 'topl' (did you mean 'top1'? allowed: top1, exact-match, file.py:callable)"),
+    "metric output": (lambda d: d["acceptance"]["metric"].update(output="logit"), "acceptance.metric.output: no such output (did you mean 'logits'? allowed: logits)"),
+    "metric labels": (lambda d: d["acceptance"]["metric"].update(labels="image"), "acceptance.metric.labels: 'image' is the name of an input"),
+    "metric without bounds": (lambda d: d["acceptance"]["metric"].pop("floor"), "acceptance.metric: states neither floor nor max_drop, so anything would pass"),
+    "percent": (lambda d: d["acceptance"]["metric"].update(floor=97.0), "acceptance.metric.floor: top1 is a fraction between 0 and 1, found 97; write 0.97"),
+    "drop in points": (lambda d: d["acceptance"]["metric"].update(max_drop=1.0), "acceptance.metric.max_drop: a drop of 1 is all there is, so anything would pass; one point is 0.01"),
+    "drop of 2": (lambda d: d["acceptance"]["metric"].update(max_drop=2.0), "acceptance.metric.max_drop: top1 is a fraction between 0 and 1, found 2; write 0.02"),
+    "negative floor": (lambda d: d["acceptance"]["metric"].update(floor=-1.0), "acceptance.metric.floor: top1 is a fraction between 0 and 1, found -1"),
+    # targets
+    "gpu missing": (lambda d: d["targets"][0].pop("gpus"), "targets[0]: gpus is required for tensorrt-rtx, and missing (allowed: sm75, sm80, sm86, sm89, sm120, sm121)"),
+    "gpu unknown": (lambda d: d["targets"][0].update(gpus=["sm88"]), "targets[0].gpus[0]: tensorrt-rtx does not build for 'sm88' (did you mean 'sm"),
+    "card": (lambda d: d["targets"][0].update(gpus=["A100"]), "targets[0].gpus[0]: tensorrt-rtx does not build for 'A100' (did you mean 'sm80'? allowed:"),
+    "card with maker": (lambda d: d["targets"][0].update(gpus=["NVIDIA GeForce RTX 4090"]), "(did you mean 'sm89'? allowed:"),
+    "capability": (lambda d: d["targets"][0].update(gpus=["8.6"]), "targets[0].gpus[0]: tensorrt-rtx does not build for '8.6' (did you mean 'sm86'? allowed:"),
+    "underscore": (lambda d: d["targets"][0].update(gpus=["sm_120"]), "targets[0].gpus[0]: tensorrt-rtx does not build for 'sm_120' (did you mean 'sm120'? allowed:"),
+    "hopper": (lambda d: d["targets"][0].update(gpus=["H100"]), "targets[0].gpus[0]: tensorrt-rtx does not build for 'H100' (sm90 takes runtime: tensorrt; allowed:"),
+    "gpu of onnxruntime": (lambda d: d["targets"][1].update(gpus=["cuda"]), "targets[1].gpus[0]: onnxruntime does not build for 'cuda' (allowed: cpu)"),
+    "gpu twice": (lambda d: d["targets"][0].update(gpus=["sm89", "sm89"]), "targets[0].gpus[1]: tensorrt-rtx for sm89 is asked for above already"),
+    "target twice": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm120", "sm89"]}), "targets[2].gpus[1]: tensorrt-rtx for sm89 is asked for by targets[0] already"),
+    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8)"),
+    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8), and precision.build asks for it: state this target's own precision"),
+    "precision twice": (lambda d: d["targets"][1].update(precision=["fp32", "fp32"]), "targets[1].precision[1]: fp32 is named twice"),
+    "turing fp32": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm75"], "precision": ["fp16", "fp32"]}), "targets[2].precision[1]: TensorRT-RTX does not compile fp32 for sm75 (Turing); allowed: fp16"),
+    "turing int8": (lambda d: d["targets"][0].update(gpus=["sm75"]), "targets[0]: TensorRT-RTX does not compile int8 for sm75 (Turing); allowed: fp16, and precision.build asks for it"),
+    "turing tf32": (lambda d: target(d, gpus=["sm75"], precision=["tf32"]), "targets[0].precision[0]: sm75 (Turing) has no tf32; it begins with sm80"),
+    "bf16 of 8.6": (lambda d: target(d, version="8.6.0", precision=["bf16"]), "targets[0].precision[0]: TensorRT 8.6.0 has no bf16; it begins with TensorRT 10"),
+    "blackwell of 8.6": (lambda d: target(d, version="8.6.0", gpus=["sm120"]), "targets[0].gpus[0]: TensorRT 8.6.0 is older than sm120; it needs TensorRT 10"),
+    "part of a version": (lambda d: target(d, version="10.9"), "targets[0].version: '10.9' is not a full version, such as 10.16.1.11"),
+    "no version": (lambda d: target(d, version="latest"), "targets[0].version: 'latest' is not a full version"),
+    "opset of 8.6": (lambda d: target(d, version="8.6.1.6"), "targets[0]: TensorRT 8.6.1.6 reads ONNX up to opset 17, the graph gets 18: set export.opset to 17 and export.exporter to torchscript"),
+    "default opset of 8.6": (lambda d: target(d, version="8.6.1.6") or d.pop("export"), "targets[0]: TensorRT 8.6.1.6 reads ONNX up to opset 17, the graph gets 18: set"),
+    "opset of 10.0": (lambda d: target(d, version="10.0.1.6") or onnx(d, opset=21), "targets[0]: TensorRT 10.0.1.6 reads ONNX up to opset 20, the graph gets 21: set export.opset to 20"),
+    "compatibility of rtx": (lambda d: d.update(build={"hardware_compatibility": "ampere+"}), "build.hardware_compatibility: TensorRT-RTX has no hardware compatibility; its engines name their GPUs (allowed: none)"),
+    "version compatibility of rtx": (lambda d: d.update(build={"version_compatible": True}), "build.version_compatible: TensorRT-RTX cannot build version-compatible engines; leave it out"),
+    "ampere+ with turing": (lambda d: target(d, gpus=["sm75"]) or d.update(build={"hardware_compatibility": "ampere+"}), "build.hardware_compatibility: ampere+ leaves out sm75 (Turing), which is a target"),
+    "same capability before 10.9": (lambda d: target(d, version="10.8.0.43") or d.update(build={"hardware_compatibility": "same-compute-capability"}), "build.hardware_compatibility: same-compute-capability begins with TensorRT 10.9, and a target asks for 10.8.0.43"),
+    # publish
+    "store": (lambda d: d.update(publish={"to": "gs://bucket"}), "publish.to: 'gs://bucket' is no store (allowed: a folder, s3://bucket/prefix)"),
+    "empty store": (lambda d: d.update(publish={"to": " "}), "publish.to: ' ' is no store (allowed: a folder, s3://bucket/prefix)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_told_at_its_path(tmp_path, name):
+    change, message = BROKEN[name]
+    faults = found(tmp_path, change)
+    assert any(message in fault and fault.index(message) in (0, fault.find("(did")) for fault in faults), faults
+
+
+FINE = {
+    "static shapes": static,
+    "constant integer input": lambda d: d["inputs"]["image"].update(dtype="int64", low=1.0, high=1.0),
+    "torchscript 13": lambda d: d.update(export={"opset": 13, "exporter": "torchscript"}),
+    "onnx without outputs": lambda d: onnx(d) or d.pop("outputs"),
+    "onnx at 13": lambda d: onnx(d, opset=13),
+    "fp16 to bf16 to fp32": lambda d: d.update(targets=d["targets"][:1], precision=d["precision"] | {"build": ["fp16"], "fallback": {"fp16": ["bf16", "fp32"]}}),
+    "same callable, other arguments": lambda d: [
+        d["precision"].update(calibration={"data": "d.py:load", "arguments": {"split": "train"}}),
+        d["acceptance"]["metric"].update(data={"data": "d.py:load", "arguments": {"split": "test"}}),
+    ],
+    "neighbouring folders": lambda d: [d["precision"].update(calibration={"data": "samples"}), d["acceptance"]["metric"].update(data={"data": "samples-test"})],
+    "one axis of size 1 in one profile": lambda d: d["profiles"]["online"].update(batch=[1, 1, 1]),
+    "images": images,
+    "images of any height": lambda d: images(d, size=[32, 8], mean=[0.5], std=[0.5], input="image"),
+    "own metric above 1": lambda d: d["acceptance"]["metric"].update(name="own.py:bleu", floor=30.0, max_drop=1.0),
+    "labels among the fields": lambda d: d["acceptance"]["metric"]["data"].update(fields={"label": "y", "image": "x"}),
+    "same GPU of two versions": lambda d: [target(d, version="10.16.1.11"), d["targets"].append({"runtime": "tensorrt", "gpus": ["sm89"], "precision": ["fp16"], "version": "11.4.0.106"})],
+    "turing in fp16": lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm75"], "precision": ["fp16"]}),
+    "a fallback that one target has": lambda d: d["precision"].update(fallback={"int8": ["bf16", "fp32"]}),
+    "8.6 at 17": lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"})],
+    "8.6 on Hopper": lambda d: [target(d, version="8.6.0", gpus=["sm90"]), d.update(export={"opset": 17, "exporter": "torchscript"})],
+    "same capability from 10.9": lambda d: [target(d, version="10.9.0.34"), d.update(build={"hardware_compatibility": "same-compute-capability"})],
+    "publish to a folder": lambda d: d.update(publish={"to": "../engines"}),
+    "publish to s3": lambda d: d.update(publish={"to": "s3://bucket/engines"}),
+    "parity of a fallback": lambda d: d["acceptance"].update(parity={"fp32": {"max_abs": 1e-3}, "fp16": {"cosine": 0.9}}),
+    "remote weights": lambda d: d["source"].update(weights={"file": "s3://b/w.pt", "sha256": "0" * 64}),
+    "percentile": lambda d: d["precision"]["calibration"].update(method="percentile", percentile=99.9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_is_meant_is_not_refused(tmp_path, name):
+    assert found(tmp_path, FINE[name]) == []
+
+
+def test_all_broken_rules_are_told_at_once(tmp_path):
+    def change(d):
+        d.pop("outputs")
+        d["profiles"]["bulk"].update(batch=[8, 4, 16])
+        d["targets"][0].update(gpus=["sm88", "T5"])
+
+    assert len(found(tmp_path, change)) == 4
+
+
+def test_every_combination_that_runtimes_offer_is_known():
+    """What the schema offers is either built somewhere or refused with a reason."""
+    for runtime, gpus in GPUS.items():
+        for precision in PRECISIONS[runtime]:
+            assert any(refusal(runtime, gpu, precision) is None for gpu in gpus)
+    assert refusal("onnxruntime", "cpu", "tf32") == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8)"
+    assert refusal("tensorrt", "sm75", "fp32") is None
+    assert refusal("tensorrt", "sm89", "bf16", "10.16.1.11") is None
+
+
+def test_opset_ceilings(tmp_path):
+    def ceiling(**fields):
+        return opset_ceiling(recipe(tmp_path, lambda d: target(d, **fields)).targets[0])
+
+    assert ceiling(version="8.6.0") == 17
+    assert ceiling(version="10.1.0.27") == 20
+    assert ceiling(version="10.16.1.11") is None
+    assert ceiling() is None
