@@ -6,7 +6,7 @@ fetch > export > simplify > calibrate > type > verify
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -129,7 +129,7 @@ class Pipeline:
         if metric is None or self.files.labelled is None:
             return []
         data = self._dataset("labelled", metric.data, self.files.labelled, metric.labels)
-        params = self._source_params() | {"kind": "dataset", "batch": EVALUATION_BATCH}
+        params = self._source_params() | {"kind": "dataset", "batch": self.evaluation_batch()}
         step = self.steps.add(
             "reference:labelled",
             params=params,
@@ -138,6 +138,17 @@ class Pipeline:
         )
         code = [self._code("metric", self.files.metric)] if self.files.metric is not None else []
         return [data, Output(step, "outputs.safetensors"), *code]
+
+    def evaluation_batch(self) -> int:
+        """Return how many samples run at once on labelled data: as many as the first axis of every input admits."""
+        largest = EVALUATION_BATCH
+        for tensor in self.recipe.inputs.values():
+            first = tensor.shape[0] if tensor.shape else 1
+            if isinstance(first, str):
+                largest = min(largest, max(profile[first][2] for profile in self.recipe.profiles.values()))
+            else:
+                largest = min(largest, first)
+        return largest
 
     def _reference_toolchain(self) -> dict[str, Any]:
         framework = "onnxruntime" if isinstance(self.recipe.source, OnnxSource) else "torch"
@@ -195,17 +206,31 @@ class Pipeline:
             f"type:{name}", params=params, inputs=inputs, toolchain=self.versions("onnx", "onnxruntime")
         )
 
-    def verify(self, step_id: str, subject: str, graph: Step) -> Step:
-        """Measure one graph's parity with the source, and the recipe's metric on the held-out data."""
+    def verify(
+        self,
+        step_id: str,
+        subject: str,
+        graph: Step,
+        *,
+        plan_name: str = "model.onnx",
+        executor: Mapping[str, Any] | None = None,
+        device: Mapping[str, Any] | None = None,
+    ) -> Step:
+        """Measure one graph's (or plan's) parity with the source, and the recipe's metric on the held-out data.
+
+        A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on.
+        """
         metric = self.recipe.acceptance.metric
         params: dict[str, Any] = {
             "subject": subject,
             "executor": "onnxruntime",
-            "batch": EVALUATION_BATCH,
+            "batch": self.evaluation_batch(),
             "metric": None,
             "tensors": self.tensors,
+            **(executor or {}),
         }
-        toolchain = self.versions("onnx", "onnxruntime", "numpy")
+        toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")
+        toolchain |= device or {}
         if metric is not None:
             own = self.files.metric
             params["metric"] = {
@@ -215,7 +240,7 @@ class Pipeline:
                 "output": metric.output,
             }
             toolchain |= self.versions(*(own.packages if own is not None else ()))
-        inputs = [*graph_files(graph), self.reference(), *self.labelled()]
+        inputs = [*graph_files(graph, plan_name), self.reference(), *self.labelled()]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
 

@@ -134,6 +134,10 @@ class _Engines:
             # One version is released for several major versions of CUDA, as packages of that name.
             found = [flavour for flavour in CUDA_FLAVOURS if self.pipeline.version(f"{package}_{flavour}") is not None]
             toolchain["cuda"] = ",".join(found)
+        if engine.runtime == "tensorrt":
+            # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
+            params["precision"] = precision
+            toolchain |= self._device(engine)
         return self.pipeline.steps.add(
             f"compile:{engine.runtime}:{engine.gpu}:{precision}",
             params=params,
@@ -142,11 +146,35 @@ class _Engines:
             gates=[*self._portable_gates(), gate],
         )
 
+    def _device(self, engine: EnginePlan) -> dict[str, Any]:
+        """Return what of this host an engine that is compiled (or executed) on it depends on."""
+        recipe = self.pipeline.recipe
+        gpu = self.host.gpu(engine.gpu)
+        portable = recipe.build.hardware_compatibility != "none"
+        driver = self.host.driver
+        if driver is not None and recipe.driver != "exact":
+            driver = driver.partition(".")[0] if recipe.driver == "branch" else None
+        return {"device": gpu.device() if gpu is not None and not portable else None, "driver": driver}
+
     def _execute(self, engine: EnginePlan, precision: Precision) -> Step | None:
         """Verify the compiled engine itself, where this host can execute it."""
-        if engine.runtime != "onnxruntime" or engine.compile is None:
+        if engine.compile is None or engine.runtime == "tensorrt-rtx":
             return None
-        return self.pipeline.verify(f"verify:{engine.runtime}:{engine.gpu}:{precision}", "engine", engine.compile)
+        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}"
+        if engine.runtime == "onnxruntime":
+            return self.pipeline.verify(step_id, "engine", engine.compile)
+        return self.pipeline.verify(
+            step_id,
+            "engine",
+            engine.compile,
+            plan_name=PLAN_NAMES[engine.runtime],
+            executor={
+                "executor": engine.runtime,
+                "gpu": engine.gpu,
+                "version_compatible": self.pipeline.recipe.build.version_compatible,
+            },
+            device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
+        )
 
     def _published(self, engine: EnginePlan) -> EnginePlan:
         """Publish a compiled engine; everything that its manifest states enters the key, but for times and names."""

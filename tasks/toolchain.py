@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from artifacts.host import Gpu, Host
 
 # The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
 BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 
+T = TypeVar("T")
 _ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -101,11 +103,23 @@ def _gpu(nvml: Any, index: int) -> Gpu | None:
     except nvml.NVMLError:
         # Fallen off the bus, or not ours to see: nothing may be built for it or loaded on it.
         return None
+    return Gpu(
+        name,
+        uuid,
+        f"sm{major}{minor}",
+        _asked(nvml, lambda: int(nvml.nvmlDeviceGetMemoryInfo(device).total)),
+        _asked(nvml, lambda: int(nvml.nvmlDeviceGetNumGpuCores(device))),
+        _asked(nvml, lambda: int(nvml.nvmlDeviceGetMemoryBusWidth(device))),
+        _asked(nvml, lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0])),
+    )
+
+
+def _asked(nvml: Any, ask: Callable[[], T]) -> T | None:
+    """Return what NVML says, or None where this GPU or driver does not tell."""
     try:
-        memory = int(nvml.nvmlDeviceGetMemoryInfo(device).total)
+        return ask()
     except nvml.NVMLError:
-        memory = None
-    return Gpu(name, uuid, f"sm{major}{minor}", memory)
+        return None
 
 
 def _text(value: str | bytes) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from artifacts.host import Host
+from artifacts.host import Gpu, Host
 from recipes.files import DatasetFiles, LocalFile, RecipeFiles
 from tests.unit.recipes.simulated import FILES, GOOD, HOST, World, bundle, digest, recipe
 
@@ -357,3 +357,86 @@ def test_tf32_shares_the_fp32_graph_and_differs_in_compile_alone():
     compiled = {step.id: step.action for step in planned.steps if step.stage == "compile"}
     assert compiled["compile:tensorrt-rtx:sm89:tf32"].params["tf32"] is True
     assert compiled["compile:tensorrt-rtx:sm89:tf32"].key != compiled["compile:tensorrt-rtx:sm89:fp32"].key
+
+
+H200 = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, 16896, 6144, ecc=True)
+GPU_HOST = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(H200,), driver="570.86.15")
+
+
+def classic(**build: object):
+    def change(document: dict) -> None:
+        document.update(targets=[{"runtime": "tensorrt", "gpus": ["sm90"]}], build=build)
+
+    return change
+
+
+TRT = {
+    f"{stage}:tensorrt:sm90:{precision}" for stage in ("compile", "verify", "publish") for precision in ("int8", "fp16")
+}
+
+
+def test_on_a_gpu_host_engines_are_compiled_and_executed():
+    world = World(host=GPU_HOST)
+    ran, planned = world.build(recipe(classic()))
+    assert set(ran) >= TRT
+    verified = next(step for step in planned.steps if step.id == "verify:tensorrt:sm90:fp16").action
+    assert verified.params["executor"] == "tensorrt"
+    assert verified.toolchain["driver"] == "570"
+    assert "model.plan" in verified.inputs
+    assert planned.engines[0].publish.action.params["measured"]["engine"]["executed"] is True
+
+
+@pytest.mark.parametrize(
+    ("policy", "driver", "stale"),
+    [
+        ("branch", "570.99.01", False),
+        ("branch", "580.10.00", True),
+        ("exact", "570.99.01", True),
+        ("ignore", "580.10.00", False),
+    ],
+)
+def test_a_new_driver_rebuilds_by_the_policy_of_the_recipe(policy: str, driver: str, stale: bool):
+    made = recipe(lambda d: (classic()(d), d.update(driver=policy)))
+    world = World(host=GPU_HOST)
+    world.build(made)
+    world.host = replace(GPU_HOST, driver=driver)
+    ran, _planned = world.build(made)
+    assert set(ran) == (TRT if stale else set())
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        replace(H200, name="NVIDIA H100"),
+        replace(H200, cores=14592),
+        replace(H200, bus_width_bits=5120),
+        replace(H200, ecc=False),
+        replace(H200, memory_bytes=80 << 30),
+    ],
+)
+def test_another_device_of_the_same_compute_capability_compiles_anew_unless_plans_are_portable(gpu: Gpu):
+    for portable in ("none", "ampere+"):
+        made = recipe(classic(hardware_compatibility=portable))
+        world = World(host=GPU_HOST)
+        world.build(made)
+        world.host = replace(GPU_HOST, gpus=(gpu,))
+        ran, _planned = world.build(made)
+        assert set(ran) == (TRT if portable == "none" else set())
+
+
+def test_which_of_several_equal_gpus_it_is_enters_no_key():
+    world = World(host=GPU_HOST)
+    world.build(recipe(classic()))
+    world.host = replace(GPU_HOST, gpus=(replace(H200, uuid="GPU-2"),))
+    assert world.build(recipe(classic()))[0] == []
+
+
+def test_labelled_data_run_in_batches_that_every_profile_of_the_batch_axis_admits():
+    made = recipe(
+        lambda d: d["profiles"].update(
+            online={"batch": [1, 1, 4], "height": [8, 8, 8], "width": [8, 8, 8]},
+            bulk={"batch": [1, 2, 6], "height": [8, 8, 8], "width": [8, 8, 8]},
+        )
+    )
+    planned = {step.id: step for step in World().build(made)[1].steps}
+    assert planned["verify:int8"].action.params["batch"] == planned["reference:labelled"].action.params["batch"] == 6
