@@ -108,11 +108,11 @@ class _Engines:
         device = f" and an {gpu} GPU" if target.runtime == "tensorrt" else ""
         installed = self.host.runtimes.get(target.runtime)
         if installed is None:
-            return f"waits for a host with {needed}{device}; {target.runtime} is not installed here"
+            return f"needs a host with {needed}{device}; {target.runtime} is not installed here"
         if target.version not in (None, installed):
-            return f"waits for a host with {needed}{device}; {installed} is installed here"
+            return f"needs a host with {needed}{device}; {installed} is installed here"
         if device and not self.host.has_gpu(gpu):
-            return f"waits for a host with {needed}{device}; no such GPU is here"
+            return f"needs a host with {needed}{device}; no such GPU is here"
         return None
 
     def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Step:

@@ -278,7 +278,7 @@ def test_an_engine_that_fails_when_executed_gives_way_too():
 @pytest.mark.parametrize(
     ("target", "host", "words"),
     [
-        ({"runtime": "tensorrt", "gpus": ["sm90"]}, HOST, "waits for a host with tensorrt and an sm90 GPU"),
+        ({"runtime": "tensorrt", "gpus": ["sm90"]}, HOST, "needs a host with tensorrt and an sm90 GPU"),
         (
             {"runtime": "tensorrt-rtx", "gpus": ["sm89"]},
             Host("bare", "linux", "x86_64"),
@@ -336,8 +336,38 @@ def test_an_onnx_source_fetches_its_graph_and_data_and_keeps_its_opset():
         )
     )
     planned = {step.id: step for step in World().plan(made, files).steps}
-    assert {"fetch:model", "fetch:model.onnx.data"} <= set(planned)
-    assert planned["export"].after == ("fetch:model", "fetch:model.onnx.data")
+    assert {"fetch:model", "fetch:model/model.onnx.data"} <= set(planned)
+    assert planned["export"].after == ("fetch:model", "fetch:model/model.onnx.data")
+
+
+@pytest.mark.parametrize("name", ["model.data", "w.bin", "weight_0", "metric", "model", "parts/a.bin"])
+def test_external_data_may_have_any_name(name):
+    """Each file is fetched, and enters the export's key, also where its name is that of another thing to fetch."""
+    change = {
+        "source": {"framework": "onnx", "model": {"file": "m.onnx"}},
+        "precision": {"build": ["fp16"]},
+        "targets": [{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}],
+    }
+    made = recipe(lambda d: d.update(change, export={}, outputs=None, acceptance={}))
+
+    def export_key(data: str) -> str:
+        files = RecipeFiles(
+            model=(
+                LocalFile("model.onnx", digest("graph"), 5, "m.onnx"),
+                LocalFile(name, digest(data), 6, name),
+            )
+        )
+        world = World()
+        fetched = [step for step in world.plan(made, files).steps if step.stage == "fetch"]
+        assert {step.local.name for step in fetched} == {"model.onnx", name}
+        for step in fetched:
+            ref = ArtifactRef(step.local.digest, step.local.size, "x/y")
+            world.records[step.stage, step.action.key] = ActionRecord(step.action.preimage(), {step.local.name: ref})
+        planned = {step.id: step for step in world.plan(made, files).steps}
+        assert set(planned["export"].inputs) == {"model.onnx", name}
+        return planned["export"].action.key
+
+    assert export_key("one") != export_key("another")
 
 
 def test_selecting_a_target_plans_no_other():
