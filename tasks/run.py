@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -86,16 +88,18 @@ class StepRunner:
     ) -> tuple[dict[str, ArtifactRef], dict[str, Any]]:
         output_dir = folder / "outputs"
         output_dir.mkdir()
-        result = run_stage(
-            step.stage,
-            step.action.params if step.action is not None else {},
-            files,
-            output_dir,
-            limits=self.limits,
-            on_progress=lambda fraction, text: self.listen(Progress(step.id, "progress", fraction, text)),
-            on_log=lambda line: self.listen(Progress(step.id, "log", text=line)),
-            cancel=self.cancel,
-        )
+        params = step.action.params if step.action is not None else {}
+        with _gpu(params):
+            result = run_stage(
+                step.stage,
+                params,
+                files,
+                output_dir,
+                limits=self.limits,
+                on_progress=lambda fraction, text: self.listen(Progress(step.id, "progress", fraction, text)),
+                on_log=lambda line: self.listen(Progress(step.id, "log", text=line)),
+                cancel=self.cancel,
+            )
         outputs: dict[str, ArtifactRef] = {}
         for name, media_type in result.outputs.items():
             path = output_dir / name
@@ -126,6 +130,21 @@ class StepRunner:
         ref = ArtifactRef(bundle.digest, bundle.size, TAR)
         self.cache.put_blob(target, ref)
         return ref
+
+
+@contextmanager
+def _gpu(params: Mapping[str, Any]) -> Iterator[None]:
+    """Hold this host's GPUs for a stage that uses one: a compiler that times kernels must not share it.
+
+    One lock for the host, whichever store and user: of several GPUs one is used at a time.
+    """
+    if "tensorrt" not in (params.get("runtime"), params.get("executor")):
+        yield
+        return
+    from filelock import FileLock
+
+    with FileLock(Path(tempfile.gettempdir()) / "enginery-gpu.lock", mode=0o666):
+        yield
 
 
 def _dataset_inputs(local: object, folder: Path) -> dict[str, Path]:
