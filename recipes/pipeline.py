@@ -51,12 +51,15 @@ class Pipeline:
         found: list[Output] = []
         if self.files.code is not None:
             found.append(self._code("code", self.files.code))
-        for subject, file in (("weights", self.files.weights), *(("model", file) for file in self.files.model)):
+        # External data is named below the graph that it belongs to: its own name may be any, also that of a subject.
+        named = [("weights", self.files.weights)] + [
+            ("model" if file.name == "model.onnx" else f"model/{file.name}", file) for file in self.files.model
+        ]
+        for subject, file in named:
             if file is not None:
-                step_id = (
-                    f"fetch:{subject}" if "." not in file.name[6:] or subject == "weights" else f"fetch:{file.name}"
+                step = self.steps.add(
+                    f"fetch:{subject}", params={"kind": "file"}, local=(file, {file.name: file.digest})
                 )
-                step = self.steps.add(step_id, params={"kind": "file"}, local=(file, {file.name: file.digest}))
                 found.append(Output(step, file.name))
         return found
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from artifacts.cache import ActionCache
+from artifacts.errors import IntegrityError
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ONNX, SAFETENSORS, TAR, ArtifactRef, digest_file
 from artifacts.store import Store, open_store
-from recipes.files import CodeBundle, DatasetFiles, LocalFile
+from recipes.digests import Digests
+from recipes.errors import Fault, RecipeError
+from recipes.files import CodeBundle, DatasetFiles, LocalFile, dataset_members
 from recipes.steps import Step
 from tasks.process import Limits, run_stage
 from tasks.progress import Listener, Progress
@@ -79,9 +82,13 @@ class StepRunner:
                 return {"code.tar": self._fetch_code(step.local, inputs)}, {}
             files = _dataset_inputs(step.local, inputs) if step.local is not None else {}
             for name, ref in step.inputs.items():
-                self.cache.get_blob(ref, inputs / name)
                 files[name] = inputs / name
-            return self._run_stage(step, files, folder)
+                files[name].parent.mkdir(parents=True, exist_ok=True)  # external data may lie in a folder of its own
+                self.cache.get_blob(ref, files[name])
+            made = self._run_stage(step, files, folder)
+            if step.local is not None:
+                _require_unchanged(step.local)
+            return made
 
     def _run_stage(
         self, step: Step, files: Mapping[str, Path], folder: Path
@@ -115,11 +122,21 @@ class StepRunner:
             parent, _, name = file.address.rpartition("/")
             remote = open_store(parent)
             info = remote.info(name)
-            size = info.size if info is not None else 0
-            path = folder / file.name
-            remote.get_file(name, ArtifactRef(file.digest, size, BYTES), path)
+            if info is None:
+                raise RecipeError(
+                    [Fault(file.address, 0, "", "there is no such object; correct the recipe, or upload it")]
+                )
+            size, path = info.size, folder / file.name
+            try:
+                remote.get_file(name, ArtifactRef(file.digest, size, BYTES), path)
+            except IntegrityError as err:
+                what = f"is not the file that the recipe's sha256 names: {err}"
+                raise RecipeError([Fault(file.address, 0, "", what)]) from err
         ref = ArtifactRef(file.digest, size, _MEDIA_TYPES.get(Path(file.name).suffix, BYTES))
-        self.cache.put_blob(path, ref)
+        try:
+            self.cache.put_blob(path, ref)
+        except IntegrityError as err:
+            raise _changed(path) from err
         return ref
 
     def _fetch_code(self, bundle: CodeBundle, folder: Path) -> ArtifactRef:
@@ -147,10 +164,8 @@ def _gpu(params: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _dataset_inputs(local: object, folder: Path) -> dict[str, Path]:
-    """Put what a data set is read from where its stage looks for it."""
-    if not isinstance(local, DatasetFiles):
-        raise TypeError(f"not a data set: {local!r}")
+def _dataset_inputs(local: DatasetFiles, folder: Path) -> dict[str, Path]:
+    """Put what a data set is read from where its stage looks for it. Raises RecipeError where it is not as planned."""
     if local.code is not None:
         from recipes.bundle import write_tar
 
@@ -159,6 +174,28 @@ def _dataset_inputs(local: object, folder: Path) -> dict[str, Path]:
         return {"code.tar": target}
     if local.format == "npz":
         target = folder / "data.npz"
-        shutil.copyfile(local.path, target)
+        try:
+            shutil.copyfile(local.path, target)
+        except FileNotFoundError as err:
+            raise _changed(local.path) from err
+        if digest_file(target) != local.digest:
+            raise _changed(local.path)
         return {"data.npz": target}
     return {"data": local.path}
+
+
+def _require_unchanged(local: DatasetFiles) -> None:
+    """Digest a folder again after it was read in place: its record must not hold other samples than its key names."""
+    if local.format not in ("arrays", "images"):
+        return  # read from a copy that was checked
+    members = dataset_members(local.path, images=local.format == "images")
+    try:
+        digest = Digests().files(members)
+    except OSError as err:
+        raise _changed(local.path) from err
+    if digest != local.digest:
+        raise _changed(local.path)
+
+
+def _changed(path: Path) -> RecipeError:
+    return RecipeError([Fault(str(path), 0, "", "changed since the build was planned; run it again")])

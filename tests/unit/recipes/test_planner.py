@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from artifacts.host import Gpu, Host
+from artifacts.records import ActionRecord
+from artifacts.refs import ArtifactRef
 from recipes.files import DatasetFiles, LocalFile, RecipeFiles
 from tests.unit.recipes.simulated import FILES, GOOD, HOST, World, bundle, digest, recipe
 
