@@ -29,7 +29,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "export": 1,
     "simplify": 1,
     "calibrate": 1,
-    "type": 1,
+    "type": 2,
     "compile": 1,
     "verify": 1,
     "publish": 1,

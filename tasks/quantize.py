@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from tasks.errors import BackendError
-from tasks.graphs import hoist_constants
+from tasks.graphs import fresh_names, hoist_constants
 from tasks.onnx_files import opset_of
 
 OPERATORS: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -66,7 +66,8 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
 
     `ranges` are calibrated float32 bounds by tensor. A node that takes a tensor whose range is zero stays fp32: any
     scale for it would be invented, and a scale of zero breaks TensorRT. Node names must be unique. The model given is
-    changed. Raises BackendError("bad data") where a range is missing, "unsupported operator" below opset 13.
+    changed. Raises BackendError("bad data") where a range is missing or no node is left to quantise, "unsupported
+    operator" below opset 13.
     """
     hoist_constants(model)
     if opset_of(model) < _LEAST_OPSET:
@@ -86,8 +87,20 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
     candidates = [node for node in model.graph.node if node.op_type in OPERATORS and node.name not in keep]
     constant = {node.name for node in candidates if zero.intersection(node.input[:2])}
     nodes = tuple(node.name for node in candidates if node.name not in constant)
-    if nodes:
-        model = _with_pairs(model, ranges, exclude=sorted(keep | constant))
+    if not nodes:
+        idle = f"; inputs of {', '.join(sorted(constant))} were zero on all calibration data" if constant else ""
+        raise BackendError(
+            "bad data",
+            f"int8 would quantise no node: {len(candidates)} of {', '.join(OPERATORS)} are left by precision.keep{idle}",
+            "keep fewer nodes, calibrate on data that uses the model, or build another precision",
+        )
+    betas = {node.name: attribute.f for node in candidates for attribute in node.attribute if attribute.name == "beta"}
+    outputs = [value.name for value in model.graph.output]
+    known = {name for node in model.graph.node for name in node.output}
+    model = _with_pairs(model, ranges, exclude=sorted(keep | constant))
+    _restore_betas(model, betas)
+    _restore_outputs(model, outputs, known)
+    _restore_exact_inputs(model, keep | constant, known)
     return Quantized(model, nodes, tuple(sorted(constant)))
 
 
@@ -122,6 +135,52 @@ def _with_pairs(
             extra_options=_options(model),
         )
         return onnx.load(output)
+
+
+def _restore_betas(model: onnx.ModelProto, betas: Mapping[str, float]) -> None:
+    """Undo what quantize_static does to Gemm: it sets beta to 1 for a quantised bias, also where the bias stays float."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Gemm" and attribute.name == "beta" and node.name in betas:
+                attribute.f = betas[node.name]
+
+
+def _restore_outputs(model: onnx.ModelProto, outputs: Sequence[str], known: set[str]) -> None:
+    """Let outputs of the graph be what was computed: where a tensor is an output too, quantize_static rounds that."""
+    pairs = _pairs(model, known)
+    fresh = fresh_names(model)
+    for output in outputs:
+        source = pairs.get(output)
+        if source is None:
+            continue
+        rounded = fresh(f"{output}_DequantizeLinear_Output")
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    names[index] = rounded if name == output else output if name == source else name
+
+
+def _restore_exact_inputs(model: onnx.ModelProto, exact: set[str], known: set[str]) -> None:
+    """Let the nodes that stay fp32 read what was computed: quantize_static gives every reader of a tensor its pair."""
+    pairs = _pairs(model, known)
+    for node in model.graph.node:
+        if node.name in exact:
+            for index, name in enumerate(node.input):
+                node.input[index] = pairs.get(name, name)
+
+
+def _pairs(model: onnx.ModelProto, known: set[str]) -> dict[str, str]:
+    """Return what each new Q/DQ pair takes, by what it gives; a pair whose middle was `known` is the author's own."""
+    quantised = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.output[0] not in known
+    }
+    return {
+        node.output[0]: quantised[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantised
+    }
 
 
 def _options(model: onnx.ModelProto) -> dict[str, Any]:

@@ -316,6 +316,62 @@ def test_int8_keeps_what_is_kept(tmp_path):
     assert list(stem.input) == ["x", "w1", "b1"]
 
 
+def test_a_kept_node_reads_what_was_computed_though_its_neighbour_reads_the_pair(tmp_path):
+    model = graph(
+        [
+            node("Relu", ["x"], ["r"]),
+            node("MatMul", ["r", "w"], ["q"], "query"),
+            node("MatMul", ["r", "w"], ["k"], "key"),
+            node("Add", ["q", "k"], ["y"]),
+        ],
+        {"w": np.eye(4, dtype=np.float32)},
+        outputs={"y": (TensorProto.FLOAT, ["batch", 4]), "k": (TensorProto.FLOAT, ["batch", 4])},
+    )
+    (tmp_path / "ranges.json").write_text(json.dumps({"r": [0.0, 1.0]}))
+    result, _facts = typed(tmp_path, model, "int8", keep=["key"], ranges_json=tmp_path / "ranges.json")
+    kept = {entry.name: list(entry.input) for entry in result.graph.node}["key"]
+    assert kept == ["r", "w"]
+    x = np.array([[0.3, 0.7, 0.1, 1000.0]], np.float32)  # far outside of the range: a pair would clip it
+    found = evaluate(result, {"x": x})
+    assert found["k"].tolist() == x.tolist()
+    assert found["y"][0, 3] == pytest.approx(1001, abs=0.1)  # the quantised neighbour does clip
+
+
+def test_an_output_of_the_graph_that_a_quantised_node_reads_stays_exact(tmp_path):
+    model = graph(
+        [node("Relu", ["x"], ["r"]), node("MatMul", ["r", "w"], ["y"])],
+        {"w": np.eye(4, dtype=np.float32)},
+        outputs={"y": (TensorProto.FLOAT, ["batch", 4]), "r": (TensorProto.FLOAT, ["batch", 4])},
+    )
+    (tmp_path / "ranges.json").write_text(json.dumps({"r": [0.0, 1.0]}))
+    result, facts = typed(tmp_path, model, "int8", ranges_json=tmp_path / "ranges.json")
+    x = np.array([[0.3, 0.7, 0.1, 2.0]], np.float32)
+    found = evaluate(result, {"x": x})
+    assert found["r"].tolist() == x.tolist()
+    assert found["y"][0].tolist() == pytest.approx([0.3, 0.7, 0.1, 1.0], abs=5e-3)
+    assert facts["outputs"] == {"y": "float32", "r": "float32"}
+
+
+def test_int8_keeps_the_factor_of_a_bias(tmp_path):
+    model = graph(
+        [node("Gemm", ["x", "w", "b"], ["y"], alpha=2.0, beta=0.5)],
+        {"w": np.eye(4, dtype=np.float32), "b": np.array([10, 20, 30, 40], np.float32)},
+    )
+    (tmp_path / "ranges.json").write_text(json.dumps({"x": [-1.0, 1.0]}))
+    result, _facts = typed(tmp_path, model, "int8", ranges_json=tmp_path / "ranges.json")
+    found = evaluate(result, {"x": np.zeros((1, 4), np.float32)})["y"]
+    assert found.tolist() == [[5, 10, 15, 20]]
+
+
+def test_int8_that_would_quantise_nothing_is_refused(tmp_path):
+    ranges = ranges_of(tmp_path, cnn())
+    with pytest.raises(BackendError, match=r"int8 would quantise no node: 0 of Conv, .* left by precision.keep"):
+        typed(tmp_path, cnn(), "int8", keep=["*"], ranges_json=ranges)
+    idle = ranges_of(tmp_path, cnn(), data=np.zeros((8, 1, 8, 8), np.float32))
+    with pytest.raises(BackendError, match=r"inputs of .*stem/conv were zero on all calibration data"):
+        typed(tmp_path, cnn(), "int8", keep=["head/*", "body/*"], ranges_json=idle)
+
+
 def test_an_input_that_is_always_zero_is_left_in_fp32(tmp_path):
     model = graph(
         [
