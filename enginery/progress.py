@@ -65,7 +65,7 @@ def _bars(session: BuildSession, *, verbose: bool) -> Iterator[None]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(20),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
     )
     with Bars(*columns, console=terminal, transient=True) as bars:
@@ -87,6 +87,8 @@ def _bars(session: BuildSession, *, verbose: bool) -> Iterator[None]:
                     bars.remove_task(tasks.pop(event.step_id))
                     mark = f"[green]built[/] {event.seconds:.1f} s" if event.kind == "done" else "[red]failed[/]"
                     bars.console.print(f"{event.step_id} {mark}")
+                    if event.kind == "failed":  # the table has room for the first words alone
+                        bars.console.print(event.text, markup=False, highlight=False)
 
         session.on_progress(show)
         yield

@@ -10,6 +10,8 @@ import typer
 from enginery.output import (
     DEFAULT_STORE,
     DONE,
+    FAILED,
+    WAITING,
     WRONG,
     JsonOption,
     StoreOption,
@@ -104,7 +106,7 @@ def plan(
     else:
         for _session, planned in plans:
             print_plan(planned, explain=explain)
-    raise typer.Exit(max(planned.status for _session, planned in plans))
+    raise typer.Exit(_worst([planned.status for _session, planned in plans]))
 
 
 @explains_errors
@@ -201,4 +203,4 @@ def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> l
 
 
 def _worst(statuses: list[int]) -> int:
-    return next((status for status in (1, 3) if status in statuses), 0)
+    return next((status for status in (FAILED, WAITING) if status in statuses), DONE)

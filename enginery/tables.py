@@ -8,6 +8,7 @@ from enginery.output import console
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from recipes.plan import Plan
 
@@ -22,12 +23,12 @@ def print_plan(planned: Plan, *, explain: bool) -> None:
     for step in planned.steps:
         if explain or step.state != "cached":
             why = ["\n".join(step.why)] if explain else []
-            table.add_row(step.stage, step.subject, _styled(step.state), *why)
+            table.add_row(step.stage, step.subject, _styled(step.state), *map(_plain, why))
     if table.row_count:
         out.print(table)
     out.print(
         f"{planned.recipe}: {counts['run']} to run, {counts['follows']} more if their input changes, {counts['cached']} cached",
-        highlight=False,
+        markup=False,
     )
     for engine in planned.engines:
         if engine.state in ("waiting", "failed"):
@@ -41,7 +42,7 @@ def print_build(document: dict[str, Any]) -> None:
     for step in document["steps"]:
         seconds = f"{step['seconds']:.1f}" if step["state"] == "built" else ""
         why = "" if step["state"] == "cached" else "; ".join(step["why"])
-        stages.add_row(step["stage"], step["subject"], _styled(step["state"]), seconds, _brief(why))
+        stages.add_row(step["stage"], step["subject"], _styled(step["state"]), seconds, _plain(_brief(why)))
     out.print(stages)
     metric = next((engine["metric_name"] for engine in document["engines"] if engine["metric_name"]), "metric")
     engines = _table(
@@ -60,7 +61,7 @@ def print_build(document: dict[str, Any]) -> None:
             "yes" if engine["executed"] else "no",
             engine["path"]
             if engine["state"] == "cached" and engine["path"]
-            else f"{engine['state']}: {_brief(engine['why'])}",
+            else _plain(f"{engine['state']}: {_brief(engine['why'])}"),
         )
     out.print(engines)
     out.print(f"store: {document['store']}", markup=False)
@@ -88,6 +89,13 @@ def _table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in ("seconds", "size") else "left", overflow="fold")
     return table
+
+
+def _plain(words: str) -> Text:
+    """Show words of frameworks and recipes as they are: square brackets in them are no markup."""
+    from rich.text import Text
+
+    return Text(words)
 
 
 def _styled(state: str) -> str:

@@ -1,0 +1,36 @@
+"""Tables of plans and builds show the words of frameworks as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from enginery.tables import print_build, print_plan
+from recipes.plan import Plan
+from recipes.steps import Step
+
+# To rich, the first is a closing tag (an error), and the second a style (left out).
+WORDS = "crash: [/tmp] and [bold] and [E] said"
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_a_plan_shows_why_word_for_word(capsys):
+    print_plan(Plan("digits", (Step("export", "export", "failed", (WORDS,)),), ()), explain=True)
+    assert WORDS in capsys.readouterr().out
+
+
+def test_a_build_shows_why_word_for_word(capsys):
+    step = {"stage": "export", "subject": "", "state": "failed", "seconds": 0.0, "why": [WORDS]}
+    engine = {
+        "runtime": "onnxruntime", "runtime_version": "1", "gpu": "cpu", "precision": {"asked": "fp32", "given": None},
+        "state": "failed", "why": WORDS, "size": None, "parity": None, "metric": None, "source_metric": None,
+        "metric_name": None, "executed": False, "path": None,
+    }  # fmt: skip
+    print_build({"recipe": "digits", "store": "file:///[/s]", "steps": [step], "engines": [engine]})
+    out = capsys.readouterr().out
+    assert WORDS in out
+    assert f"failed: {WORDS}" in out
+    assert "store: file:///[/s]" in out
