@@ -179,8 +179,10 @@ class _Child:
 
     def end(self) -> None:
         """Kill what is left of the stage and everything it started; safe to call when all is gone."""
+        if self._process.returncode is not None:
+            return
         self._tree.kill()
-        # The group's number is ours until its leader is reaped, which happens only here.
+        # The group's number is ours until its leader is reaped, which happens only here: later it may be another's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
