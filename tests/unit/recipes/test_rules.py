@@ -185,6 +185,7 @@ FINE = {
     "publish to a folder": lambda d: d.update(publish={"to": "../engines"}),
     "publish to s3": lambda d: d.update(publish={"to": "s3://bucket/engines"}),
     "parity of a fallback": lambda d: d["acceptance"].update(parity={"fp32": {"max_abs": 1e-3}, "fp16": {"cosine": 0.9}}),
+    "parity of fp32, which exported graphs are judged as": lambda d: [target(d), d["acceptance"].update(parity={"fp32": {"max_abs": 1e-3}})],
     "remote weights": lambda d: d["source"].update(weights={"file": "s3://b/w.pt", "sha256": "0" * 64}),
     "percentile": lambda d: d["precision"]["calibration"].update(method="percentile", percentile=99.9),
 }  # fmt: skip
