@@ -26,6 +26,6 @@ async def build(
     session = active_session(recipe) or open_session(
         Path(recipe), open_store(store), targets=tuple(targets or ()), jobs=jobs
     )
-    planned = await drive(session, StageTasks(session), show_cached=True)
+    planned = await drive(session, StageTasks(session), show_all=True)
     session.finish(planned)
     return report(session, planned)

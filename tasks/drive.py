@@ -12,23 +12,34 @@ from tasks.session import BuildSession, Outcome
 RunStep = Callable[[Step, Plan], Awaitable[Outcome]]
 
 
-async def drive(session: BuildSession, run_step: RunStep, *, show_cached: bool = False) -> Plan:
+async def drive(session: BuildSession, run_step: RunStep, *, show_all: bool = False) -> Plan:
     """Run what is ready through `run_step`, plan again whenever a step ends, and return the last plan.
 
-    With `show_cached`, `run_step` also gets every step that is cached, once, so that it can be shown as such.
+    With `show_all`, `run_step` also gets every step that is cached or has failed already, once, so that it can be
+    shown as such. Of two steps with one key (an unchanged graph is verified under two names) the first in the plan
+    runs, and the other finds what it made.
     """
-    running: dict[asyncio.Task[Outcome], str] = {}
+    running: dict[asyncio.Task[Outcome], Step] = {}
     shown: set[str] = set()
     while True:
         planned = await asyncio.to_thread(session.plan)
-        cached = [step for step in planned.steps if step.record is not None and step.id not in shown]
-        for step in (*planned.ready, *(cached if show_cached else ())):
-            if step.id not in running.values():
-                running[asyncio.ensure_future(run_step(step, planned))] = step.id
+        known = [step for step in planned.steps if step.state in ("cached", "failed") and step.id not in shown]
+        keys = {_key(step) for step in running.values()}
+        for step in planned.ready:
+            if _key(step) not in keys:
+                keys.add(_key(step))
+                running[asyncio.ensure_future(run_step(step, planned))] = step
                 shown.add(step.id)
+        for step in known if show_all else ():
+            running[asyncio.ensure_future(run_step(step, planned))] = step
+            shown.add(step.id)
         if not running:
             return planned
         done, _pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             del running[task]
             task.result()
+
+
+def _key(step: Step) -> str | None:
+    return step.action.key if step.action is not None else None

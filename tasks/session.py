@@ -126,6 +126,8 @@ class BuildSession:
             raise ValueError(f"{step.id}: its inputs are not known yet")
         if step.record is not None:
             return self._note(Outcome(step, "cached", step.record.seconds))
+        if step.state == "failed":  # in this session, maybe before the caller looked
+            return self._note(Outcome(step, "failed", 0.0, "; ".join(step.why)))
         key = step.action.key
         with self._lock:
             future = self._running.get(key)
@@ -172,6 +174,8 @@ class BuildSession:
             future.set_exception(err)
             raise
         else:
+            # Noted before any plan can see the record: who then finds the step cached learns that it was built here.
+            self._note(Outcome(step, "built" if result[1] else "cached", result[0].seconds))
             with self._lock:
                 self._known[step.stage, key] = result[0]
             future.set_result(result)

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,6 +38,26 @@ def copy_digits(folder: Path, change=lambda _document: None) -> Path:
     path = folder / "digits.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def edit_recipe(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Return a function that applies a change of the document to the recipe in a folder."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "digits.yaml"
+        document = yaml.safe_load(path.read_text())
+        change(document)
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+    return apply
+
+
+def link_store(source: str, target: str) -> None:
+    """Copy one file for `shutil.copytree`; files of a store, which are never changed in place, by a hard link."""
+    if "/store/" in source:
+        Path(target).hardlink_to(source)
+    else:
+        shutil.copyfile(source, target)
 
 
 def build(recipe: Path, store: str | Path, *, targets: tuple[str, ...] = ()) -> tuple[set[str], Plan, BuildSession]:
