@@ -159,6 +159,9 @@ class Measured(Part):
     reason: str | None = None
     parity: ParityFacts | None = None
     cases: tuple[CaseFacts, ...] = ()
+    data: ParityFacts | None = Field(
+        default=None, description="Parity on the metric's held-out data; int8 is judged by it where it was measured."
+    )
     metric: MetricFacts | None = None
 
     @model_validator(mode="after")

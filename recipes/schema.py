@@ -192,7 +192,10 @@ class PrecisionPlan(Model):
 
 
 class Parity(Model):
-    """Largest distance from the source framework's outputs on seeded inputs, over every output and shape."""
+    """Largest distance from the source framework's outputs, over every output: on seeded inputs and the metric's data.
+
+    For int8, where there is labelled data, it holds on that alone: seeded inputs leave the calibrated ranges.
+    """
 
     relative_l2: float | None = Field(default=None, gt=0, description="Greatest |y - x| / |x| (Euclidean norms).")
     max_abs: float | None = Field(default=None, gt=0, description="Greatest absolute difference of one element.")

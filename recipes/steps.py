@@ -31,7 +31,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "calibrate": 1,
     "type": 2,
     "compile": 1,
-    "verify": 1,
+    "verify": 2,
     "publish": 1,
 }
 

@@ -1,8 +1,8 @@
 """The `verify` stage: how far a graph is from its source, and what the recipe's own metric says of it.
 
 Measures only; `recipes.gates` judges. Graphs run in ONNX Runtime on the CPU. Half-precision graphs run emulated
-(`tasks.emulate`): the provider would compute them in float32 and hide their overflow. Q/DQ graphs run with basic
-optimisation alone, so that every pair rounds as it is written.
+(`tasks.emulate`): the provider would compute them in float32 and hide their overflow. Nothing is optimised: already
+ONNX Runtime's basic level turns the biases of Q/DQ graphs into int32, which no pair of the graph says.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ _EMULATED: Final = "fp32 kernels, every result rounded to the half type"
 def run(request: StageRequest) -> StageResult:
     """Compare "model.onnx" with "reference.safetensors"; measure the metric on "dataset.safetensors" if there is one.
 
-    Writes "report.json": {"cases": [{"name", "outputs": {output: measures}}], "metric"}. Facts: executed, parity (worst of
-    all cases and outputs), cases, metric, and `emulated` where halves were. A measure that is NaN or infinite is null.
+    Writes "report.json": {"cases": [{"name", "outputs": {output: measures}}], "data", "metric"}. Facts: executed, parity
+    (worst of all cases and outputs), cases, metric, `data` (as parity, of the outputs on the metric's data: real inputs
+    overflow and clip where seeded ones do not, and the reverse; null without a metric), and `emulated` where halves were.
+    A measure that is NaN or infinite is null.
     Raises BackendError: "wrong result" where outputs or shapes differ from the reference's, "bad data" for files that do
     not fit, and by its kind where ONNX Runtime fails.
     """
@@ -44,14 +46,16 @@ def run(request: StageRequest) -> StageResult:
     if graph is None:
         return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
     cases = _parity(request, graph)
-    metric = _metric(request, graph) if params["metric"] is not None else None
+    metric, on_data = _labelled(request, graph) if params["metric"] is not None else (None, {})
     request.report(1.0, "verified")
-    facts = {"executed": True, **_facts(cases), "metric": metric, "emulated": graph.emulated}
+    data = {**_measures(_worst(list(on_data.values()))), "worst": _farthest(on_data)} if on_data else None
+    facts = {"executed": True, **_facts(cases), "data": data, "metric": metric, "emulated": graph.emulated}
     report = {
         "cases": [
             {"name": name, "outputs": {output: _measures(found) for output, found in outputs.items()}}
             for name, outputs in cases.items()
         ],
+        "data": {output: _measures(found) for output, found in on_data.items()},
         "metric": metric,
         "emulated": graph.emulated,
     }
@@ -89,9 +93,8 @@ class Executable:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        level = onnxruntime.GraphOptimizationLevel
-        # An engine was optimised when it was compiled; a graph must not lose Q/DQ pairs or casts to a fusion.
-        options.graph_optimization_level = level.ORT_DISABLE_ALL if engine else level.ORT_ENABLE_BASIC
+        # An engine was optimised when it was compiled; a graph must neither lose Q/DQ pairs or casts nor gain any.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.emulated: str | None = None
         with tempfile.TemporaryDirectory() as folder:
             path = inputs[GRAPH] if engine else self._honest(inputs, Path(folder))
@@ -167,7 +170,8 @@ def _distance(reference: Array, found: Array, where: str) -> Distance:
     return distance(reference, found)
 
 
-def _metric(request: StageRequest, graph: Subject) -> dict[str, Any]:
+def _labelled(request: StageRequest, graph: Subject) -> tuple[dict[str, Any], dict[str, Distance]]:
+    """Return the metric, and how far each output on the labelled data is from the source's."""
     from safetensors.numpy import load_file
 
     spec = request.params["metric"]
@@ -192,12 +196,14 @@ def _metric(request: StageRequest, graph: Subject) -> dict[str, Any]:
     else:
         measure = built_in(spec["name"])
         values = [measure({judged: outputs[judged]}, labels) for outputs in (found, source)]
-    return {
+    metric = {
         "name": spec["name"],
         "value": finite(values[0]),
         "source": finite(values[1]),
         "samples": len(labels),
     }
+    _require_names(dict.fromkeys(source, ""), found, "on the labelled data")
+    return metric, {name: _distance(source[name], found[name], f"labelled data: {name}") for name in sorted(source)}
 
 
 def _outputs(request: StageRequest, graph: Subject, data: Mapping[str, Array]) -> dict[str, Array]:
@@ -261,8 +267,11 @@ def _facts(cases: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
     for case, outputs in cases.items():
         measures = _measures(_worst(list(outputs.values())))
         rows.append({"name": case, **{key: measures[key] for key in ("relative_l2", "max_abs", "cosine")}})
-    worst = max(every, key=lambda name: every[name].relative_l2)
-    return {"parity": {**_measures(_worst(list(every.values()))), "worst": worst}, "cases": rows}
+    return {"parity": {**_measures(_worst(list(every.values()))), "worst": _farthest(every)}, "cases": rows}
+
+
+def _farthest(distances: Mapping[str, Distance]) -> str:
+    return max(distances, key=lambda name: distances[name].relative_l2)
 
 
 def _failure(error: Exception, where: str) -> BackendError:

@@ -68,3 +68,21 @@ def test_each_gate_that_fails_is_named(found, acceptance, precision, reasons):
 def test_bounds_themselves_pass(value, passed):
     """A drop that is the bound as written must pass, whatever binary fractions make of it."""
     assert judge(facts({"value": value, "source": 0.98}), accept(floor=0.97, max_drop=0.01), "fp32").passed is passed
+
+
+def test_int8_is_judged_where_its_ranges_hold():
+    """Seeded inputs leave the calibrated ranges; with labelled data, that is what the bounds are for."""
+    noise, good, bad = {"relative_l2": 0.5, "cosine": 0.9}, PARITY, PARITY | {"relative_l2": 0.3}
+    assert judge(facts(**noise) | {"data": good}, Acceptance(), "int8").passed
+    assert not judge(facts(**noise) | {"data": None}, Acceptance(), "int8").passed
+    assert not judge(facts(**noise) | {"data": good}, Acceptance(), "fp16").passed
+    found = judge(facts() | {"data": bad}, Acceptance(), "int8")
+    assert found.reasons == ("relative_l2 0.3 > 0.25 on the labelled data",)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_what_is_not_finite_fails_on_either_kind_of_input(precision):
+    assert judge(facts() | {"data": PARITY | {"non_finite": 2}}, Acceptance(), precision) == Verdict(
+        passed=False, reasons=("2 NaN or Inf in the outputs on the labelled data",)
+    )
+    assert not judge(facts(non_finite=1) | {"data": PARITY}, Acceptance(), precision).passed

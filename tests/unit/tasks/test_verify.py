@@ -160,6 +160,58 @@ def test_the_metric_sees_every_sample_once(tmp_path, shape):
     assert report["metric"] == facts["metric"]
 
 
+def test_outputs_on_the_labelled_data_are_compared_too(tmp_path):
+    """float16 overflows on the real inputs here, and on no seeded one; top1 alone would not see it."""
+    halves = graph(
+        [
+            node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+            node("Mul", ["h", "h"], ["s"]),
+            node("Cast", ["s"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {},
+    )
+    seeded, real = np.array([[1, 2, 3, 4]], np.float32), np.array([[1, 2, 3, 300], [1, 2, 3, 4]], np.float32)
+    facts, report = run(
+        tmp_path,
+        halves,
+        {"a/min/in/x": seeded, "a/min/out/y": seeded**2},
+        PARAMS | {"metric": TOP1, "tensors": {"x": {"dtype": "float32", "shape": ["batch", 4]}}},
+        dataset_safetensors={"x": real, "label": np.array([3, 3])},
+        outputs_safetensors={"y": real**2},
+    )
+    assert facts["metric"]["value"] == 1.0
+    assert facts["parity"]["non_finite"] == 0
+    assert facts["data"] == {"relative_l2": None, "max_abs": None, "cosine": None, "non_finite": 1, "worst": "y"}
+    assert report["data"]["y"]["non_finite"] == 1
+
+
+def test_nothing_is_rounded_that_the_graph_does_not_round(tmp_path):
+    """ONNX Runtime's basic level would bring the bias to int32 steps of 1/8; the graph keeps it in float."""
+    pairs = {
+        "s": np.array(0.25, np.float32),
+        "ws": np.array(0.5, np.float32),
+        "cs": np.array(0.01, np.float32),
+        "z": np.array(0, np.int8),
+    }
+    model = graph(
+        [
+            node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+            node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+            node("QuantizeLinear", ["w", "ws", "z"], ["wq"]),
+            node("DequantizeLinear", ["wq", "ws", "z"], ["wd"]),
+            node("Conv", ["xd", "wd", "b"], ["c"]),
+            node("QuantizeLinear", ["c", "cs", "z"], ["cq"]),
+            node("DequantizeLinear", ["cq", "cs", "z"], ["y"]),
+        ],
+        {"w": np.ones((1, 1, 1, 1), np.float32), "b": np.array([0.05], np.float32), **pairs},
+        inputs={"x": (TensorProto.FLOAT, ["batch", 1, 2, 2])},
+        outputs={"y": (TensorProto.FLOAT, ["batch", 1, 2, 2])},
+    )
+    x = np.array([[[[0.25, 0.5], [1.0, 0.0]]]], np.float32)
+    facts, _report = run(tmp_path, model, {"a/min/in/x": x, "a/min/out/y": x + np.float32(0.05)})
+    assert facts["parity"]["max_abs"] < 1e-6
+
+
 def test_a_metric_of_the_recipe(tmp_path):
     code = bundle(tmp_path, b"def judge(outputs, labels):\n    return float(outputs['y'].mean() - labels.mean())\n")
     x = images(3)
