@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from artifacts.refs import SAFETENSORS
+from tasks.datasets import batches
 from tasks.errors import BackendError
 from tasks.seeded import Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
@@ -61,36 +62,28 @@ def _dataset(request: StageRequest, run: Run) -> StageResult:
 
     tensors: Mapping[str, Mapping[str, Any]] = request.params["tensors"]
     data = load_file(str(request.inputs["dataset.safetensors"]))
-    absent = sorted(set(tensors) - set(data))
-    if absent:
-        raise BackendError(
-            "bad data",
-            f"the data set lacks {', '.join(absent)} (it has: {', '.join(sorted(data))})",
-            "name the arrays in the data set's `fields`",
-        )
-    samples = min(len(data[name]) for name in tensors)
-    # A model whose first axis is fixed takes exactly that many samples at once.
-    fixed = {extent for tensor in tensors.values() for extent in tensor["shape"][:1] if isinstance(extent, int)}
-    batch = max(fixed, default=int(request.params["batch"]))
     parts: dict[str, list[Array]] = {}
-    for start in range(0, samples, batch):
-        request.report(start / samples, f"source on sample {start} of {samples}")
-        stop = min(start + batch, samples)
-        rows = np.arange(start, start + batch if fixed else stop).clip(max=samples - 1)
-        outputs = run({name: data[name][rows] for name in tensors}, f"samples {start} to {stop - 1} of the data set")
+    done, total = 0, min((len(data[name]) for name in tensors if name in data), default=0)
+    for samples, inputs in batches(data, tensors, int(request.params["batch"])):
+        request.report(done / total, f"source on sample {done} of {total}")
+        rows = len(next(iter(inputs.values())))
+        outputs = run(inputs, f"samples {done} to {done + samples - 1} of the data set")
         for name, array in outputs.items():
-            if array.shape[:1] != (len(rows),):
+            first = parts.setdefault(name, [array[:0]])[0]
+            if array.shape[:1] != (rows,) or array.shape[1:] != first.shape[1:]:
                 raise BackendError(
                     "bad data",
-                    f"output {name!r} has shape {list(array.shape)} for {len(rows)} samples: its first axis is not samples",
-                    "judge an output that has one row for each sample (acceptance.metric.output)",
+                    f"output {name!r} has shape {list(array.shape)} for {rows} samples: it needs one row for each sample, "
+                    "all of one shape",
+                    "give the metric's data, and a model whose outputs have one row for each sample",
                 )
-            parts.setdefault(name, []).append(array[: stop - start])
+            parts[name].append(array[:samples])
+        done += samples
     arrays = {name: np.concatenate(rows) for name, rows in parts.items()}
     save_arrays(arrays, request.output_dir / OUTPUTS)
     non_finite = sum(_non_finite(array) for array in arrays.values())
     return StageResult(
-        {OUTPUTS: SAFETENSORS}, {"outputs": _describe(arrays), "non_finite": non_finite, "samples": samples}
+        {OUTPUTS: SAFETENSORS}, {"outputs": _describe(arrays), "non_finite": non_finite, "samples": done}
     )
 
 

@@ -53,8 +53,6 @@ def export(request: StageRequest) -> StageResult:
     Raises BackendError("bad data") where the file is damaged, invalid, or disagrees with the recipe's inputs or
     outputs; "rejected setting" where onnx cannot convert it to the opset asked for.
     """
-    import onnx
-
     params = request.params
     path = request.inputs[GRAPH]
     external = has_external_data(load_graph(path, weights=False))
@@ -63,7 +61,7 @@ def export(request: StageRequest) -> StageResult:
     _lift_initialisers(model)
     if params["opset"] is not None and opset_of(model) != params["opset"]:
         request.report(0.3, f"converting opset {opset_of(model)} to {params['opset']}")
-        model = _converted(onnx, model, params["opset"])
+        model = _converted(model, params["opset"])
     _agree(model, params)
     strip_notes(model, keep_model_metadata=True)
     outputs = save_graph(model, request.output_dir, external=external)
@@ -82,7 +80,10 @@ def _lift_initialisers(model: Any) -> None:
         model.ir_version = max(model.ir_version, 4)
 
 
-def _converted(onnx: Any, model: Any, opset: int) -> Any:
+def _converted(model: Any, opset: int) -> Any:
+    import onnx
+    import onnx.inliner  # which `import onnx` leaves out
+
     asked = f"opset {opset_of(model)} to {opset}"
     if sum(len(tensor.raw_data) for tensor in tensors_of(model)) > INLINE_LIMIT:
         raise BackendError(

@@ -430,6 +430,24 @@ def test_the_shipped_digits_file_converts_and_is_accurate(tmp_path):
     assert float((logits.argmax(1) == held["label"]).mean()) >= 0.985
 
 
+def test_a_file_with_functions_converts(tmp_path):
+    """The converter drops functions, so they are written out first."""
+    body = [helper.make_node("ReduceMean", ["a"], ["b"], axes=[1])]
+    imports = [helper.make_opsetid("", 13)]
+    function = helper.make_function("acme", "Mean", ["a"], ["b"], body, imports)
+    model = graph(
+        nodes=[helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mean", ["h"], ["y"], domain="acme")]
+    )
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("acme", 1))
+    result, folder = export_graph(tmp_path, model, opset=18)
+    assert result.facts["opset"] == 18
+    assert "domains" not in result.facts
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    found = GraphRunner(folder / "model.onnx").run({"x": x}, "")["y"]
+    np.testing.assert_allclose(found, 3 * x.mean(1, keepdims=True))
+
+
 def test_a_conversion_that_onnx_cannot_do_is_a_rejected_setting(tmp_path):
     nodes = [helper.make_node("Mish", ["x"], ["h"]), helper.make_node("ReduceMean", ["h", "axes"], ["y"])]
     model = graph(nodes=nodes, initializers=[numpy_helper.from_array(np.array([1]), "axes")], opset=18)
@@ -565,6 +583,21 @@ def test_a_case_that_the_file_does_not_run_at_is_named(tmp_path):
     with pytest.raises(BackendError, match=r"does not run at case p/odd \(x \[1, 3\]\)") as caught:
         run_reference(asked)
     assert caught.value.kind == "bad profile"
+
+
+def test_outputs_whose_rows_are_no_samples_are_refused(tmp_path):
+    folder = fresh(tmp_path, "in")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("NonZero", ["h"], ["y"])]
+    model = graph(nodes=nodes)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.INT64, [2, None]))
+    onnx.save(model, folder / "model.onnx")
+    x = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], np.float32)
+    save_file({"x": x}, folder / "dataset.safetensors")
+    inputs = {"model.onnx": folder / "model.onnx", "dataset.safetensors": folder / "dataset.safetensors"}
+    asked = request("reference", onnx_params(kind="dataset", batch=2), inputs, tmp_path)
+    with pytest.raises(BackendError, match=r"output 'y' has shape \[2, 8\] for 2 samples: it needs one row") as caught:
+        run_reference(asked)
+    assert caught.value.kind == "bad data"
 
 
 def test_a_fixed_batch_pads_the_last_samples_of_a_data_set(tmp_path):
