@@ -43,16 +43,26 @@ def profile_shapes(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def parity_cases(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the distinct shapes at min, opt and max of every profile: `[{"name", "shapes": {input: [...]}}]`.
+    """Return the distinct shapes that parity is measured at: `[{"name", "shapes": {input: [...]}}]`.
 
+    They are min, opt and max of every profile, then one more of each where axes move apart (`mixed`: by name, they take
+    turns at min and max): corners are often squares, and a graph that confuses height with width is right at those.
     Shapes that two profiles share are listed once, under the first name.
     """
     cases: list[dict[str, Any]] = []
     for profile, corner in itertools.product(profile_shapes(recipe), CORNERS):
-        shapes = {name: corners[corner] for name, corners in profile["inputs"].items()}
-        if all(case["shapes"] != shapes for case in cases):
-            cases.append({"name": f"{profile['name']}/{corner}", "shapes": shapes})
+        _add(cases, f"{profile['name']}/{corner}", {name: shape[corner] for name, shape in profile["inputs"].items()})
+    for name, ranges in sorted(recipe.profiles.items()):
+        moving = sorted(axis for axis, (low, _opt, high) in ranges.items() if low < high)
+        turns = {axis: ranges[axis][0 if moving.index(axis) % 2 == 0 else 2] for axis in moving}
+        extents = {axis: low for axis, (low, _opt, _high) in ranges.items()} | turns
+        _add(cases, f"{name}/mixed", {key: tensor_shape(tensor, extents) for key, tensor in recipe.inputs.items()})
     return cases
+
+
+def _add(cases: list[dict[str, Any]], name: str, shapes: dict[str, Shape]) -> None:
+    if all(case["shapes"] != shapes for case in cases):
+        cases.append({"name": name, "shapes": shapes})
 
 
 def random_cases(recipe: Recipe, count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -38,7 +38,19 @@ def test_shapes_that_profiles_share_are_compared_once(tmp_path):
         "bulk/opt",
         "bulk/max",
         "online/max",
+        "online/mixed",
     ]
+
+
+def test_parity_is_measured_where_height_and_width_differ(tmp_path):
+    def square(d):
+        d["inputs"] = {"image": {"shape": ["batch", 3, "height", "width"]}}
+        side = [32, 64, 128]
+        d["profiles"] = {"p": {"width": side, "batch": [1, 1, 8], "height": side}, "q": {"batch": [1, 2, 4], "height": [64, 64, 64], "width": [64, 64, 64]}}  # fmt: skip
+
+    cases = {case["name"]: case["shapes"]["image"] for case in parity_cases(recipe(tmp_path, square))}
+    assert cases["p/mixed"] == [1, 3, 128, 32]
+    assert "q/mixed" not in cases  # one axis moves there: min says it already
 
 
 @pytest.mark.parametrize(
