@@ -8,16 +8,21 @@ where the plan is fresh, or where it only waits for other hosts.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from artifacts.errors import ArtifactError
 from enginery.output import note
 from tasks.report import report
 from tasks.session import BuildSession, Outcome, activate
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from prefect.client.schemas.objects import State
 
     from recipes.plan import Plan
@@ -51,12 +56,8 @@ def build_session(
         return document
     from enginery.progress import watch
 
-    try:
-        with watch(session, planned, verbose=verbose, quiet=quiet):
-            document, settle = _build_with_prefect(session)
-    except KeyboardInterrupt:
-        session.cancel()
-        raise
+    with _interruptible(session), watch(session, planned, verbose=verbose, quiet=quiet):
+        document, settle = _build_with_prefect(session)
     show(document)
     settle()
     return document
@@ -85,19 +86,43 @@ def _build_with_prefect(session: BuildSession) -> tuple[dict[str, Any], Callable
             session.finish(planned)
             note(f"warning: Prefect did not record this build: {err}")
             return report(session, planned), lambda: None
-    head_start.join()
-    return document, lambda: _settle(state, len(document["steps"]))
+        finally:
+            head_start.join()
+    shown = sum(step["state"] in ("built", "cached", "failed") for step in document["steps"])
+    return document, lambda: _settle(state, shown)
+
+
+@contextmanager
+def _interruptible(session: BuildSession) -> Iterator[None]:
+    """Stop the stages at once when the user interrupts: Prefect, while it starts, lets Ctrl-C wait for seconds."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        session.cancel()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def _run_flow(recipe: str, store: str) -> tuple[State[Any], dict[str, Any]]:
     from flows.build import build
 
-    state = await build(recipe, store=store, return_state=True)
-    return state, await state.aresult()
+    state: State[Any] = await build(recipe, store=store, return_state=True)
+    document: Any = await state.aresult(raise_on_failure=False)
+    if isinstance(document, BaseException):
+        raise document
+    return state, document
 
 
 def _settle(state: State[Any], steps: int) -> None:
-    """Wait until the server has recorded every task run: it gets them as events, some seconds behind the flow."""
+    """Wait until the server has recorded that many task runs: it gets them as events, some seconds behind the flow."""
     from prefect import get_client
     from prefect.client.schemas.filters import FlowRunFilter
 
@@ -122,4 +147,6 @@ def _head_start(session: BuildSession) -> None:
     async def run(step: Step, planned: Plan) -> Outcome:
         return await asyncio.to_thread(session.ensure, step, planned)
 
-    asyncio.run(drive(session, run))
+    # What stops a build (the store cannot be reached) stops the flow too, which says so.
+    with suppress(ArtifactError):
+        asyncio.run(drive(session, run))

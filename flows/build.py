@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from artifacts.store import open_store
 from tasks.cache import StageTasks
@@ -17,15 +19,20 @@ from tasks.session import active_session, open_session
 @flow(name="build", flow_run_name="build {recipe}", persist_result=False, validate_parameters=True)
 async def build(
     recipe: str, store: str = ".enginery", targets: list[str] | None = None, jobs: int = 2
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[dict[str, Any]]:
     """Build a recipe's stale engines and publish them.
 
     `recipe` is a path; `store` a folder or s3:// address; `targets` limits to `RUNTIME` or `RUNTIME:GPU`; `jobs`
-    bounds how many stages run at once. Returns the report that `enginery build --json` prints.
+    bounds how many stages run at once. Returns the report that `enginery build --json` prints; where something failed,
+    it is the data of a failed state.
     """
     session = active_session(recipe) or open_session(
         Path(recipe), open_store(store), targets=tuple(targets or ()), jobs=jobs
     )
     planned = await drive(session, StageTasks(session), show_all=True)
     session.finish(planned)
-    return report(session, planned)
+    document = report(session, planned)
+    if document["status"] == 1:
+        failed = [step["id"] for step in document["steps"] if step["state"] == "failed"]
+        return Failed(message=f"failed: {', '.join(failed) or 'no precision passed its gates'}", data=document)
+    return document

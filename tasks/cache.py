@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -19,6 +19,9 @@ from prefect.states import Completed, Failed
 from recipes.plan import Plan
 from recipes.steps import Step
 from tasks.session import BuildSession, Outcome
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
 
 
 class StageTasks:
@@ -51,5 +54,8 @@ class StageTasks:
 
         # Prefect types this call as its state; of an async task it is an awaitable of it.
         run = stage(step.action.key if step.action is not None else "", list(step.why), return_state=True)
-        await cast("Awaitable[object]", run)
+        state = await cast("Awaitable[State[Any]]", run)
+        if not outcomes:  # not a failed stage, which is an outcome: say what it was, and not that nothing came
+            await state.aresult(raise_on_failure=True)
+            raise RuntimeError(f"{step.id}: Prefect ended its task run as {state.name}: {state.message}")
         return outcomes[0]

@@ -17,7 +17,7 @@ async def drive(session: BuildSession, run_step: RunStep, *, show_all: bool = Fa
 
     With `show_all`, `run_step` also gets every step that is cached or has failed already, once, so that it can be
     shown as such. Of two steps with one key (an unchanged graph is verified under two names) the first in the plan
-    runs, and the other finds what it made.
+    runs, and the other finds what it made. A cancelled session's plan is returned at once: its stages end by themselves.
     """
     running: dict[asyncio.Task[Outcome], Step] = {}
     shown: set[str] = set()
@@ -33,7 +33,7 @@ async def drive(session: BuildSession, run_step: RunStep, *, show_all: bool = Fa
         for step in known if show_all else ():
             running[asyncio.ensure_future(run_step(step, planned))] = step
             shown.add(step.id)
-        if not running:
+        if not running or session.cancelled:
             return planned
         done, _pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:

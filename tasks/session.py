@@ -30,7 +30,7 @@ from recipes.plan import Plan, Selection
 from recipes.planner import plan
 from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
-from tasks.errors import TaskError
+from tasks.errors import StageCancelledError, TaskError
 from tasks.progress import Listener, Progress
 from tasks.publish import is_published, publish_engine
 from tasks.toolchain import probe_host, version
@@ -82,6 +82,7 @@ class BuildSession:
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
         self._previous: Mapping[str, Mapping[str, Any]] | None = None
+        self._cancelled = threading.Event()
 
     @cached_property
     def _runner(self) -> StepRunner:
@@ -96,6 +97,7 @@ class BuildSession:
             Limits(timeout_s=duration_seconds(build.timeout), memory_bytes=size_bytes(build.memory)),
             producer={"host": self.host.name, "os": self.host.os},
             listen=self._tell,
+            cancel=self._cancelled,
         )
 
     @property
@@ -150,8 +152,13 @@ class BuildSession:
         self.listen(progress)
 
     def cancel(self) -> None:
-        """Stop every stage that runs."""
-        self._runner.cancel.set()
+        """Stop every stage that runs, and start none; safe to call in a signal handler."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the build was asked to stop."""
+        return self._cancelled.is_set()
 
     def finish(self, planned: Plan) -> None:
         """Keep the preimages of this build, so that the next plan can say what changed."""
@@ -165,7 +172,7 @@ class BuildSession:
         key = step.action.key if step.action is not None else ""
         try:
             with self._slots:
-                result = self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+                result = self._make(step, planned)
         except (IntegrityError, NotFoundError) as err:
             self._input_gone(step, key, err, future)
         except (TaskError, RecipeError, ArtifactError) as err:
@@ -179,6 +186,11 @@ class BuildSession:
             with self._lock:
                 self._known[step.stage, key] = result[0]
             future.set_result(result)
+
+    def _make(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
+        if self.cancelled:
+            raise StageCancelledError(f"{step.id}: cancelled")
+        return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
 
     def _publish(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
         engine = next(
@@ -198,7 +210,12 @@ class BuildSession:
         with self._lock:
             self._attempts[key] = self._attempts.get(key, 0) + 1
             self._known.clear()
-            self._running.pop(key, None)
+            # Nor may what ran well in this session be handed out again: it is the maker of the input that has to run.
+            self._running = {
+                other: running
+                for other, running in self._running.items()
+                if other != key and (other in self._failures or not running.done())
+            }
             given_up = self._attempts[key] >= _RERUNS
         if given_up:
             self._fail(step, key, err, future)
@@ -236,11 +253,18 @@ class BuildSession:
             self.warn(message)
 
     def _read_latest(self) -> Mapping[str, Mapping[str, Any]]:
+        """Read the last build's preimages; what is damaged explains nothing, and harms nothing."""
         try:
             document = json.loads(self.store.read(latest_path(self.recipe_name)))
-        except (NotFoundError, ValueError):
+            canonical_json(document)
+        except (NotFoundError, ValueError, RecursionError):
             return {}
-        return document if isinstance(document, dict) else {}
+        steps = document.items() if isinstance(document, dict) else ()
+        return {
+            step: preimage
+            for step, preimage in steps
+            if isinstance(preimage, dict) and isinstance(preimage.get("params"), dict)
+        }
 
 
 def open_session(
