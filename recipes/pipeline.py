@@ -215,13 +215,14 @@ class Pipeline:
         subject: str,
         graph: Step,
         *,
+        tf32: bool = False,
         plan_name: str = "model.onnx",
         executor: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
     ) -> Step:
         """Measure one graph's (or plan's) parity with the source, and the recipe's metric on the held-out data.
 
-        A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on.
+        `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on.
         """
         metric = self.recipe.acceptance.metric
         params: dict[str, Any] = {
@@ -230,6 +231,7 @@ class Pipeline:
             "batch": self.evaluation_batch(),
             "metric": None,
             "tensors": self.tensors,
+            **({"tf32": True} if tf32 else {}),
             **(executor or {}),
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")

@@ -75,7 +75,8 @@ class _Engines:
         waiting = self._waits(target, gpu)
         trials: list[Trial] = []
         for precision in (asked, *recipe.precision.fallback.get(asked, ())):
-            graph = self.pipeline.verify(f"verify:{precision}", "graph", self.pipeline.typed(precision))
+            typed = self.pipeline.typed(precision)
+            graph = self.pipeline.verify(f"verify:{precision}", "graph", typed, tf32=precision == "tf32")
             verdict = self._verdict(graph, precision)
             if waiting is not None and (verdict is None or verdict.passed):
                 return replace(base, state="waiting", why=waiting, trials=(*trials, Trial(precision, verdict)))

@@ -4,6 +4,8 @@ ONNX Runtime's CPU provider has few half kernels. It computes float16 graphs in 
 nodes, so that 300 * 300 stays 90000 where a GPU finds infinity (measured on 1.31), and it has hardly any bfloat16
 kernels at all. Explicit float32 -> half -> float32 casts it keeps. So each node here computes in float32 (as tensor
 cores accumulate) and its result takes that round trip. What remains different from a GPU is the order of sums.
+
+TF32 is no type of ONNX: what Conv, ConvTranspose, MatMul and Gemm multiply is rounded to its 10 bits by arithmetic.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from onnx import TensorProto, helper
 from tasks.graphs import array_of, fresh_names, graphs_in, tensor_types
 
 HALVES: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# What TensorRT computes in TF32 where it is allowed to.
+_MULTIPLIES: Final = frozenset(["Conv", "ConvTranspose", "MatMul", "Gemm"])
+# 2^13 + 1 cuts float32's 24 significant bits to 11, the leading one included.
+_SPLITTER: Final = 8193.0
 # These move values without changing them, so that what went in rounded comes out rounded.
 _MOVES: Final = frozenset(
     [
@@ -78,6 +84,37 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(copied)
+    return model
+
+
+def as_tf32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose products have factors of TF32: 8 bits of exponent, 10 of mantissa, rounded to nearest.
+
+    x is rounded as c - (c - x) with c = (2^13 + 1) x (Veltkamp 1968; exact in float32 for |x| below 4e34). Sums stay
+    float32, as on tensor cores. Bodies of control flow stay as they are. The model given is changed.
+    """
+    graph, fresh = model.graph, fresh_names(model)
+    floats = {name for name, elem in tensor_types(model).items() if elem == TensorProto.FLOAT}
+    splitter = fresh("tf32_splitter")
+    nodes: list[onnx.NodeProto] = []
+    rounded: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in _MULTIPLIES and node.domain in ("", "ai.onnx"):
+            for index, name in enumerate(node.input[:2]):
+                if name in floats and name not in rounded:
+                    scaled, rest, rounded[name] = (fresh(f"{name}_{part}") for part in ("scaled", "rest", "tf32"))
+                    for op, factors, result in (
+                        ("Mul", (name, splitter), scaled),
+                        ("Sub", (scaled, name), rest),
+                        ("Sub", (scaled, rest), rounded[name]),
+                    ):
+                        nodes.append(helper.make_node(op, factors, [result], name=fresh(f"{result}_node")))
+                node.input[index] = rounded.get(name, name)
+        nodes.append(node)
+    copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(copied)
+    graph.initializer.append(helper.make_tensor(splitter, TensorProto.FLOAT, [], [_SPLITTER]))
     return model
 
 

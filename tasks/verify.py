@@ -1,7 +1,8 @@
 """The `verify` stage: how far a graph is from its source, and what the recipe's own metric says of it.
 
 Measures only; `recipes.gates` judges. Graphs run in ONNX Runtime on the CPU. Half-precision graphs run emulated
-(`tasks.emulate`): the provider would compute them in float32 and hide their overflow. Nothing is optimised: already
+(`tasks.emulate`): the provider would compute them in float32 and hide their overflow; so does the graph of a TF32 engine,
+which is the fp32 one, where `params["tf32"]` says so. Nothing is optimised: already
 ONNX Runtime's basic level turns the biases of Q/DQ graphs into int32, which no pair of the graph says.
 """
 
@@ -29,6 +30,7 @@ REPORT: Final = "report.json"
 # "<case>/in/<input>": a case is "profile/corner", and names of tensors may hold slashes too.
 _KEY: Final = re.compile(r"(.+?)/(in|out)/(.+)", re.DOTALL)
 _EMULATED: Final = "fp32 kernels, every result rounded to the half type"
+_TF32: Final = "fp32 kernels, factors of Conv, MatMul and Gemm rounded to TF32"
 
 
 def run(request: StageRequest) -> StageResult:
@@ -80,15 +82,16 @@ def _subject(request: StageRequest) -> Subject | None:
 
         return runner_for(request)
     if request.params["executor"] == "onnxruntime":
-        return Executable(request.inputs, engine=request.params["subject"] == "engine")
+        tf32 = bool(request.params.get("tf32"))
+        return Executable(request.inputs, engine=request.params["subject"] == "engine", tf32=tf32)
     return None
 
 
 class Executable:
-    """A graph ready to run in ONNX Runtime on the CPU; `emulated` says how, where halves are emulated."""
+    """A graph ready to run in ONNX Runtime on the CPU; `emulated` says how, where halves or TF32 are emulated."""
 
-    def __init__(self, inputs: Mapping[str, Path], *, engine: bool) -> None:
-        """Load "model.onnx". An engine runs as it is; a typed graph runs as its types say."""
+    def __init__(self, inputs: Mapping[str, Path], *, engine: bool, tf32: bool = False) -> None:
+        """Load "model.onnx". An engine runs as it is; a typed graph runs as its types say, in TF32 where asked."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -97,7 +100,7 @@ class Executable:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.emulated: str | None = None
         with tempfile.TemporaryDirectory() as folder:
-            path = inputs[GRAPH] if engine else self._honest(inputs, Path(folder))
+            path = inputs[GRAPH] if engine else self._honest(inputs, Path(folder), tf32=tf32)
             try:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             except Exception as err:  # ONNX Runtime's exceptions share no base class
@@ -114,14 +117,17 @@ class Executable:
             raise _failure(err, where) from err
         return dict(zip(self.outputs, values, strict=True))
 
-    def _honest(self, inputs: Mapping[str, Path], folder: Path) -> Path:
-        from tasks.emulate import emulated, is_half
+    def _honest(self, inputs: Mapping[str, Path], folder: Path, *, tf32: bool) -> Path:
+        from tasks.emulate import as_tf32, emulated, is_half
 
         model = load_graph(inputs[GRAPH])
-        if not is_half(model):
+        if tf32:
+            self.emulated, model = _TF32, as_tf32(model)
+        elif is_half(model):
+            self.emulated, model = _EMULATED, emulated(model)
+        else:
             return inputs[GRAPH]
-        self.emulated = _EMULATED
-        save_graph(emulated(model), folder, external=DATA in inputs)
+        save_graph(model, folder, external=DATA in inputs)
         return folder / GRAPH
 
 

@@ -378,7 +378,7 @@ def test_selecting_a_target_plans_no_other():
     assert not any("sm89" in step.id or "onnxruntime" in step.id for step in planned.steps)
 
 
-def test_tf32_shares_the_fp32_graph_and_differs_in_compile_alone():
+def test_tf32_shares_the_fp32_graph_and_is_measured_and_compiled_by_itself():
     made = recipe(
         lambda d: d.update(
             precision={"build": ["fp32", "tf32"]}, targets=[{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}]
@@ -389,6 +389,8 @@ def test_tf32_shares_the_fp32_graph_and_differs_in_compile_alone():
     compiled = {step.id: step.action for step in planned.steps if step.stage == "compile"}
     assert compiled["compile:tensorrt-rtx:sm89:tf32"].params["tf32"] is True
     assert compiled["compile:tensorrt-rtx:sm89:tf32"].key != compiled["compile:tensorrt-rtx:sm89:fp32"].key
+    verified = {step.id: step.action.params.get("tf32") for step in planned.steps if step.stage == "verify"}
+    assert verified == {"verify:export": None, "verify:simplify": None, "verify:fp32": None, "verify:tf32": True}
 
 
 H200 = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, 16896, 6144, ecc=True)

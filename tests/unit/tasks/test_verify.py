@@ -128,6 +128,22 @@ def test_float16_overflow_is_not_hidden_by_the_cpu(tmp_path):
     assert engine["emulated"] is None
 
 
+def test_the_fp32_graph_of_a_tf32_engine_rounds_what_it_multiplies(tmp_path):
+    half, whole = np.float32(1 + 2**-11), np.float32(1 + 2**-10)  # ten bits hold 2^-10, and ties go to even
+    model = graph([node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])], {"w": np.eye(4, dtype=np.float32)})
+    x = np.array([[half, whole, 1 + 3 * 2**-11, 1000.25]], np.float32)
+    rounded = np.array([[1, whole, 1 + 2**-9, 1000.0]], np.float32)
+    arrays = {"a/min/in/x": x, "a/min/out/y": rounded}
+    facts, _report = run(tmp_path, model, arrays, PARAMS | {"tf32": True})
+    assert facts["parity"]["max_abs"] == 0
+    assert "TF32" in facts["emulated"]
+    exact, _report = run(tmp_path, model, arrays)
+    assert exact["parity"]["max_abs"] == 0.25
+    scale = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
+    facts, _report = run(tmp_path, cnn(), reference(cnn(), a_min=scale), PARAMS | {"tf32": True})
+    assert 1e-5 < facts["parity"]["relative_l2"] < 2e-3
+
+
 @pytest.mark.parametrize("subject", ["graph", "engine"])
 def test_native_float16_inputs_and_outputs_are_widened(tmp_path, subject):
     model = graph(
