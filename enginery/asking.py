@@ -85,7 +85,7 @@ def _host(catalog: EngineCatalog, name: str) -> Host:
     except NotFoundError:
         stop(
             FAILED,
-            f"error: no host {name!r} is recorded in {catalog.store.uri}; record it, on that host, with: "
+            f"no host {name!r} is recorded in {catalog.store.uri}; record it, on that host, with: "
             "enginery host --record",
         )
 

@@ -88,11 +88,11 @@ def show(
     found = catalog.find(engine)
     if len(found) > 1:
         names = "\n".join(f"  {match}" for match in found)
-        stop(WRONG, f"error: {engine!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
+        stop(WRONG, f"{engine!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
     if not found:
         near = catalog.near(engine)
         hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
-        stop(FAILED, f"error: no engine {engine!r} in {catalog.store.uri}; {hint}")
+        stop(FAILED, f"no engine {engine!r} in {catalog.store.uri}; {hint}")
     data = catalog.manifest_bytes(found[0])
     manifest = catalog.read_manifest(found[0], data)
     if as_json:

@@ -6,7 +6,7 @@ import datetime as dt
 from typing import TYPE_CHECKING, Any
 
 from enginery.output import console
-from enginery.tables import size_text
+from enginery.tables import print_table, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -79,7 +79,7 @@ def print_engines(manifests: Sequence[Manifest]) -> None:
             "yes" if manifest.verification.engine.executed else "no",
             age_text(manifest.identity.created),
         )
-    out.print(table)
+    print_table(out, table)
 
 
 def print_candidates(resolution: Resolution) -> None:
@@ -90,7 +90,7 @@ def print_candidates(resolution: Resolution) -> None:
         verdict = "fits" if candidate.fits else "refused"
         verdict = "best" if candidate.manifest is resolution.best else verdict
         add_row(table, str(candidate.manifest.identity), verdict, "; ".join(candidate.reasons))
-    out.print(table)
+    print_table(out, table)
 
 
 def print_engine(manifest: Manifest) -> None:
@@ -134,7 +134,7 @@ def print_engine(manifest: Manifest) -> None:
     for step in origin.steps:
         tools = ", ".join(f"{name} {found}" for name, found in step.toolchain.items() if found is not None)
         add_row(table, step.id, f"{step.seconds:.1f}", "reused" if step.reused else "built", tools)
-    out.print(table)
+    print_table(out, table)
 
 
 def age_text(created: str, now: dt.datetime | None = None) -> str:
@@ -150,14 +150,16 @@ def age_text(created: str, now: dt.datetime | None = None) -> str:
 
 
 def plain_table(out: Console, *columns: str) -> Table:
-    """Return a table with these columns, the first never folded: rules on a terminal, only spaces in a pipe."""
+    """Return a table with these columns, of which only the last folds: rules on a terminal, only spaces in a pipe."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         right = column in ("seconds", "size")
-        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=index == 0)
+        table.add_column(
+            column, justify="right" if right else "left", overflow="fold", no_wrap=index < len(columns) - 1
+        )
     return table
 
 

@@ -86,6 +86,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """
     from enginery.catalog_tables import add_row, plain_table
     from enginery.checkup import check_all
+    from enginery.tables import print_table
 
     checks = check_all()
     broken = [check for check in checks if check.core and not check.ok]
@@ -97,7 +98,7 @@ def doctor(as_json: JsonOption = False) -> None:
         for check in checks:
             state = "ok" if check.ok else ("BROKEN" if check.core else "missing")
             add_row(table, check.name, check.found, state, check.purpose, "" if check.ok else check.advice)
-        out.print(table)
+        print_table(out, table)
     if broken:
         note(f"error: {', '.join(check.name for check in broken)}: Enginery cannot work without")
     raise typer.Exit(FAILED if broken else DONE)
@@ -118,9 +119,9 @@ def schema(
 
         print_json(manifest_schema())
     else:
-        from recipes.schema import Recipe
+        from recipes.schema import json_schema
 
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()})
+        print_json(json_schema())
 
 
 def unseen_driver(found: Host) -> str:

@@ -1,7 +1,7 @@
 """What is printed, and how errors end: tables and progress on stderr, results on stdout, one exit status.
 
-`--json` prints one JSON document on stdout and nothing else there. `NO_COLOR`, pipes and CI logs get plain lines
-(rich decides by the stream).
+`--json` prints one JSON document on stdout and nothing else there; where the command cannot be carried out it is
+`{"error": message, "faults": [...]}`. `NO_COLOR`, pipes and CI logs get plain lines (rich decides by the stream).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, ParamSpec, Ty
 import typer
 
 from artifacts.errors import ArtifactError
-from recipes.errors import RecipeError
+from recipes.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG: Final = 2
 WAITING: Final = 3
+INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,13 +59,21 @@ def print_json(document: Any) -> None:
 
 def note(message: str) -> None:
     """Say something to the person at the terminal, on stderr."""
-    print(message, file=sys.stderr)  # noqa: T201  what people read goes to stderr
+    sys.stderr.write(f"{message}\n")  # in one piece: stages speak from several threads
+    sys.stderr.flush()
+
+
+class StoppedError(Exception):
+    """A command cannot be carried out: why, in words for its user, and the exit status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 def stop(status: int, message: str) -> NoReturn:
-    """End the command with a message on stderr and an exit status."""
-    note(message)
-    raise typer.Exit(status)
+    """End the command (which `explains_errors`) with a message on stderr and an exit status."""
+    raise StoppedError(status, message)
 
 
 def explains_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -75,10 +84,24 @@ def explains_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except RecipeError as err:
-            stop(WRONG, str(err))
+            document = {"error": str(err), "faults": [fault_json(fault) for fault in err.faults]}
+            message, status = str(err), WRONG
+        except StoppedError as err:
+            document, message, status = {"error": str(err)}, f"error: {err}", err.status
         except ArtifactError as err:
-            stop(FAILED, f"error: {err}")
+            document, message, status = {"error": str(err)}, f"error: {err}", FAILED
+        except KeyboardInterrupt:
+            document, message, status = {"error": "interrupted"}, "interrupted; what was finished is kept", INTERRUPTED
         except BrokenPipeError:
             os._exit(FAILED)
+        if kwargs.get("as_json"):
+            print_json(document)
+        note(message)
+        raise typer.Exit(status)
 
     return wrapped
+
+
+def fault_json(fault: Fault) -> dict[str, Any]:
+    """Return a fault of a recipe as JSON values."""
+    return {"file": fault.file, "line": fault.line, "path": fault.path, "what": fault.what}

@@ -16,6 +16,7 @@ from enginery.output import (
     JsonOption,
     StoreOption,
     explains_errors,
+    fault_json,
     note,
     print_json,
 )
@@ -24,7 +25,7 @@ from recipes.errors import Fault, RecipeError
 if TYPE_CHECKING:
     from tasks.session import BuildSession
 
-RecipesArgument = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes (YAML), or folders of them.")]
+RecipesArgument = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipes (YAML), or folders of them.")]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option("--target", metavar="RUNTIME[:GPU]", help="Only these targets, e.g. tensorrt-rtx:sm89. Repeatable."),
@@ -65,14 +66,12 @@ def validate(
             faults.extend(err.faults)
             continue
         name = loaded.recipe.name
-        if name in names:
-            faults.append(Fault(str(path), 0, "name", f"{name!r} is the name of {names[name]} too; names are unique"))
-        names.setdefault(name, path)
+        faults.extend(name_faults(names, path, name))
         good.append((path, name))
         if show and not as_json:
             typer.echo(f"# {path}\n{dump_merged(loaded)}")
     if as_json:
-        listed = [{"file": fault.file, "line": fault.line, "path": fault.path, "what": fault.what} for fault in faults]
+        listed = [fault_json(fault) for fault in faults]
         print_json({"valid": [{"file": str(path), "name": name} for path, name in good], "faults": listed})
     elif not show:
         for path, name in good:
@@ -155,9 +154,20 @@ def recipe_paths(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def name_faults(names: dict[str, Path], path: Path, name: str) -> list[Fault]:
+    """Take up a recipe's name among `names`, and tell if it is another recipe's: their engines would be mixed."""
+    first = names.setdefault(name, path)
+    return (
+        [] if first == path else [Fault(str(path), 0, "name", f"{name!r} is the name of {first} too; names are unique")]
+    )
+
+
 def _states_version(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return any(line.startswith(b"enginery:") for line in stream)
+    try:
+        with file.open("rb") as stream:
+            return any(line.startswith(b"enginery:") for line in stream)
+    except OSError:
+        return not file.is_dir()  # the loader says what is wrong with it
 
 
 def _sessions(recipes: list[Path], store: str, target: list[str] | None, *, jobs: int = 2) -> list[BuildSession]:
@@ -168,6 +178,7 @@ def _sessions(recipes: list[Path], store: str, target: list[str] | None, *, jobs
     opened = open_store(store)
     sessions: list[BuildSession] = []
     faults: list[Fault] = []
+    names: dict[str, Path] = {}
     for path in recipe_paths(recipes):
         try:
             session = open_session(
@@ -177,6 +188,7 @@ def _sessions(recipes: list[Path], store: str, target: list[str] | None, *, jobs
             faults.extend(err.faults)
         else:
             faults.extend(_unknown_targets(session, path, target or []))
+            faults.extend(name_faults(names, path, session.recipe_name))
             sessions.append(session)
     if faults:
         raise RecipeError(faults)

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 from enginery.output import console
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from recipes.plan import Plan
 
+_WIDE = 10_000  # wider than any table: what it measures at is what it needs
+_FOLDED = 20  # how narrow the last column of a table may become
 _STYLES = {"cached": "dim", "built": "green", "run": "yellow", "follows": "yellow", "waiting": "cyan"}
 
 
@@ -25,7 +28,7 @@ def print_plan(planned: Plan, *, explain: bool) -> None:
             why = ["\n".join(step.why)] if explain else []
             table.add_row(step.stage, step.subject, _styled(step.state), *map(_plain, why))
     if table.row_count:
-        out.print(table)
+        print_table(out, table)
     out.print(
         f"{planned.recipe}: {counts['run']} to run, {counts['follows']} more if their input changes, {counts['cached']} cached",
         markup=False,
@@ -43,7 +46,7 @@ def print_build(document: dict[str, Any]) -> None:
         seconds = f"{step['seconds']:.1f}" if step["state"] == "built" else ""
         why = "" if step["state"] == "cached" else "; ".join(step["why"])
         stages.add_row(step["stage"], step["subject"], _styled(step["state"]), seconds, _plain(_brief(why)))
-    out.print(stages)
+    print_table(out, stages)
     metric = next((engine["metric_name"] for engine in document["engines"] if engine["metric_name"]), "metric")
     engines = _table(
         "runtime", "GPU", "precision", "size", metric, "source", "parity (rel. L2)", "executed", "published"
@@ -63,13 +66,34 @@ def print_build(document: dict[str, Any]) -> None:
             if engine["state"] == "cached" and engine["path"]
             else _plain(f"{engine['state']}: {_brief(engine['why'])}"),
         )
-    out.print(engines)
+    print_table(out, engines)
     out.print(f"store: {document['store']}", markup=False)
     if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
         out.print(
             "executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.",
             markup=False,
         )
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print a table whose last column may fold; on a narrower terminal each row is a paragraph, so that no word is cut."""
+    from rich.text import Text
+
+    widths = [out.measure(cell).maximum for cell in table.columns[-1].cells] if table.columns else []
+    foldable = max(0, max(widths, default=0) - _FOLDED)
+    if out.measure(table, options=out.options.update(max_width=_WIDE)).maximum - foldable <= out.width:
+        out.print(table)
+        return
+    if table.title:
+        out.print(table.title, markup=False)
+    names = [str(column.header) for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        first, *rest = (cell if isinstance(cell, Text) else Text.from_markup(str(cell)) for cell in cells)
+        out.print(first, overflow="fold")
+        named = [
+            Text.assemble(f"{name} " if name else "", text) for name, text in zip(names[1:], rest, strict=True) if text
+        ]
+        out.print(Text("  ") + Text(", ").join(named), overflow="fold")
 
 
 def size_text(size: int | None) -> str:
@@ -87,7 +111,8 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in ("seconds", "size") else "left", overflow="fold")
+        right, last = column in ("seconds", "size"), column == columns[-1]
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=not last)
     return table
 
 
@@ -108,5 +133,7 @@ def _figure(value: float | None, spec: str) -> str:
 
 
 def _brief(text: str, limit: int = 90) -> str:
-    text = text.partition("\n")[0]
+    first, _, rest = text.partition("\n")
+    # Of a traceback the first line says where, and the last one what.
+    text = f"{first.partition('Traceback')[0]}{rest.rpartition(chr(10))[2]}" if "Traceback (most" in first else first
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

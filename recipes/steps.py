@@ -125,7 +125,7 @@ class Steps:
         sources = list(inputs)
         needs = [output.step for output in sources]
         waits = tuple(dict.fromkeys(source.id for source in (*needs, *gates) if source.record is None))
-        failed = [source.id for source in (*needs, *gates) if source.state in ("failed", "blocked")]
+        failed = [source for source in (*needs, *gates) if source.state in ("failed", "blocked")]
         refs = {output.name: ref for output in sources if (ref := output.ref) is not None}
         digests = {name: ref.digest for name, ref in refs.items()} | dict(local[1] if local else {})
         known = all(source.record is not None for source in needs)
@@ -144,7 +144,7 @@ class Steps:
         elif known and action.key in self._failures:
             step = replace(step, state="failed", why=(self._failures[action.key],), after=())
         elif failed:
-            step = replace(step, state="blocked", why=(f"needs {failed[0]}",), after=())
+            step = replace(step, state="blocked", why=_needs(failed[0]), after=())
         else:
             step = self._explained(step, action, known=known)
         self._steps[step_id] = step
@@ -166,3 +166,8 @@ class Steps:
         if known:
             return replace(step, why=("miss: its record or a blob is gone",))
         return replace(step, state="follows", why=(f"runs if {', '.join(step.after)} changes its output",))
+
+
+def _needs(step: Step) -> tuple[str, ...]:
+    """Say what a blocked step needs: the step that failed first, not the last in the chain that it blocks."""
+    return step.why if step.state == "blocked" else (f"needs {step.id}, which failed",)
