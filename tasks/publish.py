@@ -54,7 +54,7 @@ def publish_engine(
     manifest = Manifest.from_bytes(data)
     identity = EngineId.of(manifest.identity)
     to = step.action.params["to"]
-    other = open_store(_beside(to, recipe.path)) if to is not None else None
+    other = other_store(to, recipe.path)
     if other is not None and other.uri != store.uri:
         catalog.send(identity, EngineCatalog(other))
     _forget_if_gone(step.stage, step.action.key, store)
@@ -64,7 +64,7 @@ def publish_engine(
         facts={
             "path": identity.path,
             "build": identity.build,
-            "to": other.uri if other is not None else None,
+            "to": to,
             "manifest": digest_bytes(data),
             "files": {name: entry.size for name, entry in manifest.files.items()},
         },
@@ -74,8 +74,15 @@ def publish_engine(
     )
 
 
+def other_store(to: str | None, recipe: Path) -> Store | None:
+    """Open what `publish.to` names, a relative folder beside the recipe; nothing is touched yet. Raises StoreError."""
+    if to is None:
+        return None
+    return open_store(to if "://" in to or to.startswith("~") else str(recipe.resolve().parent / to))
+
+
 def is_published(record: ActionRecord, store: Store) -> bool:
-    """Tell whether what a publish record names is in the store still: the very manifest, and files of their sizes."""
+    """Tell whether what a publish record names is in a store still: the very manifest, and files of their sizes."""
     path = record.facts["path"]
     try:
         data = store.read(f"{path}/manifest.json")
@@ -92,9 +99,3 @@ def _forget_if_gone(stage: str, key: str, store: Store) -> None:
     earlier = ActionCache(store).lookup(stage, key)
     if earlier is not None and not is_published(earlier, store):
         store.delete(record_path(stage, key))
-
-
-def _beside(to: str, recipe: Path) -> str:
-    if "://" in to or to.startswith("~"):
-        return to
-    return str(recipe.resolve().parent / to)

@@ -32,7 +32,7 @@ from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
 from tasks.errors import StageCancelledError, TaskError
 from tasks.progress import Listener, Progress
-from tasks.publish import is_published, publish_engine
+from tasks.publish import is_published, other_store, publish_engine
 from tasks.toolchain import probe_host, version
 
 if TYPE_CHECKING:
@@ -234,11 +234,22 @@ class BuildSession:
             if (stage, key) in self._known:
                 return self._known[stage, key]
         record = self._cache.lookup(stage, key)
-        if record is not None and stage == "publish" and not is_published(record, self.store):
+        if record is not None and stage == "publish" and not all(is_published(record, one) for one in self._shelves):
             self._warn_once(f"publish {key[:12]}: what it published is gone; treated as a miss")
             record = None
         with self._lock:
             return self._known.setdefault((stage, key), record)
+
+    @cached_property
+    def _shelves(self) -> tuple[Store, ...]:
+        """Where engines have to be for their record to hold: the store, and another folder where the recipe names one.
+
+        The address of that folder is no part of the record, which another checkout of the recipe may have made. One in
+        S3 is not asked: planning would wait for the network, and its name means the same everywhere.
+        """
+        to = self.loaded.recipe.publish.to
+        other = other_store(to, self.loaded.path) if to is not None and not to.startswith("s3://") else None
+        return (self.store,) if other is None else (self.store, other)
 
     def _note(self, outcome: Outcome) -> Outcome:
         with self._lock:

@@ -20,7 +20,8 @@ from artifacts.folder import FolderStore
 from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
 from recipes.loader import load
 from tasks.publish import is_published, publish_engine
-from tests.unit.recipes.simulated import GOOD, RECIPE, World
+from tasks.session import BuildSession
+from tests.unit.recipes.simulated import FILES, GOOD, RECIPE, World
 
 FACTS = {
     "export": {"outputs": {"logits": {"dtype": "float32", "shape": ["batch", 10]}}},
@@ -211,7 +212,28 @@ def test_engines_go_to_another_store_too_a_relative_one_beside_the_recipe(tmp_pa
     manifest = builder.manifests()["sm89", "fp16"]
     sent = fleet.store.read(f"engines/{manifest.identity}/model.plan")
     assert digest_bytes(sent) == manifest.files["model.plan"].digest
-    assert builder.record("sm89/fp16").facts["to"] == fleet.store.uri
+    # As the recipe states it: a record is shared, and holds no path of the machine that made it.
+    assert builder.record("sm89/fp16").facts["to"] == "../fleet"
+    assert str(tmp_path).encode() not in builder.record("sm89/fp16").to_bytes()
+
+
+def test_another_checkout_publishes_to_its_own_folder_too(tmp_path):
+    """A relative `publish.to` is one text and two folders: what the first checkout sent is not in the second's."""
+    builder = Builder(folder=tmp_path, text=f"{RECIPE}\npublish: {{to: ../fleet}}\n")
+    builder.build_all()
+    for record in builder.records.values():
+        ActionCache(builder.store).put_record(record)
+
+    def published(folder):
+        path = folder / "digits.yaml"
+        path.write_text(builder.text)
+        session = BuildSession(load(path), FILES, builder.store, builder.host)
+        stage, key = next(name for name in builder.records if name[0] == "publish")
+        return session._lookup(stage, key) is not None
+
+    assert published(builder.path.parent)
+    (tmp_path / "elsewhere" / "recipe").mkdir(parents=True)
+    assert not published(tmp_path / "elsewhere" / "recipe")
 
 
 def test_another_store_that_cannot_be_written_is_the_stores_fault_and_leaves_no_record(tmp_path):
