@@ -10,7 +10,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,11 +62,27 @@ class Build:
         self._logger = self._log.for_runtime(trt)
         self._timing: dict[str, Any] = {"given": TIMING_CACHE in request.inputs, "used": False}
 
-    def run(self, free_bytes: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        """Compile, trying again with less workspace where memory runs out; return outputs and facts.
+    def run(self, free_bytes: Callable[[], int]) -> tuple[dict[str, str], dict[str, Any]]:
+        """Compile, load the plan once and list its layers; return outputs and facts.
 
         `free_bytes` says how much memory of the device is free.
         """
+        facts = self.compile(free_bytes)
+        facts["layers"] = self._inspect()
+        outputs = {PLAN: ENGINE_PLAN, LAYERS: JSON}
+        if (self._request.output_dir / TIMING_CACHE).exists():
+            outputs[TIMING_CACHE] = BYTES
+        return outputs, {
+            **facts,
+            "timing_cache": self._timing,
+            "warnings": self._log.warnings[:_MAX_WARNINGS],
+            "log_lines": self._log.lines,
+            "size": (self._request.output_dir / PLAN).stat().st_size,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def compile(self, free_bytes: Callable[[], int]) -> dict[str, Any]:
+        """Write the plan, trying again with less workspace where memory runs out; return facts."""
         trt, params = self._trt, self._request.params
         require(trt, params.get("precision", "fp32"), opset_of(load_graph(self._request.inputs[GRAPH], weights=False)))
         started = time.monotonic()
@@ -84,21 +100,11 @@ class Build:
                 self._log.take_errors(0)
                 limit = following
         seconds = time.monotonic() - started
-        layers = self._inspect()
-        outputs = {PLAN: ENGINE_PLAN, **({LAYERS: JSON} if layers is not None else {})}
-        if (self._request.output_dir / TIMING_CACHE).exists():
-            outputs[TIMING_CACHE] = BYTES
-        return outputs, {
+        return {
             "runtime_version": trt.__version__,
             **facts,
             "workspace": {"asked": params["workspace"], "limit": tried[-1], "tried": tried},
             "seconds": round(seconds, 3),
-            "layers": layers,
-            "timing_cache": self._timing,
-            "warnings": self._log.warnings[:_MAX_WARNINGS],
-            "log_lines": self._log.lines,
-            "size": (self._request.output_dir / PLAN).stat().st_size,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
     def _attempt(self, limit: int | None, tried: list[int]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ class Build:
         network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH])
         config = builder.create_builder_config()
         settings = Settings(trt, log, config)
-        settings.apply(params, network)
+        settings.apply(params, network, self._request.inputs[GRAPH])
         tried.append(settings.workspace(limit))
         add_profiles(trt, log, builder, network, config, params["profiles"])
         cache = self._attach_timing_cache(config)
@@ -133,10 +139,13 @@ class Build:
         """Attach the given timing cache if it was made on such a device by this version, else an empty one.
 
         A mismatch is never ignored: such a cache "may lead to functional or performance bugs" (ITimingCache.combine).
+        8.6 refuses what it wrote itself where no part of the network went to Myelin, its graph compiler ("Myelin error
+        from unknown graph", seen on an H200; KataGo's issues 739 and 945 report it of 8.5 and 8.6, mended in 10.2).
         """
         path, since = self._request.inputs.get(TIMING_CACHE), len(self._log.errors)
         if path is not None:
-            cache = config.create_timing_cache(path.read_bytes())
+            self._cache_bytes = path.read_bytes()  # kept: nothing says that TensorRT copies them
+            cache = config.create_timing_cache(self._cache_bytes)
             if cache is not None and config.set_timing_cache(cache, False) and not self._log.errors[since:]:
                 self._timing["used"] = True
                 return cache
@@ -153,13 +162,13 @@ class Build:
             size = (self._request.output_dir / TIMING_CACHE).write_bytes(memoryview(data))
             self._timing["size"] = size
 
-    def _inspect(self) -> dict[str, Any] | None:
+    def _inspect(self) -> dict[str, Any]:
         """Load the plan once, and list its layers. Raises BackendError where TensorRT does not load its own plan."""
         trt = self._trt
         self._request.report(None, "loading the plan")
         engine = load_plan(trt, self._logger, self._log, self._request.output_dir / PLAN, self._request.params)
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        listing = json.loads(text)
+        listing = json.loads(text, strict=False)  # 8.6 separates names of fused ONNX nodes with a bare U+001E
         canonical = json.dumps(listing, sort_keys=True, separators=(",", ":")) + "\n"
         (self._request.output_dir / LAYERS).write_text(canonical, "utf-8")
         return {
@@ -186,11 +195,11 @@ def device_memory(engine: Any) -> int:
     return int(engine.device_memory_size if newer is None else newer)
 
 
-def _smaller(tried: list[int], free_bytes: Any) -> int | None:
+def _smaller(tried: list[int], free_bytes: Callable[[], int]) -> int | None:
     """Return the next workspace limit: half of the last, or of the memory that is free; None where there is no less."""
     if not tried or tried[-1] <= LEAST_WORKSPACE:
         return None
-    return max(min(tried[-1], int(free_bytes())) // 2, LEAST_WORKSPACE)
+    return max(min(tried[-1], free_bytes()) // 2, LEAST_WORKSPACE)
 
 
 def _with_attempts(err: BackendError, tried: list[int]) -> BackendError:

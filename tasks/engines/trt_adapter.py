@@ -6,6 +6,7 @@ enumerations move from version to version, and a setter that refuses says so onl
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tasks.errors import BackendError
@@ -37,10 +38,10 @@ class Adapter(Protocol):
     def prepare_parser(self, trt: Any, parser: Any) -> None:
         """Set what the parser needs before it reads the graph."""
 
-    def type_flags(self, trt: Any, network: Any) -> tuple[str, ...]:
-        """Return the names of the BuilderFlags without which this network's own types would not be used.
+    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+        """Return the names of the BuilderFlags without which the types of the ONNX file `graph` would not be used.
 
-        May constrain layers of the network, so that flags do not lower what the graph keeps in fp32.
+        May constrain layers of the network, which was parsed from it, so that flags do not lower what it keeps in fp32.
         """
 
 

@@ -39,6 +39,7 @@ _KINDS: Final = (
             r"|unable to determine GPU|Unable to load library: libcuda"
         ),
     ),
+    ("missing package", r"Unable to load library: libnvinfer"),
     ("missing plugin", r"Plugin not found|could not find plugin|getPluginCreator"),
     ("unsupported operator", r"No importer registered|UNSUPPORTED_\w+|INVALID_NODE|unsupported operator"),
     (
@@ -56,7 +57,7 @@ _KINDS: Final = (
         "bad profile",
         (
             r"optimization profile|\bprofile \d|kMIN|kOPT|kMAX|dynamic (?:shape|input)|volume mismatch"
-            r"|would change volume|(?:min|opt|max)imum dimensions in profile"
+            r"|would change volume|(?:min|opt|max)imum dimensions in profile|tensor volume exceeds"
         ),
     ),
     ("disk full", r"No space left on device"),
@@ -64,6 +65,7 @@ _KINDS: Final = (
 _ADVICE: Final = {
     "version mismatch": "build the engine again with this TensorRT on this kind of GPU",
     "no device": "use a host with an NVIDIA GPU and a driver that this TensorRT supports",
+    "missing package": "this installation of TensorRT lacks that library; install a whole one, or leave the option out",
     "missing plugin": "this operator needs a plugin library; use operators of the ONNX standard",
     "unsupported operator": "replace the operator in the model, or build with a newer TensorRT",
     "no kernel": "raise build.workspace, ask for another precision, or put the node on precision.keep",

@@ -217,8 +217,11 @@ class _Context:
             if name not in unknown:
                 self._reserve(name, self._bytes(name, self.context.get_tensor_shape(name)))
             elif name not in self.allocators:
-                self.allocators[name] = _allocator(self.trt, self.cuda)
-                self.context.set_output_allocator(name, self.allocators[name])
+                # With room for the most there can be, so that growing is the exception.
+                self._reserve(name, self.context.get_max_output_size(name))
+                self.allocators[name] = _allocator(self.trt, self.cuda, *self.buffers[name])
+                if not self.context.set_output_allocator(name, self.allocators[name]):
+                    raise self.log.failure(f"TensorRT does not take an allocator for {name}")
         for name, feed in feeds.items():
             if name not in self.hosts:
                 self.cuda.upload(self.buffers[name][0], feed)
@@ -227,7 +230,8 @@ class _Context:
         found = {}
         for name in self.outputs:
             if name in unknown:
-                address, shape = self.allocators[name].address, self.allocators[name].shape
+                allocator = self.allocators[name]
+                address, shape = allocator.address, allocator.shape or tuple(self.context.get_tensor_shape(name))
             else:
                 address, shape = self.buffers[name][0], tuple(self.context.get_tensor_shape(name))
             found[name] = np.empty(shape, self.dtypes[name])
@@ -282,13 +286,13 @@ class _Context:
             raise self.log.failure(f"TensorRT does not take an address for {name}")
 
 
-def _allocator(trt: Any, cuda: Cuda) -> Any:
-    """Return an IOutputAllocator for an output whose shape depends on data."""
+def _allocator(trt: Any, cuda: Cuda, address: int, size: int) -> Any:
+    """Return an IOutputAllocator, with memory to start with, for an output whose shape depends on data."""
 
     class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # its type is known only at run time
         def __init__(self) -> None:
             trt.IOutputAllocator.__init__(self)
-            self.address, self.size, self.shape = 0, -1, ()
+            self.address, self.size, self.shape = address, size, ()
 
         def reallocate_output(self, _name: str, _memory: int, size: int, _alignment: int) -> int:
             return self._grow(size)
@@ -300,9 +304,7 @@ def _allocator(trt: Any, cuda: Cuda) -> Any:
             self.shape = tuple(shape)
 
         def _grow(self, size: int) -> int:
-            if size > self.size:
-                if self.size >= 0:
-                    cuda.free(self.address)
+            if size > self.size:  # the old memory stays until `close`: the context still names it
                 self.address, self.size = cuda.allocate(size), size
             return self.address
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from tasks.engines.trt_adapter import adapter, named
@@ -27,13 +28,13 @@ class Settings:
         self._trt, self._log, self._config = trt, log, config
         self.applied: dict[str, Any] = {}
 
-    def apply(self, params: Mapping[str, Any], network: Any) -> None:
-        """Set everything but the workspace. Raises BackendError("rejected setting" | "version mismatch")."""
+    def apply(self, params: Mapping[str, Any], network: Any, graph: Path) -> None:
+        """Set everything but the workspace; `network` was parsed from `graph`. Raises BackendError("rejected setting" | "version mismatch")."""
         self.flag("TF32", on=bool(params["tf32"]))
         for name, flag in _FLAGS.items():
             if params.get(name):
                 self.flag(flag)
-        for flag in adapter(self._trt).type_flags(self._trt, network):
+        for flag in adapter(self._trt).type_flags(self._trt, network, graph):
             self.flag(flag)
         if params.get("optimization_level") is not None:
             self.attribute("builder_optimization_level", params["optimization_level"])

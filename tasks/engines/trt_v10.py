@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -18,8 +19,9 @@ class StronglyTyped:
 
     def prepare_parser(self, trt: Any, parser: Any) -> None:
         """Do nothing: native InstanceNorm is the default."""
+        del trt, parser
 
-    def type_flags(self, trt: Any, network: Any) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
         """Return nothing: `kFP16 is not compatible with a strongly typed network`."""
-        del trt, network
+        del trt, network, graph
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -18,8 +19,9 @@ class Typed:
 
     def prepare_parser(self, trt: Any, parser: Any) -> None:
         """Do nothing: native InstanceNorm is the default."""
+        del trt, parser
 
-    def type_flags(self, trt: Any, network: Any) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
         """Return nothing: types are the graph's own."""
-        del trt, network
+        del trt, network, graph
         return ()

@@ -1,18 +1,28 @@
 """TensorRT 8.6: weakly typed. Flags allow what the typed graph uses, and constraints keep its fp32 parts as they are.
 
-There is no bf16 and no int64; Q/DQ pairs make int8 explicit, so no calibrator is asked.
+Types are read from the ONNX file: before a build, 8.6 says FLOAT of every tensor but the inputs and outputs (seen on an
+H200: a network full of half tensors had none). There is no bf16 and no int64; Q/DQ pairs make int8 explicit, so no
+calibrator is asked.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, Final
 
-# Layers that move or describe data: they have no arithmetic to constrain, and constraints on them warn or fail.
-_NO_ARITHMETIC: Final = (
-    "CONSTANT", "SHAPE", "SHUFFLE", "CONCATENATION", "SLICE", "GATHER", "IDENTITY", "CAST", "QUANTIZE", "DEQUANTIZE",
-    "CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT", "TRIP_LIMIT", "RECURRENCE", "ITERATOR", "LOOP_OUTPUT",
-    "PLUGIN_V2", "ASSERTION",
+from tasks.graphs import tensor_types
+from tasks.onnx_files import load_graph
+
+# Operators that move, describe or retype data: they have no arithmetic to constrain.
+_NO_ARITHMETIC: Final = frozenset(
+    (
+        "Cast", "Concat", "Constant", "ConstantOfShape", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity", "If",
+        "Loop", "Pad", "QuantizeLinear", "Reshape", "Scan", "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose",
+        "Unsqueeze",
+    )
 )  # fmt: skip
+_FROM_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
 class Weak:
@@ -30,29 +40,42 @@ class Weak:
         if hasattr(parser, "set_flag"):
             parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
 
-    def type_flags(self, trt: Any, network: Any) -> tuple[str, ...]:
-        """Return FP16 where the network has half tensors, INT8 where it has Q/DQ pairs; constrain fp32 beside half.
+    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+        """Return FP16 where the graph has half tensors, INT8 where it has Q/DQ pairs; constrain fp32 beside half.
 
         With the FP16 flag alone, the builder would also run in half what the graph keeps in fp32.
         """
-        layers = [network.get_layer(index) for index in range(network.num_layers)]
-        types = {_output_type(layer, index) for layer in layers for index in range(layer.num_outputs)}
-        kinds = {layer.type for layer in layers}
-        flags = ["FP16"] if trt.DataType.HALF in types else []
-        if trt.LayerType.QUANTIZE in kinds or trt.LayerType.DEQUANTIZE in kinds or trt.DataType.INT8 in types:
-            flags.append("INT8")
-        if "FP16" not in flags:
-            return tuple(flags)
-        passive = {getattr(trt.LayerType, name) for name in _NO_ARITHMETIC if hasattr(trt.LayerType, name)}
-        full = trt.DataType.FLOAT
-        constrained = False
-        for layer in layers:
-            if layer.type not in passive and any(_output_type(layer, i) == full for i in range(layer.num_outputs)):
-                layer.precision = full
-                constrained = True
-        return (*flags, "OBEY_PRECISION_CONSTRAINTS") if constrained else tuple(flags)
+        flags, kept = typing_of(graph)
+        layers = [network.get_layer(index) for index in range(network.num_layers)] if kept else []
+        constrained = [layer for layer in layers if kept.intersection(_nodes_of(layer))]
+        for layer in constrained:
+            layer.precision = trt.DataType.FLOAT
+            for index in range(layer.num_outputs):
+                # What is computed in fp32 must not be stored in half either; shapes and masks have types of their own.
+                if layer.get_output(index).dtype == trt.DataType.FLOAT:
+                    layer.set_output_type(index, trt.DataType.FLOAT)
+        return (*flags, "OBEY_PRECISION_CONSTRAINTS") if constrained else flags
 
 
-def _output_type(layer: Any, index: int) -> Any:
-    tensor = layer.get_output(index)
-    return tensor.dtype if tensor is not None else None
+def typing_of(graph: Path) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the flags that a typed ONNX file needs, and the names of the nodes that compute in fp32 beside half ones."""
+    import onnx
+
+    model = load_graph(graph)
+    types = tensor_types(model)
+    half = onnx.TensorProto.FLOAT16 in types.values()
+    quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    flags = (*(("FP16",) if half else ()), *(("INT8",) if quantized else ()))
+    kept = (
+        node.name
+        for node in model.graph.node
+        if half
+        and node.op_type not in _NO_ARITHMETIC
+        and any(types.get(name) == onnx.TensorProto.FLOAT for name in node.output)
+    )
+    return flags, frozenset(kept)
+
+
+def _nodes_of(layer: Any) -> set[str]:
+    """Return the ONNX nodes that a layer came from: 8.6 notes them as metadata, and names most layers after them."""
+    return {layer.name, *_FROM_NODE.findall(getattr(layer, "metadata", "") or "")}

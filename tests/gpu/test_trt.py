@@ -12,6 +12,7 @@ from artifacts.refs import digest_bytes
 from tasks import halves
 from tasks.errors import BackendError
 from tasks.process import Limits, run_stage
+from tests.contract import graphs
 from tests.unit.tasks.small_graphs import cnn, evaluate, graph, images, node
 
 pytestmark = pytest.mark.gpu
@@ -23,6 +24,10 @@ PROFILES = [
     {"name": "bulk", "inputs": {"x": {"min": [1, 1, 8, 8], "opt": [64, 1, 8, 8], "max": [128, 1, 8, 8]}}},
 ]
 VECTOR = [{"name": "static", "inputs": {"x": {"min": [1, 4], "opt": [2, 4], "max": [8, 4]}}}]
+
+
+def is_weak(trt):
+    return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +176,7 @@ def test_bytes_that_are_no_plan_are_refused(trt, load, tmp_path):
     assert caught.value.kind == "version mismatch"
 
 
-def test_a_typed_fp16_graph_is_compiled_as_it_is_typed(compiler, load):
+def test_a_typed_fp16_graph_is_compiled_as_it_is_typed(compiler, load, trt):
     model = at_opset(cnn())
     typed = halves.to_half(model, "fp16", set(), native=False).model
     result, output = compiler(typed, precision="fp16")
@@ -182,9 +187,10 @@ def test_a_typed_fp16_graph_is_compiled_as_it_is_typed(compiler, load):
         "HALF" in (output / "layers.json").read_text().upper() or "FP16" in (output / "layers.json").read_text().upper()
     )
     assert result.facts["inputs"]["x"]["dtype"] == "FLOAT"
+    assert result.facts["settings"].get("FP16") == (True if is_weak(trt) else None)
 
 
-def test_what_the_graph_keeps_in_fp32_is_not_lowered(compiler, load):
+def test_what_the_graph_keeps_in_fp32_is_not_lowered(compiler, load, trt):
     # (x * 300) * 300 leaves float16 (65504); the two products are kept, the rest is half.
     weights = {"a": np.float32(300), "w": np.full((4, 4), 0.25, np.float32)}
     nodes = [
@@ -194,30 +200,33 @@ def test_what_the_graph_keeps_in_fp32_is_not_lowered(compiler, load):
         node("MatMul", ["r", "w"], ["y"], "m"),
     ]
     typed = halves.to_half(graph(nodes, weights, opset=OPSET), "fp16", {"p", "q", "r"}, native=False).model
-    _result, output = compiler(typed, precision="fp16", profiles=VECTOR)
+    result, output = compiler(typed, precision="fp16", profiles=VECTOR)
+    if is_weak(trt):
+        assert result.facts["settings"]["FP16"] is True
+        assert result.facts["settings"]["OBEY_PRECISION_CONSTRAINTS"] is True
     x = np.linspace(0.5, 4, 8, dtype=np.float32).reshape(2, 4)
     found = load(output / "model.plan")({"x": x})["y"]
     np.testing.assert_allclose(found, x @ weights["w"] * 300, rtol=5e-3)
 
 
-def test_a_quantised_graph_is_compiled_in_int8(compiler, load):
-    from tasks.quantize import activations, quantize
-
-    model = cnn()
-    ranges = dict.fromkeys(activations(model), (-4.0, 4.0))
-    result, output = compiler(quantize(at_opset(model), ranges, set()).model, precision="int8")
-    x = images(4, 16, 16)
-    difference = relative(evaluate(cnn(), {"x": x})["y"], load(output / "model.plan")({"x": x})["y"])
-    assert 1e-4 < difference < 0.2
+def test_a_quantised_graph_is_compiled_in_int8(compiler, load, trt):
+    model = graphs.classifier(quantised=True)
+    shapes = {"min": [1, 3, 8, 8], "opt": [4, 3, 16, 16], "max": [4, 3, 16, 16]}
+    result, output = compiler(model, precision="int8", profiles=[{"name": "one", "inputs": {"x": shapes}}])
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
+    found = load(output / "model.plan")({"x": x})["y"]
+    assert relative(evaluate(at_opset(model), {"x": x})["y"], found) < 2e-2
+    assert relative(evaluate(at_opset(graphs.classifier()), {"x": x})["y"], found) > 1e-4
     assert "INT8" in (output / "layers.json").read_text().upper()
-    assert not result.facts["timing_cache"]["used"]
+    assert result.facts["settings"].get("INT8") == (True if is_weak(trt) else None)
 
 
 def test_a_timing_cache_is_used_and_a_foreign_one_is_not(compiler):
     _result, output = compiler(cnn())
     cache = (output / "timing.cache").read_bytes()
     again, _output = compiler(cnn(), cache=cache)
-    assert again.facts["timing_cache"]["used"] is True
+    used = again.facts["timing_cache"]
+    assert used["used"] or "Myelin" in used["refused"]  # 8.6 refuses its own cache where nothing went to Myelin
     foreign, _output = compiler(cnn(), cache=b"not a timing cache" * 100)
     assert foreign.facts["timing_cache"]["used"] is False
     assert any("timing cache is not used" in words for words in foreign.facts["warnings"])
@@ -301,9 +310,20 @@ def test_settings_that_are_out_of_range_are_rejected(compiler):
     assert "builder_optimization_level" in error.message
 
 
-def test_plans_for_other_gpus_and_later_versions(compiler, load):
-    result, output = compiler(cnn(), hardware_compatibility="ampere+", version_compatible=True)
+def test_plans_for_other_gpus(compiler, load):
+    result, output = compiler(cnn(), hardware_compatibility="ampere+")
     assert result.facts["settings"]["hardware_compatibility_level"] == "AMPERE_PLUS"
+    x = images(2)
+    assert relative(evaluate(cnn(), {"x": x})["y"], load(output / "model.plan")({"x": x})["y"]) < 1e-5
+
+
+def test_plans_for_later_versions(compiler, load):
+    try:
+        result, output = compiler(cnn(), version_compatible=True)
+    except BackendError as err:
+        if err.kind == "missing package":
+            pytest.skip(err.message)  # the wheel of 8.6.0 comes without the lean runtime
+        raise
     assert result.facts["settings"]["VERSION_COMPATIBLE"] is True
     x = images(2)
     found = load(output / "model.plan", host_code=True)({"x": x})["y"]
@@ -313,8 +333,8 @@ def test_plans_for_other_gpus_and_later_versions(compiler, load):
 def test_memory_that_runs_out_is_said_with_what_was_tried(compiler, device):
     from tasks.engines.cuda import Cuda
 
-    # Activations of 2 x 16 GiB where 3 GiB are left.
-    side = 16384
+    # Activations of 4 GiB each where 3 GiB are left; no tensor has 2^31 elements, which 8.6 refuses by itself.
+    side = 8192
     weights = {"w": np.ones((16, 1, 3, 3), np.float32), "v": np.ones((16, 16, 3, 3), np.float32)}
     nodes = [node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]), node("Conv", ["c", "v"], ["y"], pads=[1, 1, 1, 1])]
     spec = {"x": (TensorProto.FLOAT, ["batch", 1, "h", "w"])}, {"y": (TensorProto.FLOAT, ["batch", 16, "h", "w"])}
