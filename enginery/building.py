@@ -1,8 +1,8 @@
 """Build one recipe from the command line: a head start in this process, Prefect beside it, progress on stderr.
 
 Prefect's embedded server takes ten seconds to start (docs/performance.md), so the first stages begin
-at once, in threads; when the flow runs it joins what is under way. Nothing of Prefect is imported
-where the plan is fresh, or where it only waits for other hosts.
+at once, in threads; when the flow runs it joins what is under way. Nothing of Prefect is imported, and
+no server started, where the plan is fresh, or where it only waits for other hosts.
 """
 
 from __future__ import annotations
@@ -112,8 +112,13 @@ def _interruptible(session: BuildSession) -> Iterator[None]:
 
 
 async def _run_flow(recipe: str, store: str) -> tuple[State[Any], dict[str, Any]]:
-    from flows.build import build
+    from enginery.prefect_server import embedded_server
 
+    server = embedded_server()
+    from flows.build import build  # imports Prefect, while its server starts
+
+    if server is not None:
+        server.wait()
     state: State[Any] = await build(recipe, store=store, return_state=True)
     document: Any = await state.aresult(raise_on_failure=False)
     if isinstance(document, BaseException):

@@ -124,7 +124,7 @@ def _missing(error: ImportError, package: str) -> BackendError:
     return BackendError("missing package", f"{package} is installed but cannot be imported: {error}", install)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask the kernel to kill this process when its parent's thread that started it ends (prctl(2))."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request to the kernel
@@ -134,7 +134,7 @@ def _die_with(parent: int) -> None:
 def main() -> None:
     """Run the requested stage; the exit status says nothing, the report does."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
+    die_with(parent)
     os.set_inheritable(descriptor, False)
     # `-m` puts the working folder first: there, nothing may hide a module.
     sys.path[:] = [entry for entry in sys.path if entry not in ("", str(Path.cwd()))]

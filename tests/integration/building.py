@@ -52,6 +52,16 @@ def edit_recipe(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
     return apply
 
 
+def fewer_engines(document: dict[str, Any]) -> None:
+    """Leave one engine of each runtime, for tests that care for stages more than for engines."""
+    document["targets"] = [
+        {"runtime": "tensorrt-rtx", "gpus": ["sm89"], "precision": ["int8"]},
+        {"runtime": "onnxruntime", "gpus": ["cpu"], "precision": ["fp32"]},
+    ]
+    document["precision"]["build"] = ["int8"]
+    document["precision"]["fallback"] = {"int8": ["fp32"]}
+
+
 def link_store(source: str, target: str) -> None:
     """Copy one file for `shutil.copytree`; files of a store, which are never changed in place, by a hard link."""
     if "/store/" in source:
