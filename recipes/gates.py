@@ -79,6 +79,12 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
     return Verdict(passed=not reasons, reasons=tuple(reasons))
 
 
+def telling_parity(facts: Mapping[str, Any], precision: Precision) -> Mapping[str, Any] | None:
+    """Return the parity to show for a precision: of int8 that on the labelled data, where its bounds hold (`judge`)."""
+    found: Mapping[str, Any] | None = facts.get("data") if precision == "int8" else None
+    return found if found is not None else facts.get("parity")
+
+
 def _out_of_bounds(parity: Mapping[str, Any], bounds: Parity) -> list[str]:
     reasons = []
     for name in ("relative_l2", "max_abs"):

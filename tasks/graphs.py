@@ -25,6 +25,19 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     return types
 
 
+def half_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the operators of the top-level graph that compute float16 or bfloat16, sorted; casts compute nothing."""
+    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    types = tensor_types(model)
+    return sorted(
+        {
+            node.op_type
+            for node in model.graph.node
+            if node.op_type != "Cast" and any(types.get(name) in halves for name in node.output)
+        }
+    )
+
+
 def name_nodes(model: onnx.ModelProto) -> None:
     """Give every node of the top-level graph a name that no other has; names that are unique already stay."""
     taken: set[str] = set()

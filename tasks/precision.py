@@ -36,10 +36,11 @@ def run(request: StageRequest) -> StageResult:
     """
     params, inputs = request.params, request.inputs
     precision = params["precision"]
-    model = load_graph(inputs[GRAPH])
+    full = precision in ("fp32", "tf32")
+    model = load_graph(inputs[GRAPH], weights=not full)
     external = DATA in inputs
     facts: dict[str, Any] = {"casts": 0, "quantized": 0, "kept": []}
-    if precision in ("fp32", "tf32"):
+    if full:
         media_types = {name: kind for name, kind in ((GRAPH, ONNX), (DATA, ONNX_DATA)) if name in inputs}
         for name in media_types:
             shutil.copyfile(inputs[name], request.output_dir / name)

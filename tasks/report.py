@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from recipes.gates import telling_parity
 from recipes.plan import EnginePlan, Plan
 from recipes.steps import Step
 from tasks.session import BuildSession
@@ -59,6 +60,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
     """Return one engine as JSON: what was asked and given, its size, its measures and where it was published."""
     measured = (engine.engine_verify or engine.verify or _NOTHING).facts or {}
     metric = measured.get("metric") or {}
+    parity = telling_parity(measured, engine.given or engine.asked) or {}
     published = engine.publish.facts if engine.publish is not None and engine.publish.facts is not None else {}
     return {
         "target": engine.target,
@@ -76,7 +78,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
         "size": sum(ref.size for ref in engine.compile.record.outputs.values())
         if engine.compile is not None and engine.compile.record is not None
         else None,
-        "parity": (measured.get("parity") or {}).get("relative_l2"),
+        "parity": parity.get("relative_l2"),
         "metric": metric.get("value"),
         "source_metric": metric.get("source"),
         "metric_name": metric.get("name"),

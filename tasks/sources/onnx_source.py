@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.errors import BackendError
+from tasks.graphs import half_nodes
 from tasks.onnx_axes import compare_inputs, rename_axes
 from tasks.onnx_files import (
     GRAPH,
@@ -50,8 +51,8 @@ def reference(request: StageRequest) -> StageResult:
 def export(request: StageRequest) -> StageResult:
     """Write the file with the recipe's opset, shapes and axis names; weights go to one data file or into the graph.
 
-    Raises BackendError("bad data") where the file is damaged, invalid, or disagrees with the recipe's inputs or
-    outputs; "rejected setting" where onnx cannot convert it to the opset asked for.
+    Raises BackendError("bad data") where the file is damaged, invalid, computes in half precision, or disagrees with the
+    recipe's inputs or outputs; "rejected setting" where onnx cannot convert it to the opset asked for.
     """
     params = request.params
     path = request.inputs[GRAPH]
@@ -59,6 +60,7 @@ def export(request: StageRequest) -> StageResult:
     check_graph(path)
     model = load_graph(path)
     _lift_initialisers(model)
+    _require_full(model)
     if params["opset"] is not None and opset_of(model) != params["opset"]:
         request.report(0.3, f"converting opset {opset_of(model)} to {params['opset']}")
         model = _converted(model, params["opset"])
@@ -68,6 +70,18 @@ def export(request: StageRequest) -> StageResult:
     graph = infer_shapes(request.output_dir)
     check_graph(request.output_dir / GRAPH)
     return StageResult(outputs, graph_facts(graph))
+
+
+def _require_full(model: Any) -> None:
+    """Refuse halves: an engine of any precision would hold them, and be called by the precision that was asked."""
+    halves = half_nodes(model)
+    if halves:
+        raise BackendError(
+            "bad data",
+            f"the file computes in half precision ({', '.join(halves)}); a recipe begins with a float32 graph, and "
+            "precision.build says what it becomes",
+            "export the file in float32",
+        )
 
 
 def _lift_initialisers(model: Any) -> None:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from recipes.gates import DEFAULT_PARITY, Verdict, judge, parity_bounds
+from recipes.gates import DEFAULT_PARITY, Verdict, judge, parity_bounds, telling_parity
 from recipes.schema import Acceptance, Parity, Precision
 
 PARITY = {"relative_l2": 1e-5, "max_abs": 1e-4, "cosine": 1.0, "non_finite": 0}
@@ -86,3 +86,11 @@ def test_what_is_not_finite_fails_on_either_kind_of_input(precision):
         passed=False, reasons=("2 NaN or Inf in the outputs on the labelled data",)
     )
     assert not judge(facts(non_finite=1) | {"data": PARITY}, Acceptance(), precision).passed
+
+
+def test_what_is_shown_is_what_the_bounds_hold_for():
+    found = facts(relative_l2=0.5) | {"data": PARITY}
+    assert telling_parity(found, "int8") == PARITY
+    assert telling_parity(found, "fp16")["relative_l2"] == 0.5
+    assert telling_parity(facts(relative_l2=0.5), "int8")["relative_l2"] == 0.5
+    assert telling_parity({}, "int8") is None

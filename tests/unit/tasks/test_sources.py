@@ -448,6 +448,26 @@ def test_a_file_with_functions_converts(tmp_path):
     np.testing.assert_allclose(found, 3 * x.mean(1, keepdims=True))
 
 
+def test_a_file_of_halves_is_refused_and_half_inputs_are_not(tmp_path):
+    """It would pass for fp32, and as bf16 it would still compute in float16."""
+    halves = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("ReduceMean", ["h"], ["m"], axes=[1]),
+        helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
+    ]
+    with pytest.raises(BackendError, match=r"computes in half precision \(ReduceMean\)") as caught:
+        export_graph(tmp_path, graph(nodes=halves))
+    assert caught.value.kind == "bad data"
+    widened = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["h"], ["y"], axes=[1]),
+    ]
+    model = graph(nodes=widened, dtype=TensorProto.FLOAT16)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    result, _ = export_graph(tmp_path, model, tensors={"x": tensor(["batch", 4], dtype="float16")})
+    assert result.facts["inputs"]["x"]["dtype"] == "float16"
+
+
 def test_a_conversion_that_onnx_cannot_do_is_a_rejected_setting(tmp_path):
     nodes = [helper.make_node("Mish", ["x"], ["h"]), helper.make_node("ReduceMean", ["h", "axes"], ["y"])]
     model = graph(nodes=nodes, initializers=[numpy_helper.from_array(np.array([1]), "axes")], opset=18)
