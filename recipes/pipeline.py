@@ -31,10 +31,15 @@ class Pipeline:
     steps: Steps
     profiles: list[dict[str, Any]] = field(init=False)
     tensors: dict[str, Any] = field(init=False)
+    interface: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.profiles = profile_shapes(self.recipe)
         self.tensors = {name: dict(tensor) for name, tensor in self.recipe.inputs.items()}
+        # Without the range of seeded inputs, which only stages that draw such inputs depend on.
+        self.interface = {
+            name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in self.recipe.inputs.items()
+        }
 
     # ---- what comes from outside -------------------------------------------------------------------------------
 
@@ -64,7 +69,7 @@ class Pipeline:
         return found
 
     def _dataset(self, subject: str, spec: Dataset, files: DatasetFiles, label: str | None) -> Output:
-        names = [*self.recipe.inputs, *([label] if label is not None else [])]
+        names = sorted({*self.recipe.inputs, *([label] if label is not None else [])})
         params = {
             "kind": "dataset",
             "format": files.format,
@@ -77,7 +82,7 @@ class Pipeline:
             "samples": spec.samples,
             "order": spec.order,
             "seed": spec.seed,
-            "tensors": self.tensors,
+            "tensors": self.interface,
         }
         name = {"npz": "data.npz", "callable": "code.tar"}.get(files.format, "data")
         toolchain = self.versions("numpy", *(("pillow",) if files.format == "images" else ()))
@@ -132,7 +137,11 @@ class Pipeline:
         if metric is None or self.files.labelled is None:
             return []
         data = self._dataset("labelled", metric.data, self.files.labelled, metric.labels)
-        params = self._source_params() | {"kind": "dataset", "batch": self.evaluation_batch()}
+        params = self._source_params() | {
+            "kind": "dataset",
+            "tensors": self.interface,
+            "batch": self.evaluation_batch(),
+        }
         step = self.steps.add(
             "reference:labelled",
             params=params,
@@ -179,7 +188,7 @@ class Pipeline:
             "method": spec.method,
             "percentile": spec.percentile if spec.method == "percentile" else None,
             "batch": spec.batch,
-            "tensors": self.tensors,
+            "tensors": self.interface,
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy")
         step = self.steps.add(
@@ -230,7 +239,7 @@ class Pipeline:
             "executor": "onnxruntime",
             "batch": self.evaluation_batch(),
             "metric": None,
-            "tensors": self.tensors,
+            "tensors": self.interface,
             **({"tf32": True} if tf32 else {}),
             **(executor or {}),
         }

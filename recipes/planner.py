@@ -196,7 +196,7 @@ class _Engines:
                 for trial in engine.trials
                 if trial.verdict is not None and not trial.verdict.passed
             ],
-            "inputs": self.pipeline.tensors,
+            "inputs": self.pipeline.interface,
             "profiles": self.pipeline.profiles,
             "gates": {
                 "parity": dict(parity_bounds(recipe.acceptance, engine.given)),

@@ -474,3 +474,14 @@ def test_labelled_data_run_in_batches_that_every_profile_of_the_batch_axis_admit
     )
     planned = {step.id: step for step in World().build(made)[1].steps}
     assert planned["verify:int8"].action.params["batch"] == planned["reference:labelled"].action.params["batch"] == 6
+
+
+def test_the_range_of_seeded_inputs_concerns_only_what_draws_them():
+    """Data sets, calibration and engines know an input by its type and shape."""
+    world = World(same_bytes={"export", "simplify"})
+    world.build(recipe())
+    ran, planned = world.build(recipe(lambda d: d["inputs"]["image"].update(low=0.0, high=1.0)))
+    # The new reference is other bytes, so every graph is measured against it again; the figures come out the same.
+    assert set(ran) == {"export", "simplify", "reference:parity"} | {
+        step.id for step in planned.steps if step.stage == "verify"
+    }
