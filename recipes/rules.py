@@ -19,6 +19,8 @@ METRICS: Final = ("top1", "exact-match")
 # the graphs of both exporters at 23 were refused by it.
 DYNAMO_FLOOR: Final = 18
 OPSET_CEILING: Final = 22
+# QuantizeLinear has an axis from there on.
+INT8_FLOOR: Final = 13
 
 # How much of fp32 a precision keeps: a fallback has to lead upwards. fp16 and bf16 trade range for digits, so either
 # may follow the other.
@@ -178,6 +180,12 @@ def _precision(recipe: Recipe) -> Found:
     if "int8" in asked and plan.calibration is None:
         at = ("precision", "build") if "int8" in plan.build else ("targets",)
         yield at, "int8 needs precision.calibration: data that its ranges are found on"
+    if "int8" in asked and recipe.export.opset is not None and recipe.export.opset < INT8_FLOOR:
+        what = f"int8 needs opset {INT8_FLOOR} or later (scales for each channel), found {recipe.export.opset}"
+        yield ("export", "opset"), what
+    lowered = {*asked, *(other for precision in asked for other in plan.fallback.get(precision, ()))} - {"fp32", "tf32"}
+    if plan.keep and not lowered:
+        yield ("precision", "keep"), f"has no effect: everything is built in {', '.join(asked)}, and so stays fp32"
     for index, glob in enumerate(plan.keep):
         if not glob.strip():
             yield ("precision", "keep", index), "an empty glob matches no node"

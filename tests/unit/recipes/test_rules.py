@@ -88,6 +88,8 @@ BROKEN = {
     "empty fallback": (lambda d: d["precision"].update(fallback={"int8": []}), "precision.fallback.int8: expected at least one precision; leave the key out where nothing may take its place"),
     "fallback nowhere": (lambda d: d.update(targets=[{"runtime": "onnxruntime", "precision": ["int8"]}], precision=d["precision"] | {"fallback": {"int8": ["bf16"]}}), "precision.fallback.int8[0]: no target can be built in bf16"),
     "empty keep": (lambda d: d["precision"].update(keep=["/a/*", ""]), "precision.keep[1]: an empty glob matches no node"),
+    "keep of nothing": (lambda d: d.update(precision={"build": ["fp32"], "keep": ["/a/*"]}, targets=[{"runtime": "onnxruntime"}]), "precision.keep: has no effect: everything is built in fp32, and so stays fp32"),
+    "int8 at 12": (lambda d: d.update(export={"opset": 12, "exporter": "torchscript"}), "export.opset: int8 needs opset 13 or later (scales for each channel), found 12"),
     # data
     "percentile unused": (lambda d: d["precision"]["calibration"].update(percentile=99.0), "precision.calibration.percentile: has no effect with method entropy; set method to percentile"),
     "gate on calibration data": (lambda d: d["acceptance"]["metric"].update(data={"data": "./data/calibration.npz"}), "acceptance.metric.data.data: is the calibration data too: the gate must be held out"),
