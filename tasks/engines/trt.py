@@ -124,9 +124,10 @@ class Build:
         if monitor is not None:
             config.progress_monitor = monitor
         self._request.report(0.0 if monitor is not None else None, "compiling")
+        before = len(log.errors)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise log.failure(f"TensorRT {trt.__version__} does not compile the graph")
+            raise log.failure(f"TensorRT {trt.__version__} does not compile the graph", since=before)
         (self._request.output_dir / PLAN).write_bytes(memoryview(plan))
         self._keep_timing_cache(config)
         facts = {"settings": settings.applied, **signature(network), "network_layers": network.num_layers}
@@ -183,9 +184,10 @@ def load_plan(trt: Any, logger: Any, log: Log, path: Path, params: Mapping[str, 
     runtime = trt.Runtime(logger)
     if params.get("version_compatible"):
         runtime.engine_host_code_allowed = True  # the lean runtime inside of the plan; it was written by ourselves
+    before = len(log.errors)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise log.failure(f"TensorRT {trt.__version__} does not load the plan that it made")
+        raise log.failure(f"TensorRT {trt.__version__} does not load the plan that it made", since=before)
     return engine
 
 

@@ -71,6 +71,7 @@ _ADVICE: Final = {
     "no kernel": "raise build.workspace, ask for another precision, or put the node on precision.keep",
     "out of memory": "lower the profiles' maxima or build.workspace, or free memory on the GPU",
     "bad profile": "correct the profiles in the recipe: the network must accept every shape between min and max",
+    "bad data": "the graph is damaged, or uses ONNX in a way that this version does not read: export it anew",
     "disk full": "free some space",
     "crash": "this is a fault of the compiler; try another version of it, or report it with these lines",
 }
@@ -135,10 +136,16 @@ class Log:
         taken, self.errors[since:] = self.errors[since:], []
         return taken
 
-    def failure(self, what: str, *, otherwise: str = "crash", extra: str = "") -> BackendError:
-        """Return what the errors so far amount to; `otherwise` is the kind where no wording is known."""
-        words = "\n    ".join([*([extra] if extra else []), *self.errors[-8:]])
-        kind = kind_of(words, otherwise)
+    def failure(
+        self, what: str, *, otherwise: str = "crash", extra: str = "", since: int = 0, kind: str | None = None
+    ) -> BackendError:
+        """Return what the errors after the first `since` amount to; `otherwise` is the kind where no wording is known.
+
+        Earlier errors may have been harmless: the compiler went on after them. `kind` is given where the call that
+        failed leaves only one.
+        """
+        words = "\n    ".join([*([extra] if extra else []), *(self.errors[since:] or self.errors)[-8:]])
+        kind = kind or kind_of(words, otherwise)
         return BackendError(kind, f"{what}:\n    {words or 'TensorRT gave no reason'}", _ADVICE.get(kind, ""))
 
 

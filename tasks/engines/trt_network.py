@@ -27,10 +27,13 @@ def parse(trt: Any, logger: Any, log: Log, builder: Any, path: Path) -> tuple[An
     network = builder.create_network(chosen.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     chosen.prepare_parser(trt, parser)
+    before = len(log.errors)
     if not parser.parse_from_file(str(path)):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         words = "\n    ".join(dict.fromkeys(_words(error) for error in found)).replace(f"{path.parent}/", "")
-        failure = log.failure(f"TensorRT {trt.__version__} does not read the graph", otherwise="bad data", extra=words)
+        failure = log.failure(
+            f"TensorRT {trt.__version__} does not read the graph", otherwise="bad data", extra=words, since=before
+        )
         raise _about_operator(trt, failure, found, path)
     return network, parser
 
@@ -41,7 +44,7 @@ def _words(error: Any) -> str:
     for name, shown in (("node_name", "named"), ("node_operator", "operator")):
         if hasattr(error, name) and (value := getattr(error, name)()):
             place.append(f"{shown} {value}")
-    return f"{error.desc()} ({', '.join(place)})"
+    return f"{error.code().name}: {error.desc()} ({', '.join(place)})"
 
 
 def _about_operator(trt: Any, failure: BackendError, errors: Sequence[Any], path: Path) -> BackendError:
@@ -99,7 +102,7 @@ def add_profiles(
             except (ValueError, TypeError) as err:
                 raise BackendError("bad profile", f"{where}, input {name}: {err}", "correct the profile") from err
         if config.add_optimization_profile(ranges) < 0 or len(log.errors) > before:
-            raise log.failure(f"TensorRT {trt.__version__} refuses {where}", otherwise="bad profile")
+            raise log.failure(f"TensorRT {trt.__version__} refuses {where}", kind="bad profile", since=before)
 
 
 def _check_shapes(where: str, tensor: Any, shapes: Sequence[Sequence[int]]) -> None:

@@ -257,7 +257,7 @@ class _Context:
     def _enqueue(self, where: str) -> None:
         before = len(self.log.errors)
         if not self.context.execute_async_v3(self.cuda.stream) or self.log.errors[before:]:
-            raise self.log.failure(f"{where}: TensorRT does not run the plan")
+            raise self.log.failure(f"{where}: TensorRT does not run the plan", since=before)
 
     def _set_shape(self, name: str, feed: Array, where: str) -> None:
         before = len(self.log.errors)

@@ -44,7 +44,9 @@ class Settings:
         if level != "none":
             if level not in _HARDWARE:
                 raise BackendError(
-                    "rejected setting", f"no hardware compatibility {level!r} (allowed: {', '.join(_HARDWARE)})"
+                    "rejected setting",
+                    f"no hardware compatibility {level!r} (allowed: {', '.join(_HARDWARE)})",
+                    "correct build.hardware_compatibility in the recipe",
                 )
             self.attribute(
                 "hardware_compatibility_level", named(self._trt, "HardwareCompatibilityLevel", _HARDWARE[level])

@@ -1,0 +1,145 @@
+"""Import a TensorRT version's own Python bindings without its libraries, and say what our code finds in them.
+
+Run in a process of its own: `python -m tests.unit.tasks.trt_bindings FOLDER GRAPH`, FOLDER being where
+`pip install --no-deps --target FOLDER tensorrt-cu13-bindings==X` put them. The three libraries that the bindings are linked
+with are replaced by stand-ins whose functions return null: enumerations, classes and signatures are real, nothing is built.
+Prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# What our code uses of each class, besides enumerations, which it looks up by name.
+MEMBERS = {
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "INetworkDefinition": "num_layers get_layer num_inputs get_input num_outputs get_output",
+    "ITensor": "name dtype shape is_shape_tensor",
+    "IBuilderConfig": "set_flag clear_flag get_flag set_memory_pool_limit get_memory_pool_limit profiling_verbosity "
+    "builder_optimization_level max_aux_streams hardware_compatibility_level set_tactic_sources get_tactic_sources "
+    "create_timing_cache set_timing_cache get_timing_cache add_optimization_profile",
+    "IOptimizationProfile": "set_shape",
+    "ITimingCache": "serialize",
+    "OnnxParser": "parse_from_file num_errors get_error",
+    "ParserError": "code node desc",
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_profile_shape "
+    "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector",
+    "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
+    "set_output_allocator get_max_output_size execute_async_v3 engine",
+    "EngineInspector": "get_engine_information",
+    "ILogger": "log",
+}
+SIGNATURES = {
+    "IOptimizationProfile.set_shape": ["input", "min", "opt", "max"],
+    "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
+    "IBuilderConfig.create_timing_cache": ["serialized_timing_cache"],
+    "OnnxParser.parse_from_file": ["model"],
+    "IExecutionContext.set_optimization_profile_async": ["profile_index", "stream_handle"],
+}
+
+
+def load(folder: Path):
+    """Import the bindings of a folder over stand-ins for their libraries."""
+    package = folder / "tensorrt_bindings"
+    listed = subprocess.run(["ldd", package / "tensorrt.so"], text=True, capture_output=True, check=True).stdout
+    missing = re.findall(r"(libnv\S+) => not found", listed)
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", package / "tensorrt.so"], text=True, capture_output=True, check=True
+    ).stdout
+    names = re.findall(r" U ((?:create|get|init)\w+)$", symbols, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as made:
+        source = Path(made, "stand_ins.c")
+        source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in names))
+        for soname in missing:
+            library = Path(made, soname)
+            subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", library, source], check=True)
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    sys.path.insert(0, str(folder))
+    import tensorrt_bindings
+
+    return tensorrt_bindings
+
+
+def report(trt, graph: Path) -> dict:
+    """Say what our code finds in a TensorRT module."""
+    from tasks.engines import trt_adapter, trt_log
+    from tasks.engines.trt import Build
+    from tasks.engines.trt_settings import _FLAGS, _HARDWARE
+    from tasks.errors import BackendError
+    from tasks.stage import StageRequest
+
+    chosen = trt_adapter.adapter(trt)
+
+    def refusal(call, *arguments):
+        try:
+            call(*arguments)
+        except BackendError as err:
+            return [err.kind, err.message, err.advice]
+        return None
+
+    said = []
+    log = trt_log.Log(lambda *progress: said.append(progress))
+    log.for_runtime(trt).log(trt.ILogger.Severity.ERROR, "words")
+    monitor = trt_log.progress_monitor(trt, log, lambda *progress: said.append(progress))
+    if monitor is not None:
+        monitor.phase_start("Building", None, 4)
+        said.append(monitor.step_complete("Building", 1))
+        monitor.phase_finish("Building")
+    params = {"precision": "fp32", "workspace": None}
+    request = StageRequest("compile", params, {"model.onnx": graph}, graph.parent)
+    return {
+        "version": trt.__version__,
+        "adapter": type(chosen).__name__,
+        "network_flags": chosen.network_flags(trt),
+        "strongly_typed": 1 << int(getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", 60)),
+        "missing": [
+            f"{name}.{member}"
+            for name, members in MEMBERS.items()
+            for member in members.split()
+            if not hasattr(getattr(trt, name), member)
+        ],
+        "allocator": trt.IOutputAllocator.__doc__,
+        "device_memory": [
+            name for name in ("device_memory_size", "device_memory_size_v2") if hasattr(trt.ICudaEngine, name)
+        ],
+        "signatures": {
+            path: [name for name in names if f"{name}: " not in _documentation(trt, path)]
+            for path, names in SIGNATURES.items()
+        },
+        "flags": {name: refusal(trt_adapter.named, trt, "BuilderFlag", name) for name in ["TF32", *_FLAGS.values()]},
+        "hardware": {
+            name: refusal(trt_adapter.named, trt, "HardwareCompatibilityLevel", name) for name in _HARDWARE.values()
+        },
+        "members": [
+            refusal(trt_adapter.named, trt, *pair)
+            for pair in [
+                ("MemoryPoolType", "WORKSPACE"),
+                ("ProfilingVerbosity", "DETAILED"),
+                ("LayerInformationFormat", "JSON"),
+                ("TensorIOMode", "INPUT"),
+                ("TensorLocation", "HOST"),
+                ("TacticSource", "JIT_CONVOLUTIONS"),
+            ]
+        ],
+        "types": sorted(set(trt.DataType.__members__)),
+        "bf16": refusal(trt_adapter.require, trt, "bf16", 22),
+        "errors": log.errors,
+        "said": said,
+        "build": refusal(Build(trt, request).run, lambda: 1 << 30),
+    }
+
+
+def _documentation(trt, path: str) -> str:
+    owner, member = path.split(".")
+    return getattr(getattr(trt, owner), member).__doc__
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(report(load(Path(sys.argv[1])), Path(sys.argv[2]))))
