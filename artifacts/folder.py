@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -31,6 +31,8 @@ from artifacts.store import ObjectInfo, check_path, check_prefix, is_relative_pa
 # Before the umask: nobody but the owner may write, and content-addressed bytes not even the owner.
 _MODE: Final = 0o644
 _MODE_BLOB: Final = 0o444
+# How often a waiting process looks whether it is still wanted.
+_LOCK_SECONDS: Final = 0.5
 
 
 class FolderStore:
@@ -141,16 +143,21 @@ class FolderStore:
             file.unlink()
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold an exclusive lock; waits for its holder, and never for a dead one. Raises StoreError."""
-        from filelock import FileLock
+    def lock(self, name: str, *, give_up: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Hold an exclusive lock; waits for its holder, until `give_up`, and never for a dead one. Raises StoreError."""
+        from filelock import FileLock, Timeout
 
         with ExitStack() as stack:
             with self._faults(f"locks/{name}"):
                 folder = self._checked_root() / "locks"
                 make_folders(folder)
                 # Hashed: names are paths and keys, and a file name has neither slashes nor more than 255 bytes.
-                stack.enter_context(FileLock(folder / f"{digest_bytes(name.encode())}.lock"))
+                lock = FileLock(folder / f"{digest_bytes(name.encode())}.lock")
+                while not lock.is_locked:
+                    with suppress(Timeout):
+                        stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
+                    if not lock.is_locked and give_up is not None and give_up():
+                        raise StoreError(f"{self.uri}: gave up waiting for {name}, which another process holds")
             yield
 
     @contextmanager

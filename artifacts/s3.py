@@ -14,7 +14,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +180,12 @@ class S3Store:
         with self._faults(path):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
-    def lock(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the Protocol's
+    def lock(
+        self,
+        name: str,  # noqa: ARG002 - the Protocol's
+        *,
+        give_up: Callable[[], bool] | None = None,  # noqa: ARG002 - the Protocol's
+    ) -> AbstractContextManager[None]:
         """Return no lock: S3 has none, so two hosts may do the same work, and the first record counts.
 
         A lease comes with the fleet.

@@ -7,7 +7,7 @@ relative, use `/`, and never contain `..`, an empty part or a backslash. The fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,11 @@ class Store(Protocol):
     def delete(self, path: str) -> None:
         """Remove an object; no error where there is none."""
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold an exclusive lock that dies with its holder, where the store has one (a folder); else no lock."""
+    def lock(self, name: str, *, give_up: Callable[[], bool] | None = None) -> AbstractContextManager[None]:
+        """Hold an exclusive lock that dies with its holder, where the store has one (a folder); else no lock.
+
+        Waits for another holder until `give_up` says True. Raises StoreError, also then.
+        """
 
     def scratch(self) -> AbstractContextManager[Path]:
         """Yield a new, empty local folder, removed afterwards; what a killed process leaves is removed later.

@@ -52,7 +52,7 @@ class StepRunner:
         action = step.action
         if action is None:
             raise ValueError(f"{step.id}: its inputs are not known yet")
-        with self.store.lock(f"{action.stage}-{action.key}"):
+        with self.store.lock(f"{action.stage}-{action.key}", give_up=self.cancel.is_set):
             found = self.cache.lookup(action.stage, action.key)
             if found is not None:
                 return found, False

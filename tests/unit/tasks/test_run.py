@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from artifacts.cache import ActionCache
+from artifacts.errors import StoreError
 from artifacts.folder import FolderStore
 from artifacts.keys import Action
 from artifacts.refs import digest_bytes, digest_file
@@ -88,3 +89,16 @@ def test_what_the_store_lacks_at_a_remote_address_is_the_recipes_fault(runner, s
     local = LocalFile("weights.safetensors", digest_bytes(b"x"), -1, f"{s3_store_uri}/weights.safetensors")
     with pytest.raises(RecipeError, match="no such object"):
         runner.run(fetch(local, local.name, local.digest, {"kind": "file"}))
+
+
+def test_cancelling_ends_the_wait_for_another_builder(runner, tmp_path):
+    """Another process that builds the same may take hours; Ctrl-C here must not wait for it."""
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"before")
+    local = LocalFile(path.name, digest_bytes(b"before"), 6, str(path))
+    step = fetch(local, local.name, local.digest, {"kind": "file"})
+    with FolderStore(tmp_path / "store").lock(f"fetch-{step.action.key}"):
+        runner.cancel.set()
+        with pytest.raises(StoreError, match="gave up waiting"):
+            runner.run(step)
+    assert recorded(runner, step) is None
