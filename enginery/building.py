@@ -59,7 +59,10 @@ def build_session(
     with _interruptible(session), watch(session, planned, verbose=verbose, quiet=quiet):
         document, settle = _build_with_prefect(session)
     show(document)
-    settle()
+    try:
+        settle()
+    except Exception as err:  # noqa: BLE001  of many kinds, and the work is done and shown
+        note(f"warning: it is not known whether Prefect recorded all of this build: {err}")
     return document
 
 
