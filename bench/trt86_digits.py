@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from recipes.gates import judge
@@ -74,6 +75,14 @@ def shown(facts: dict) -> dict:
     return kept | {"warnings": [words[:200] for words in facts["warnings"][:5]], "log_lines": facts["log_lines"]}
 
 
+def types_of(listing: Path) -> dict:
+    """Count the layers' outputs by type, as the inspector words it: whether fp16 and int8 were used at all."""
+    layers = [layer for layer in json.loads(listing.read_text())["Layers"] if isinstance(layer, dict)]
+    words = [output.get("Format/Datatype", "?") for layer in layers for output in layer.get("Outputs", ())]
+    kinds = ("Half", "FP16", "Int8", "INT8", "FP32", "Float")
+    return dict(Counter(next((kind for kind in kinds if kind.lower() in word.lower()), word) for word in words))
+
+
 def main() -> None:
     inputs, target = Path(sys.argv[1]), Path(sys.argv[2])
     recipe = json.loads((inputs / "recipe.json").read_text())
@@ -102,7 +111,7 @@ def main() -> None:
         try:
             facts = compiled(graph, compile_params(precision, recipe["profiles"]), work / precision)
             result["tensorrt"] = facts["runtime_version"]
-            row["compile"] = shown(facts)
+            row["compile"] = shown(facts) | {"outputs_by_type": types_of(work / precision / "layers.json")}
             row["verify"] = verified(work / precision / "model.plan", inputs, recipe, work / f"{precision}-verify")
             verdict = judge(row["verify"], acceptance, precision)  # type: ignore[arg-type]
             row["gates"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}

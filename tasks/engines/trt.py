@@ -1,7 +1,7 @@
 """TensorRT 8.6, 10 and 11: compile a typed graph for the GPU that is here.
 
 The compiler times kernels on the device, so the device must be of the target's compute capability and should be idle. What
-differs between versions is in `trt_adapter`; what a version cannot do is refused by name. Measured facts: docs/backends.md.
+differs between versions is in `trt_adapter`; what a version cannot do is refused by name. Measured facts: docs/tensorrt.md.
 """
 
 from __future__ import annotations
