@@ -49,7 +49,7 @@ def test_a_build_killed_at_random_instants_goes_on_and_redoes_nothing(folder: Pa
     for _ in range(KILLS):
         finished = _finished(folder)
         with started(folder) as build:
-            time.sleep(chance.uniform(0.3, 4.0))
+            time.sleep(chance.uniform(0.3, 3.0))
             killed_early += build.process.poll() is None
             assert build.kill() == [], seed
         assert not finished & set(build.ran), seed
@@ -77,7 +77,9 @@ def _completes(folder: Path, done: dict[str, str]) -> None:
     assert {step["state"] for step in report["steps"]} == {"built", "cached"}
     assert {engine["state"] for engine in report["engines"]} == {"cached"}
     assert done.items() < check_store(folder / "store").items()
-    assert list((folder / "store" / "tmp").iterdir()) == []
+    # A name that was killed before it was locked stays for an hour, without a byte (artifacts/scratch.py).
+    left = [path for path in (folder / "store" / "tmp").iterdir() if path.suffix != ".fresh" or path.stat().st_size]
+    assert left == []
 
 
 def _forget_half(store: Path, chance: random.Random) -> None:
