@@ -80,7 +80,7 @@ def _build_with_prefect(session: BuildSession) -> tuple[dict[str, Any], Callable
         os.environ.setdefault(name, value)
     with activate(recipe, session):
         try:
-            state, document = asyncio.run(_run_flow(recipe, session.store.uri))
+            state, document = asyncio.run(_run_flow(recipe, session))
         except Exception as err:  # Prefect's faults are of many kinds, and none may cost the work
             head_start.join()
             planned = session.plan()
@@ -114,7 +114,7 @@ def _interruptible(session: BuildSession) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-async def _run_flow(recipe: str, store: str) -> tuple[State[Any], dict[str, Any]]:
+async def _run_flow(recipe: str, session: BuildSession) -> tuple[State[Any], dict[str, Any]]:
     from enginery.prefect_server import embedded_server
 
     server = embedded_server()
@@ -122,7 +122,10 @@ async def _run_flow(recipe: str, store: str) -> tuple[State[Any], dict[str, Any]
 
     if server is not None:
         server.wait()
-    state: State[Any] = await build(recipe, store=store, return_state=True)
+    targets = list(session.selection.targets)
+    state: State[Any] = await build(
+        recipe, store=session.store.uri, targets=targets, jobs=session.jobs, return_state=True
+    )
     document: Any = await state.aresult(raise_on_failure=False)
     if isinstance(document, BaseException):
         raise document

@@ -17,6 +17,7 @@ from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.schema import Precision, Recipe, Target, size_bytes
 from recipes.steps import Lookup, Step, Steps
+from recipes.targets import refusal
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
 RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
@@ -75,6 +76,10 @@ class _Engines:
         waiting = self._waits(target, gpu)
         trials: list[Trial] = []
         for precision in (asked, *recipe.precision.fallback.get(asked, ())):
+            refused = refusal(target.runtime, gpu, precision, version or None)
+            if refused is not None:
+                trials.append(Trial(precision, Verdict(passed=False, reasons=(refused,))))
+                continue
             typed = self.pipeline.typed(precision)
             graph = self.pipeline.verify(f"verify:{precision}", "graph", typed, tf32=precision == "tf32")
             verdict = self._verdict(graph, precision)
@@ -85,7 +90,7 @@ class _Engines:
                 engine = replace(engine, engine_verify=self._execute(engine, precision))
                 verdict = verdict and self._verdict(engine.engine_verify or graph, precision)
                 if verdict is None or verdict.passed:
-                    return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))))
+                    return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))), target)
             trials.append(Trial(precision, verdict))
         tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
         return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
@@ -177,12 +182,13 @@ class _Engines:
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
         )
 
-    def _published(self, engine: EnginePlan) -> EnginePlan:
+    def _published(self, engine: EnginePlan, target: Target) -> EnginePlan:
         """Publish a compiled engine; everything that its manifest states enters the key, but for times and names."""
         if engine.given is None or engine.compile is None or engine.verify is None:
             raise ValueError(f"{engine.target}: nothing to publish")
         recipe = self.pipeline.recipe
         executed = engine.engine_verify
+        wish = list(target.precision or recipe.precision.build)
         params = {
             "recipe": recipe.name,
             "target": engine.target,
@@ -191,6 +197,8 @@ class _Engines:
             "gpu": engine.gpu,
             "asked": engine.asked,
             "given": engine.given,
+            # Readers prefer what the recipe names first, so what it names before this is part of what is published.
+            "more_wanted": wish[: wish.index(engine.asked)],
             "tried": [
                 {"precision": trial.precision, "reasons": list(trial.verdict.reasons)}
                 for trial in engine.trials

@@ -485,3 +485,30 @@ def test_the_range_of_seeded_inputs_concerns_only_what_draws_them():
     assert set(ran) == {"export", "simplify", "reference:parity"} | {
         step.id for step in planned.steps if step.stage == "verify"
     }
+
+
+def test_another_order_of_precisions_publishes_what_lost_or_gained_by_it_and_compiles_nothing(built: World):
+    ran, _planned = built.build(recipe(lambda d: d["precision"].update(build=["fp16", "int8"])))
+    assert set(ran) == {step for step in RTX if step.startswith("publish")}
+
+
+def test_a_less_wanted_precision_leaves_what_is_published_alone(built: World):
+    ran, _planned = built.build(recipe(lambda d: d["precision"].update(build=["int8", "fp16", "fp32"])))
+    assert {step for step in ran if step.startswith("publish")} == {
+        "publish:tensorrt-rtx:sm89:fp32",
+        "publish:tensorrt-rtx:sm120:fp32",
+    }
+
+
+def test_a_fallback_that_the_target_cannot_have_is_not_tried():
+    world = World(facts={"verify:fp16": failing(non_finite=1)})
+    made = recipe(
+        lambda d: d.update(
+            targets=[{"runtime": "tensorrt-rtx", "gpus": ["sm75"]}],
+            precision={"build": ["fp16"], "fallback": {"fp16": ["fp32"]}},
+        )
+    )
+    ran, planned = world.build(made)
+    assert planned.engines[0].state == "failed"
+    assert "fp32: TensorRT-RTX does not compile fp32 for sm75" in planned.engines[0].why
+    assert "type:fp32" not in ran
