@@ -225,13 +225,16 @@ class _Context:
         for name, feed in feeds.items():
             if name not in self.hosts:
                 self.cuda.upload(self.buffers[name][0], feed)
+        for name in unknown:
+            self.allocators[name].shape = None
         key = tuple((name, feed.shape) for name, feed in feeds.items())
         self._launch(key, where, graph=graphs and not unknown and not self.hosts)
         found = {}
         for name in self.outputs:
             if name in unknown:
-                allocator = self.allocators[name]
-                address, shape = allocator.address, allocator.shape or tuple(self.context.get_tensor_shape(name))
+                address, shape = self.allocators[name].address, self.allocators[name].shape
+                if shape is None:
+                    raise self.log.failure(f"{where}: TensorRT does not tell the shape of output {name}")
             else:
                 address, shape = self.buffers[name][0], tuple(self.context.get_tensor_shape(name))
             found[name] = np.empty(shape, self.dtypes[name])
@@ -292,7 +295,7 @@ def _allocator(trt: Any, cuda: Cuda, address: int, size: int) -> Any:
     class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # its type is known only at run time
         def __init__(self) -> None:
             trt.IOutputAllocator.__init__(self)
-            self.address, self.size, self.shape = address, size, ()
+            self.address, self.size, self.shape = address, size, None
 
         def reallocate_output(self, _name: str, _memory: int, size: int, _alignment: int) -> int:
             return self._grow(size)

@@ -47,12 +47,13 @@ class Weak:
         """
         flags, kept = typing_of(graph)
         layers = [network.get_layer(index) for index in range(network.num_layers)] if kept else []
-        constrained = [layer for layer in layers if kept.intersection(_nodes_of(layer))]
-        for layer in constrained:
-            layer.precision = trt.DataType.FLOAT
-            for index in range(layer.num_outputs):
-                # What is computed in fp32 must not be stored in half either; shapes and masks have types of their own.
-                if layer.get_output(index).dtype == trt.DataType.FLOAT:
+        constrained = False
+        for layer in layers:
+            floats = [i for i in range(layer.num_outputs) if layer.get_output(i).dtype == trt.DataType.FLOAT]
+            if floats and kept.intersection(_nodes_of(layer)):
+                layer.precision = trt.DataType.FLOAT
+                constrained = True
+                for index in floats:  # what is computed in fp32 must not be stored in half either
                     layer.set_output_type(index, trt.DataType.FLOAT)
         return (*flags, "OBEY_PRECISION_CONSTRAINTS") if constrained else flags
 

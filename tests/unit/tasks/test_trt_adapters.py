@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tasks import halves
 from tasks.engines import trt_log
 from tasks.engines.trt import LEAST_WORKSPACE, Build, _smaller
 from tasks.engines.trt_run import Profile, _bf16_bits, _widened, as_type, choose_profile
-from tasks.engines.trt_v8 import typing_of
+from tasks.engines.trt_v8 import Weak, typing_of
 from tasks.errors import KINDS, BackendError
 from tasks.process import Limits, run_stage
 from tasks.stage import StageRequest, StageResult
@@ -257,6 +258,37 @@ def test_a_graph_says_which_flags_of_8_6_it_needs(tmp_path):
     assert flags(halves.to_half(cnn(), "fp16", set(), native=False).model) == (("FP16",), frozenset())
     kept = halves.to_half(cnn(), "fp16", {"pool", "flatten", "head/gemm"}, native=True).model
     assert flags(kept) == (("FP16",), frozenset({"pool", "head/gemm"}))  # Flatten computes nothing
+
+
+class Layer:
+    """A layer of a network in 8.6, whose own objects need a GPU: what `trt_v8` reads and sets of one."""
+
+    def __init__(self, name, metadata="", dtype="FLOAT"):
+        self.name, self.metadata, self.precision, self.types = name, metadata, None, {}
+        self.num_outputs, self._output = 1, SimpleNamespace(dtype=dtype)
+
+    def get_output(self, _index):
+        return self._output
+
+    def set_output_type(self, index, dtype):
+        self.types[index] = dtype
+
+
+def test_only_layers_of_kept_nodes_are_held_in_fp32(tmp_path):
+    kept = halves.to_half(cnn(), "fp16", {"pool", "head/gemm"}, native=True).model
+    (tmp_path / "model.onnx").write_bytes(kept.SerializeToString())
+    layers = [
+        Layer("stem/conv"),
+        Layer("pool"),
+        Layer("(Unnamed Layer* 7) [Shuffle]", "[ONNX Layer: head/gemm]"),
+        Layer("head/gemm_shape", "[ONNX Layer: head/gemm]\x1e[ONNX Layer: flatten]", "INT32"),
+        Layer("flatten", "[ONNX Layer: flatten]"),
+    ]
+    network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    module = SimpleNamespace(DataType=SimpleNamespace(FLOAT="FLOAT"))
+    assert Weak().type_flags(module, network, tmp_path / "model.onnx") == ("FP16", "OBEY_PRECISION_CONSTRAINTS")
+    assert [layer.precision for layer in layers] == [None, "FLOAT", "FLOAT", None, None]
+    assert [layer.types for layer in layers] == [{}, {0: "FLOAT"}, {0: "FLOAT"}, {}, {}]
 
 
 PROFILES = [
