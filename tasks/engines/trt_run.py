@@ -5,6 +5,7 @@ A plan is executable code: it is handed to the runtime only after its digest was
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -250,7 +251,12 @@ class _Context:
         # The first runs of a shape must not be captured: TensorRT may still allocate and load in them.
         if graph and known >= _CAPTURE_AFTER:
             self.cuda.begin_capture()
-            self._enqueue(where)
+            try:
+                self._enqueue(where)
+            except BackendError:
+                with contextlib.suppress(BackendError):  # leave the stream usable; the first error is the one to tell
+                    self.cuda.end_capture()
+                raise
             self.graphs[key] = self.cuda.end_capture()
             self.cuda.launch(self.graphs[key])
             return
@@ -295,7 +301,8 @@ def _allocator(trt: Any, cuda: Cuda, address: int, size: int) -> Any:
     class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # its type is known only at run time
         def __init__(self) -> None:
             trt.IOutputAllocator.__init__(self)
-            self.address, self.size, self.shape = address, size, None
+            self.address, self.size = address, size
+            self.shape: tuple[int, ...] | None = None
 
         def reallocate_output(self, _name: str, _memory: int, size: int, _alignment: int) -> int:
             return self._grow(size)
