@@ -62,6 +62,12 @@ def fewer_engines(document: dict[str, Any]) -> None:
     document["precision"]["fallback"] = {"int8": ["fp32"]}
 
 
+def one_engine(document: dict[str, Any]) -> None:
+    """Leave one fp32 engine for ONNX Runtime, for tests that care for neither stages nor engines."""
+    document["targets"] = [{"runtime": "onnxruntime", "gpus": ["cpu"]}]
+    document["precision"] = {"build": ["fp32"]}
+
+
 def link_store(source: str, target: str) -> None:
     """Copy one file for `shutil.copytree`; files of a store, which are never changed in place, by a hard link."""
     if "/store/" in source:
@@ -84,6 +90,12 @@ def build(recipe: Path, store: str | Path, *, targets: tuple[str, ...] = ()) -> 
     return {name for name, outcome in session.outcomes.items() if outcome.state == "built"}, planned, session
 
 
+def environment() -> dict[str, str]:
+    """Return this process's environment without what the user has set for Enginery and Prefect."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "ENGINERY_"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+
+
 def enginery(
     *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
@@ -91,7 +103,7 @@ def enginery(
     return subprocess.run(
         [sys.executable, "-m", "enginery", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **(env or {})},
+        env={**environment(), **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

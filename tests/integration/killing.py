@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from artifacts.cache import blob_path
 from artifacts.catalog import EngineCatalog
 from artifacts.folder import FolderStore
 from artifacts.records import ActionRecord
-from tests.integration.building import ROOT
+from tests.integration.building import environment
 
 _MARK = "ENGINERY_TEST_BUILD"
 # How long the kernel and a dying server may take to be gone; what lives longer was left behind.
@@ -87,20 +86,13 @@ class Build:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Build]:
+def started(folder: Path) -> Iterator[Build]:
     """Start `enginery build digits.yaml --store store --json` in a folder; at the end nothing of it is left."""
     mark = uuid.uuid4().hex
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PREFECT_HOME": str(folder / "prefect"),
-        _MARK: mark,
-        **(env or {}),
-    }
     with subprocess.Popen(
-        [sys.executable, "-m", "enginery", "build", "digits.yaml", "--store", "store", "--json", *arguments],
+        [sys.executable, "-m", "enginery", "build", "digits.yaml", "--store", "store", "--json"],
         cwd=folder,
-        env=environment,
+        env={**environment(), "PREFECT_HOME": str(folder / "prefect"), _MARK: mark},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,251 @@
+"""Builds as Prefect shows them: against a server, and with the embedded one; and that none of it leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.building import ROOT, copy_digits, edit_recipe, enginery, environment, one_engine
+
+pytestmark = pytest.mark.slow
+
+QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_SERVER_UI_ENABLED": "false"}
+START_SECONDS = 120.0
+STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+# Every line that a build may say on stderr in a pipe.
+SAID = re.compile(r"digits: \d+ of \d+ stages to run, \d+ cached|  (run  |built|FAIL |\.\.\.  ) \S+  .*")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running Prefect server."""
+
+    api: str
+    home: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What leads a build to the server."""
+        return {"PREFECT_API_URL": self.api, "PREFECT_HOME": str(self.home)}
+
+    def ask(self, path: str, question: dict[str, Any]) -> list[dict[str, Any]]:
+        """Ask the REST API."""
+        request = urllib.request.Request(
+            f"{self.api}/{path}", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def last_run(self) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+        """Return the last flow run, and the name and message of the state of each of its task runs, by name."""
+        (flow,) = self.ask("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+        runs = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+        states = {run["name"]: (run["state"]["name"], run["state"]["message"] or "") for run in runs}
+        assert len(states) == len(runs), "a step has two task runs"
+        return flow, states
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Prefect server as users start it, on an ephemeral port, with a home of its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "log").open("wb") as log:
+        process = psutil.Popen(
+            command, env={**environment(), **QUIET, "PREFECT_HOME": str(home)}, stdout=log, stderr=log, cwd=home
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _healthy(f"http://127.0.0.1:{port}/api/health"):
+            assert process.is_running(), (home / "log").read_text()
+            assert time.monotonic() < deadline, (home / "log").read_text()
+            time.sleep(0.2)
+        yield Server(f"http://127.0.0.1:{port}/api", home)
+    finally:
+        for running in [*process.children(recursive=True), process]:
+            running.kill()
+        process.wait()
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_path: Path):
+    recipe = copy_digits(tmp_path, one_engine)
+    steps = _build(tmp_path, server.env)
+    flow, shown = server.last_run()
+    assert flow["name"] == f"build {recipe.name}"
+    assert flow["state"]["type"] == "COMPLETED"
+    assert {name: state for name, (state, _message) in shown.items()} == {
+        name: {"built": "Completed", "cached": "Cached"}[state] for name, state in steps.items()
+    }
+    assert shown["export"][0] == "Completed"
+
+    edit_recipe(lambda document: document["export"].update(opset=20))(tmp_path)
+    steps = _build(tmp_path, server.env)
+    _flow, shown = server.last_run()
+    kept = {"fetch:code", "fetch:weights", "fetch:labelled", "reference:parity", "reference:labelled", "verify:fp32"}
+    assert {name for name, (state, _message) in shown.items() if state == "Cached"} == kept
+    assert {name for name, (state, _message) in shown.items() if state == "Completed"} == set(steps) - kept
+    assert len(steps) > len(kept)
+
+    # The flow on its own, as a worker or a script runs it.
+    code = "import asyncio; from flows.build import build; print(asyncio.run(build('digits.yaml', store='store')))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**environment(), **server.env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'status': 0" in result.stdout
+    flow, shown = server.last_run()
+    assert flow["state"]["type"] == "COMPLETED"
+    assert {name: state for name, (state, _message) in shown.items()} == dict.fromkeys(steps, "Cached")
+
+
+def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_path: Path):
+    copy_digits(tmp_path, one_engine)
+    model = tmp_path / "digits" / "model.py"
+    broken = model.read_text().replace(
+        "    return DigitsNet(", "    raise ValueError('no such width')\n    return DigitsNet("
+    )
+    model.write_text(broken)
+    result = enginery("build", "digits.yaml", "--store", "store", cwd=tmp_path, env=server.env)
+    assert result.returncode == 1
+    assert "ValueError: no such width" in result.stderr
+    flow, shown = server.last_run()
+    assert flow["state"]["type"] == "FAILED"
+    assert "export" in flow["state"]["message"]
+    state, message = shown["export"]
+    assert state == "Failed"
+    assert "ValueError: no such width" in message
+    assert shown["fetch:code"][0] == "Completed"
+    assert "simplify" not in shown  # it never ran
+
+    model.write_text(broken.replace("    raise ValueError('no such width')\n", ""))
+    assert _build(tmp_path, server.env)["export"] == "built"  # a failure is no result: nothing has to be cleared
+
+
+def test_an_embedded_server_records_all_in_silence_and_nothing_leaves_the_machine(tmp_path: Path):
+    folder = tmp_path / "work"
+    copy_digits(folder, one_engine)
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(LISTENER)
+    env = {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PYTHONPATH": f"{hook}:{ROOT}",
+        "TEST_CONNECTIONS": str(tmp_path / "connections"),
+    }
+    command = [sys.executable, "-m", "enginery", "build", "digits.yaml", "--store", "store", "--json"]
+    trace = tmp_path / "trace"
+    traced = _can_trace()
+    if traced:
+        command = [*STRACE, "-o", str(trace), *command]
+    result = subprocess.run(
+        command, cwd=folder, env={**environment(), **env}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if not SAID.fullmatch(line)] == []
+
+    report = json.loads(result.stdout)
+    wanted = {step["id"]: {"built": "Completed", "cached": "Cached"}[step["state"]] for step in report["steps"]}
+    with sqlite3.connect(f"file:{tmp_path / 'prefect' / 'prefect.db'}?mode=ro", uri=True) as database:
+        tasks = database.execute("SELECT name, state_name FROM task_run").fetchall()
+        flows = database.execute("SELECT name, state_type FROM flow_run").fetchall()
+    database.close()
+    assert dict(tasks) == wanted
+    assert len(tasks) == len(wanted)
+    assert flows == [("build digits.yaml", "COMPLETED")]
+
+    said = (tmp_path / "connections").read_text().splitlines()
+    assert any(line.startswith("connect 127.0.0.1") for line in said)  # the hook saw the embedded server's clients
+    assert {line for line in said if not re.match(r"(connect|resolve) (127\.0\.0\.1|localhost|::1|/)", line)} == set()
+    if traced:
+        lines = [line for line in trace.read_text().splitlines() if re.search(r"sin6?_port", line)]
+        assert any('sin_addr=inet_addr("127.0.0.1")' in line for line in lines)
+        assert [line for line in lines if "127.0.0.1" not in line and '"::1"' not in line] == []
+        assert [line for line in lines if "htons(53)" in line] == []  # the resolver may listen on this machine too
+
+
+def test_a_build_of_nothing_starts_nothing(tmp_path: Path):
+    copy_digits(tmp_path, one_engine)
+    env = {"PREFECT_HOME": str(tmp_path / "prefect")}
+    assert _build(tmp_path, env)["publish:onnxruntime:cpu:fp32"] == "built"
+    shutil.rmtree(tmp_path / "prefect")
+    steps = _build(tmp_path, env)
+    assert set(steps.values()) == {"cached"}
+    assert not (tmp_path / "prefect").exists()
+
+
+def test_a_server_that_cannot_be_reached_costs_a_warning_and_not_the_build(tmp_path: Path):
+    copy_digits(tmp_path, one_engine)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    env = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    result = enginery("build", "digits.yaml", "--store", "store", "--json", cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "warning: Prefect did not record this build" in result.stderr
+    assert {engine["state"] for engine in json.loads(result.stdout)["engines"]} == {"cached"}
+
+
+def _build(folder: Path, env: dict[str, str]) -> dict[str, str]:
+    """Build, and return what became of every step."""
+    result = enginery("build", "digits.yaml", "--store", "store", "--json", cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    return {step["id"]: step["state"] for step in json.loads(result.stdout)["steps"]}
+
+
+def _can_trace() -> bool:
+    """Whether strace is here and may trace; where not, the hook in every Python process still listens."""
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run([*STRACE, "-o", "/dev/null", "true"], check=False, capture_output=True).returncode == 0
+
+
+# Loaded by every Python process of a build: writes down where sockets are connected to, and which names are looked up.
+LISTENER = """
+import os
+import sys
+
+
+def listen(event, arguments):
+    if event == "socket.connect":
+        address = arguments[1]
+        said = f"connect {address[0] if isinstance(address, tuple) else address}"
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        said = f"resolve {arguments[0]}"
+    else:
+        return
+    with open(os.environ["TEST_CONNECTIONS"], "a") as stream:
+        stream.write(said + "\\n")
+
+
+sys.addaudithook(listen)
+"""
