@@ -202,7 +202,8 @@ class BuildSession:
         record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
         kept = self._cache.put_record(record)
         self._tell(Progress(step.id, "done", seconds=record.seconds))
-        return kept, kept is record
+        # Built even where an earlier record counts: what it had published was gone, and is there again.
+        return kept, True
 
     def _input_gone(self, step: Step, key: str, err: ArtifactError, future: Future[tuple[ActionRecord, bool]]) -> None:
         """Forget what was known, since an input's blob is damaged or gone: the next plan makes it again."""

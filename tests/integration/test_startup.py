@@ -1,0 +1,72 @@
+"""What is fresh starts nothing: planning, no-op builds and help import neither Prefect nor a framework."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.building import build, copy_digits, environment, one_engine
+
+HEAVY = {
+    "alembic",
+    "boto3",
+    "botocore",
+    "fastapi",
+    "httpx",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnxsim",
+    "prefect",
+    "sqlalchemy",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch",
+    "uvicorn",
+}
+COMMANDS = ("validate", "plan", "build", "list", "show", "resolve", "pull", "host", "doctor", "schema")
+
+
+def imported(*arguments: str, cwd: Path) -> tuple[set[str], str]:
+    """Run the command line under `-X importtime`; return the top-level packages that it imported, and its stdout."""
+    command = [sys.executable, "-X", "importtime", "-m", "enginery", *arguments]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert "enginery" in packages
+    return packages, result.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(tmp_path: Path, command: list[str]):
+    packages, said = imported(*command, "--help", cwd=tmp_path)
+    assert not packages & HEAVY
+    assert "Usage:" in said
+
+
+def test_a_plan_of_an_empty_store_imports_nothing_heavy_and_writes_nothing(tmp_path: Path):
+    copy_digits(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    packages, said = imported("plan", "digits.yaml", "--explain", cwd=tmp_path)
+    assert not packages & HEAVY
+    assert "miss: never built" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_what_is_fresh_is_planned_and_built_without_anything_heavy(tmp_path: Path):
+    _ran, planned, _session = build(copy_digits(tmp_path, one_engine), tmp_path / "store")
+    assert planned.fresh
+    for arguments in (
+        ["plan", "digits.yaml", "--explain"],
+        ["plan", "digits.yaml", "--json"],
+        ["build", "digits.yaml"],
+    ):
+        packages, said = imported(*arguments, "--store", "store", cwd=tmp_path)
+        assert not packages & HEAVY, arguments
+        assert "cached" in said
