@@ -107,33 +107,33 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
 def _with_pairs(
     model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], exclude: list[str]
 ) -> onnx.ModelProto:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
+    # The steps of `quantize_static` after its calibration, which takes ranges from elsewhere only since 1.24, while
+    # Python 3.10 has 1.23.
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
 
     data = {
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in sorted(ranges.items())
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), _without_advice():
-        cache, output = Path(folder, "ranges.json"), Path(folder, "out", "model.onnx")
-        output.parent.mkdir()
-        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
-        quantize_static(
-            model,
-            output,
-            None,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(OPERATORS),
+        output = Path(folder, "model.onnx")
+        quantizer = QDQQuantizer(
+            save_and_reload_model_with_shape_infer(model),
             per_channel=True,
             reduce_range=False,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+            nodes_to_quantize=[],
             nodes_to_exclude=exclude,
-            use_external_data_format=True,  # so that size never matters here
-            calibrate_method=CalibrationMethod.MinMax,  # the ranges are final: nothing is calibrated again
-            calibration_cache_path=cache,
+            op_types_to_quantize=list(OPERATORS),
             extra_options=_options(model),
         )
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(output, use_external_data_format=True)  # so that size never matters here
         return onnx.load(output)
 
 
