@@ -2,7 +2,8 @@
 
 ArtifactError
 ├── StoreError             the store cannot be used (network, permission, disk, layout)
-│   └── NotFoundError      nothing is stored at this path
+│   ├── NotFoundError      nothing is stored at this path
+│   └── AddressError       what was given is no store's address
 └── IntegrityError         bytes are there but are not what their name or record says
 """
 
@@ -24,6 +25,10 @@ class NotFoundError(StoreError):
         self.store = store
         self.path = path
         super().__init__(f"{store}: nothing at {path}")
+
+
+class AddressError(StoreError):
+    """What was given is no address of a store."""
 
 
 class IntegrityError(ArtifactError):

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError
 from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_size
 from artifacts.s3_faults import Place, error_code, s3_faults
@@ -51,13 +51,15 @@ class S3Store:
 
     @classmethod
     def from_uri(cls, uri: str) -> S3Store:
-        """Open `s3://bucket/prefix`. Raises StoreError for anything else, and where boto3 is not installed."""
+        """Open `s3://bucket/prefix`. Raises AddressError for anything else, and StoreError where boto3 is not installed."""
         bucket, _slash, prefix = uri.removeprefix("s3://").partition("/")
         prefix = prefix.rstrip("/")
         if not uri.startswith("s3://") or not _BUCKET.fullmatch(bucket):
-            raise StoreError(f"{uri}: not an S3 address (expected s3://bucket/prefix, a bucket of 3 to 63 of a-z0-9.-)")
+            raise AddressError(
+                f"{uri}: not an S3 address (expected s3://bucket/prefix, a bucket of 3 to 63 of a-z0-9.-)"
+            )
         if prefix and not (is_relative_path(prefix) and len(prefix.encode()) <= _PREFIX_BYTES):
-            raise StoreError(f"{uri}: not a prefix (expected parts joined by '/', at most {_PREFIX_BYTES} bytes)")
+            raise AddressError(f"{uri}: not a prefix (expected parts joined by '/', at most {_PREFIX_BYTES} bytes)")
         try:
             import boto3  # noqa: F401 - asked for here, so that the advice comes before any work
         except ImportError as err:

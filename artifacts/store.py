@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from artifacts.errors import StoreError
+from artifacts.errors import AddressError, StoreError
 from artifacts.refs import ArtifactRef
 
 PATH_BYTES: Final = 900
@@ -120,7 +120,7 @@ def check_prefix(prefix: str) -> str:
 def open_store(uri: str) -> Store:
     """Open `file:///path`, a plain path (`~` is the home folder), or `s3://bucket/prefix`; nothing is touched yet.
 
-    Raises StoreError for anything else, and where S3 is asked for without boto3.
+    Raises AddressError for anything else, and StoreError where S3 is asked for without boto3.
     """
     scheme, separator, rest = uri.partition("://")
     if scheme == "s3" and separator:
@@ -128,11 +128,11 @@ def open_store(uri: str) -> Store:
 
         return S3Store.from_uri(uri)
     if separator and scheme != "file":
-        raise StoreError(f"{uri}: unknown kind of store {scheme!r} (allowed: a folder, file:///folder, s3://bucket)")
+        raise AddressError(f"{uri}: unknown kind of store {scheme!r} (allowed: a folder, file:///folder, s3://bucket)")
     if separator and not rest.startswith("/"):
-        raise StoreError(f"{uri}: a file:// address needs an absolute path (write file:///folder, or a plain path)")
+        raise AddressError(f"{uri}: a file:// address needs an absolute path (write file:///folder, or a plain path)")
     if not uri:
-        raise StoreError("the store's address is empty (expected a folder, file:///folder or s3://bucket/prefix)")
+        raise AddressError("the store's address is empty (expected a folder, file:///folder or s3://bucket/prefix)")
     from artifacts.folder import FolderStore
 
     return FolderStore(Path(rest) if separator else _home(Path(uri)))
@@ -142,4 +142,4 @@ def _home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as err:
-        raise StoreError(f"{path}: {err} (write the whole path)") from err
+        raise AddressError(f"{path}: {err} (write the whole path)") from err

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, ParamSpec, Ty
 
 import typer
 
-from artifacts.errors import ArtifactError
+from artifacts.errors import AddressError, ArtifactError
 from recipes.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def explains_errors(command: Callable[P, R]) -> Callable[P, R]:
         except StoppedError as err:
             document, message, status = {"error": str(err)}, f"error: {err}", err.status
         except ArtifactError as err:
-            document, message, status = {"error": str(err)}, f"error: {err}", FAILED
+            document, message = {"error": str(err)}, f"error: {err}"
+            status = WRONG if isinstance(err, AddressError) else FAILED
         except KeyboardInterrupt:
             document, message, status = {"error": "interrupted"}, "interrupted; what was finished is kept", INTERRUPTED
         except BrokenPipeError:
