@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,56 +152,89 @@ def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_
     assert _build(tmp_path, server.env)["export"] == "built"  # a failure is no result: nothing has to be cleared
 
 
-def test_an_embedded_server_records_all_in_silence_and_nothing_leaves_the_machine(tmp_path: Path):
-    folder = tmp_path / "work"
-    copy_digits(folder, one_engine)
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(LISTENER)
-    env = {
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PYTHONPATH": f"{hook}:{ROOT}",
-        "TEST_CONNECTIONS": str(tmp_path / "connections"),
-    }
+@dataclass(frozen=True)
+class Embedded:
+    """A build without a configured server, and what was seen of it."""
+
+    folder: Path
+    env: dict[str, str]
+    report: dict[str, Any]
+    stderr: str
+    connections: list[str]
+    trace: list[str] | None
+
+    @property
+    def home(self) -> Path:
+        """Where the embedded server keeps its database."""
+        return Path(self.env["PREFECT_HOME"])
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    """Build with the embedded server, every Python process listened to, and every system call where strace is here."""
+    top = tmp_path_factory.mktemp("embedded")
+    copy_digits(top / "work", one_engine)
+    (top / "hook").mkdir()
+    (top / "hook" / "sitecustomize.py").write_text(LISTENER)
+    env = {"PREFECT_HOME": str(top / "prefect")}
+    heard = {"PYTHONPATH": f"{top / 'hook'}:{ROOT}", "TEST_CONNECTIONS": str(top / "connections")}
     command = [sys.executable, "-m", "enginery", "build", "digits.yaml", "--store", "store", "--json"]
-    trace = tmp_path / "trace"
     traced = _can_trace()
-    if traced:
-        command = [*STRACE, "-o", str(trace), *command]
     result = subprocess.run(
-        command, cwd=folder, env={**environment(), **env}, capture_output=True, text=True, check=False
+        [*STRACE, "-o", str(top / "trace"), *command] if traced else command,
+        cwd=top / "work",
+        env={**environment(), **env, **heard},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert [line for line in result.stderr.splitlines() if not SAID.fullmatch(line)] == []
+    return Embedded(
+        top / "work",
+        env,
+        json.loads(result.stdout),
+        result.stderr,
+        (top / "connections").read_text().splitlines(),
+        (top / "trace").read_text().splitlines() if traced else None,
+    )
 
-    report = json.loads(result.stdout)
-    wanted = {step["id"]: {"built": "Completed", "cached": "Cached"}[step["state"]] for step in report["steps"]}
-    with sqlite3.connect(f"file:{tmp_path / 'prefect' / 'prefect.db'}?mode=ro", uri=True) as database:
+
+def test_the_embedded_server_records_every_step(embedded: Embedded):
+    wanted = {
+        step["id"]: {"built": "Completed", "cached": "Cached"}[step["state"]] for step in embedded.report["steps"]
+    }
+    with closing(sqlite3.connect(f"file:{embedded.home / 'prefect.db'}?mode=ro", uri=True)) as database:
         tasks = database.execute("SELECT name, state_name FROM task_run").fetchall()
         flows = database.execute("SELECT name, state_type FROM flow_run").fetchall()
-    database.close()
     assert dict(tasks) == wanted
     assert len(tasks) == len(wanted)
     assert flows == [("build digits.yaml", "COMPLETED")]
 
-    said = (tmp_path / "connections").read_text().splitlines()
-    assert any(line.startswith("connect 127.0.0.1") for line in said)  # the hook saw the embedded server's clients
+
+def test_the_embedded_server_says_nothing(embedded: Embedded):
+    assert [line for line in embedded.stderr.splitlines() if not SAID.fullmatch(line)] == []
+
+
+def test_nothing_is_asked_of_another_machine(embedded: Embedded):
+    said = set(embedded.connections)
+    assert "connect 127.0.0.1" in said  # the hook heard how the build talks to its server
     assert {line for line in said if not re.match(r"(connect|resolve) (127\.0\.0\.1|localhost|::1|/)", line)} == set()
-    if traced:
-        lines = [line for line in trace.read_text().splitlines() if re.search(r"sin6?_port", line)]
-        assert any('sin_addr=inet_addr("127.0.0.1")' in line for line in lines)
-        assert [line for line in lines if "127.0.0.1" not in line and '"::1"' not in line] == []
-        assert [line for line in lines if "htons(53)" in line] == []  # the resolver may listen on this machine too
 
 
-def test_a_build_of_nothing_starts_nothing(tmp_path: Path):
-    copy_digits(tmp_path, one_engine)
-    env = {"PREFECT_HOME": str(tmp_path / "prefect")}
-    assert _build(tmp_path, env)["publish:onnxruntime:cpu:fp32"] == "built"
-    shutil.rmtree(tmp_path / "prefect")
-    steps = _build(tmp_path, env)
+def test_no_system_call_leaves_the_machine(embedded: Embedded):
+    if embedded.trace is None:
+        pytest.skip("strace is not installed, or may not trace here (apt-get install strace)")
+    lines = [line for line in embedded.trace if re.search(r"sin6?_port", line)]
+    assert any('sin_addr=inet_addr("127.0.0.1")' in line for line in lines)
+    assert [line for line in lines if '"127.0.0.1"' not in line and '"::1"' not in line] == []
+    assert [line for line in lines if "htons(53)" in line] == []  # a resolver may listen on this machine too
+
+
+def test_a_build_of_nothing_starts_nothing(embedded: Embedded):
+    home = embedded.home.with_name("none")
+    steps = _build(embedded.folder, {**embedded.env, "PREFECT_HOME": str(home)})
     assert set(steps.values()) == {"cached"}
-    assert not (tmp_path / "prefect").exists()
+    assert not home.exists()
 
 
 def test_a_server_that_cannot_be_reached_costs_a_warning_and_not_the_build(tmp_path: Path):
