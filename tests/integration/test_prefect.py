@@ -274,7 +274,8 @@ def listen(event, arguments):
         address = arguments[1]
         said = f"connect {address[0] if isinstance(address, tuple) else address}"
     elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        said = f"resolve {arguments[0]}"
+        name = arguments[0]
+        said = f"resolve {name.decode() if isinstance(name, bytes) else name}"
     else:
         return
     with open(os.environ["TEST_CONNECTIONS"], "a") as stream:
