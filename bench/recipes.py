@@ -51,7 +51,10 @@ def measure(recipe: str) -> dict:
                 }
                 for engine in report["engines"]
             ],
-            "store_bytes": sum(path.lstat().st_blocks * 512 for path in store.rglob("*")),
+            # Engines may be hard links to blobs, which take their space once.
+            "store_bytes": sum(
+                {(found := path.lstat()).st_ino: found.st_blocks * 512 for path in store.rglob("*")}.values()
+            ),
         }
 
 
