@@ -17,6 +17,7 @@ import yaml
 
 import enginery
 from enginery.__main__ import app
+from enginery.building import PREFECT_SETTINGS
 from recipes.errors import RecipeError
 from recipes.files import gather
 from recipes.loader import load
@@ -233,6 +234,13 @@ def test_mistakes_are_told_as_the_document_on_recipes_says(tmp_path, monkeypatch
     with pytest.raises(RecipeError) as caught:
         gather(load(Path("digits.yaml")))
     assert message in {f"{fault.path}: {fault.what}" for fault in caught.value.faults}
+
+
+def test_the_document_on_operations_names_what_is_set_for_prefect():
+    rows = re.findall(
+        r"^\| (`PREFECT_.*?|`DO_NOT_TRACK`) \| `(\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE
+    )
+    assert {name: value for names, value in rows for name in re.findall(r"`(\w+)`", names)} == PREFECT_SETTINGS
 
 
 # ---- the command line
