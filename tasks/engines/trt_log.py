@@ -43,15 +43,16 @@ _KINDS: Final = (
     ("missing plugin", r"Plugin not found|could not find plugin|getPluginCreator"),
     ("unsupported operator", r"No importer registered|UNSUPPORTED_\w+|INVALID_NODE|unsupported operator"),
     (
-        "no kernel",
-        r"insufficient workspace|Could not find any implementation|no implementation|Cannot compile for target",
-    ),
-    (
+        # Before "no kernel": where memory runs out while kernels are timed, both are said, and this one is the cause.
         "out of memory",
         (
             r"out of memory|OutOfMemory|insufficient memory|bad_alloc|could not be allocated|could not allocate"
             r"|unable to allocate|memory allocation fail|failed to allocate"
         ),
+    ),
+    (
+        "no kernel",
+        r"insufficient workspace|Could not find any implementation|no implementation|Cannot compile for target",
     ),
     (
         "bad profile",

@@ -44,7 +44,8 @@ def _words(error: Any) -> str:
     for name, shown in (("node_name", "named"), ("node_operator", "operator")):
         if hasattr(error, name) and (value := getattr(error, name)()):
             place.append(f"{shown} {value}")
-    return f"{error.code().name}: {error.desc()} ({', '.join(place)})"
+    # 8.6 binds `name` of this enumeration as a method.
+    return f"{str(error.code()).rpartition('.')[2]}: {error.desc()} ({', '.join(place)})"
 
 
 def _about_operator(trt: Any, failure: BackendError, errors: Sequence[Any], path: Path) -> BackendError:

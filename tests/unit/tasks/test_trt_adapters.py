@@ -176,6 +176,7 @@ def test_refusals_name_what_is_refused(on_rtx, model, params, kind, words):
         # strings of the libraries, and of reports
         ("10: [optimizer.cpp::computeCosts::3869] Error Code 10: Internal Error (Could not find any implementation for node conv.)", "no kernel"),
         ("2: [virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: OutOfMemory (no further information)", "out of memory"),
+        ("2: [virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory (no further information)\n10: Could not find any implementation for node Conv_c.", "out of memory"),
         ("Requested amount of GPU memory (34359738368 bytes) could not be allocated.", "out of memory"),
         ("CUDA initialization failure with error: 35. Please check your CUDA installation", "no device"),
         ("6: The engine plan file is not compatible with this version of TensorRT, expecting library version 8.6.1.6 got 8.6.0.12", "version mismatch"),
