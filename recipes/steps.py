@@ -29,7 +29,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "export": 1,
     "simplify": 1,
     "calibrate": 1,
-    "type": 2,
+    "type": 3,
     "compile": 1,
     "verify": 2,
     "publish": 1,

@@ -94,6 +94,7 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
             f"int8 would quantise no node: {len(candidates)} of {', '.join(OPERATORS)} are left by precision.keep{idle}",
             "keep fewer nodes, calibrate on data that uses the model, or build another precision",
         )
+    _state_kernel_shapes(model)
     betas = {node.name: attribute.f for node in candidates for attribute in node.attribute if attribute.name == "beta"}
     outputs = [value.name for value in model.graph.output]
     known = {name for node in model.graph.node for name in node.output}
@@ -135,6 +136,19 @@ def _with_pairs(
         quantizer.quantize_model()
         quantizer.model.save_model_to_file(output, use_external_data_format=True)  # so that size never matters here
         return onnx.load(output)
+
+
+def _state_kernel_shapes(model: onnx.ModelProto) -> None:
+    """Write `kernel_shape` where ONNX lets it follow from the weights.
+
+    TensorRT 8.6 does not read a Conv without it whose weights come from a DequantizeLinear (convMultiInput: "The input
+    tensor shape misaligns with the input kernel shape").
+    """
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        stated = any(attribute.name == "kernel_shape" for attribute in node.attribute)
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in shapes and not stated:
+            node.attribute.append(onnx.helper.make_attribute("kernel_shape", shapes[node.input[1]][2:]))
 
 
 def _restore_betas(model: onnx.ModelProto, betas: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The shipped recipes build. (recipes/digits.yaml: test_readme; swin-tiny takes 90 s: bench/recipes.py.)"""
+"""The shipped recipes build. (recipes/digits.yaml: test_readme; swin-tiny takes 90 s: bench/shipped.py.)"""
 
 from __future__ import annotations
 

@@ -363,6 +363,20 @@ def test_int8_keeps_the_factor_of_a_bias(tmp_path):
     assert found.tolist() == [[5, 10, 15, 20]]
 
 
+def test_int8_convolutions_state_their_kernel(tmp_path):
+    """TensorRT 8.6 does not read a Conv whose kernel is to be seen on its quantised weights alone."""
+    model = graph(
+        [node("Conv", ["x", "w"], ["y"], pads=[1, 0, 1, 0])],
+        {"w": np.ones((2, 1, 3, 1), np.float32)},
+        inputs={"x": (TensorProto.FLOAT, ["batch", 1, "h", "w"])},
+        outputs={"y": (TensorProto.FLOAT, ["batch", 2, "h", "w"])},
+    )
+    (tmp_path / "ranges.json").write_text(json.dumps({"x": [-1.0, 1.0]}))
+    result, _facts = typed(tmp_path, model, "int8", ranges_json=tmp_path / "ranges.json")
+    (conv,) = [each for each in result.graph.node if each.op_type == "Conv"]
+    assert [list(a.ints) for a in conv.attribute if a.name == "kernel_shape"] == [[3, 1]]
+
+
 def test_int8_that_would_quantise_nothing_is_refused(tmp_path):
     ranges = ranges_of(tmp_path, cnn())
     with pytest.raises(BackendError, match=r"int8 would quantise no node: 0 of Conv, .* left by precision.keep"):

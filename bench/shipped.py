@@ -1,6 +1,6 @@
 """Build every recipe that is given from an empty store, then again; write the times and sizes that the README states.
 
-    python bench/recipes.py recipes/digits.yaml recipes/digits-onnx.yaml recipes/swin-tiny.yaml
+    python bench/shipped.py recipes/digits.yaml recipes/digits-onnx.yaml recipes/swin-tiny.yaml
 
 Wall time of `python -m enginery build`, as a user sees it: start-up, Prefect's embedded server and all. Results go to
 bench/results/recipes.json. Run it on a quiet machine: the load before each build is written beside its time.
@@ -61,7 +61,7 @@ def measure(recipe: str) -> dict:
 def main() -> None:
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     document = {
-        "command": f"python bench/recipes.py {' '.join(sys.argv[1:])}",
+        "command": f"python bench/shipped.py {' '.join(sys.argv[1:])}",
         "cpu": f"{len(os.sched_getaffinity(0))} x {model.partition(': ')[2] or platform.machine()}, no GPU",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
