@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from enginery.output import console, note
 from tasks.progress import Progress
@@ -15,6 +15,9 @@ from tasks.progress import Progress
 if TYPE_CHECKING:
     from recipes.plan import Plan
     from tasks.session import BuildSession
+
+
+_LINE: Final = 160
 
 
 @contextmanager
@@ -41,7 +44,8 @@ class _Lines:
         now = time.monotonic()
         if event.kind == "started":
             self._last[event.step_id] = now
-            note(f"  run   {event.step_id}  {event.text}")
+            text = event.text if self._verbose or len(event.text) <= _LINE else f"{event.text[: _LINE - 1]}…"
+            note(f"  run   {event.step_id}  {text}")
         elif event.kind == "done":
             note(f"  built {event.step_id}  {event.seconds:.1f} s")
         elif event.kind == "failed":
