@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from artifacts.errors import IntegrityError
 from artifacts.keys import canonical_json
@@ -77,7 +77,7 @@ class ActionRecord:
                     _file_name(name): ArtifactRef.from_json(ref) for name, ref in _mapping(document["outputs"]).items()
                 },
                 facts=_mapping(document["facts"]),
-                seconds=float(document["seconds"]),
+                seconds=_number(document["seconds"]),
                 started=str(document["started"]),
                 producer=_mapping(document["producer"]),
             )
@@ -100,6 +100,12 @@ def _preimage(value: object) -> dict[str, Any]:
     if type(preimage["stage"]) is not str:
         raise TypeError(f"stage is {preimage['stage']!r}")
     return preimage
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float):  # float() would also read the text "inf"
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(cast("float", value))
 
 
 def _file_name(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import IntegrityError
@@ -90,6 +90,7 @@ def test_cut_bytes(record: ActionRecord, length: int) -> None:
 
 
 @given(st.sampled_from(["schema", "key", "preimage", "outputs", "facts", "seconds", "started", "producer"]), values)
+@example("seconds", "INF")
 def test_a_field_that_is_wrong_or_gone(name: str, value: Any) -> None:
     document = json.loads(EXAMPLE.to_bytes())
     del document[name]
