@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from enginery import catalog_commands, host_commands, recipe_commands
 from enginery.app import app
 
@@ -12,6 +14,8 @@ host_commands.register(app)
 
 def main() -> None:
     """Run the command line."""
+    # Typer imports pydantic, whose search for plugins reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     app()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -37,6 +36,3 @@ def root(
     ] = False,
 ) -> None:
     """Hold options that come before every command."""
-    del version  # its callback has done what it asks for
-    # Looking for plugins reads the metadata of every installed package, which start-up need not wait for.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
