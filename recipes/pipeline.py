@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
@@ -52,6 +53,7 @@ class Pipeline:
         local = (bundle, {"code.tar": bundle.digest})
         return Output(self.steps.add(f"fetch:{subject}", params=params, local=local), "code.tar")
 
+    @cached_property
     def _source_files(self) -> list[Output]:
         found: list[Output] = []
         if self.files.code is not None:
@@ -107,13 +109,14 @@ class Pipeline:
         code = self.files.code.packages if self.files.code is not None else ()
         return self.versions(*packages, *code)
 
+    @cached_property
     def export(self) -> Step:
         """Export the source to ONNX. Exporters see one sample shape, so profiles enter only through it."""
         export = self.recipe.export
         if isinstance(self.recipe.source, OnnxSource):
             params = self._source_params() | {"opset": export.opset}
             return self.steps.add(
-                "export", params=params, inputs=self._source_files(), toolchain=self._source_toolchain("onnx")
+                "export", params=params, inputs=self._source_files, toolchain=self._source_toolchain("onnx")
             )
         params = self._source_params() | {
             "exporter": export.exporter,
@@ -121,16 +124,18 @@ class Pipeline:
             "trace": trace_shapes(self.recipe),
         }
         toolchain = self._source_toolchain("torch", "onnxscript", "onnx")
-        return self.steps.add("export", params=params, inputs=self._source_files(), toolchain=toolchain)
+        return self.steps.add("export", params=params, inputs=self._source_files, toolchain=toolchain)
 
+    @cached_property
     def reference(self) -> Output:
         """Keep the source framework's own outputs on seeded inputs, at min, opt and max of every profile."""
         params = self._source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}
         step = self.steps.add(
-            "reference:parity", params=params, inputs=self._source_files(), toolchain=self._reference_toolchain()
+            "reference:parity", params=params, inputs=self._source_files, toolchain=self._reference_toolchain()
         )
         return Output(step, "reference.safetensors")
 
+    @cached_property
     def labelled(self) -> list[Output]:
         """Bring the held-out data, the source framework's outputs on it, and the code of the recipe's own metric."""
         metric = self.recipe.acceptance.metric
@@ -140,17 +145,18 @@ class Pipeline:
         params = self._source_params() | {
             "kind": "dataset",
             "tensors": self.interface,
-            "batch": self.evaluation_batch(),
+            "batch": self.evaluation_batch,
         }
         step = self.steps.add(
             "reference:labelled",
             params=params,
-            inputs=[*self._source_files(), data],
+            inputs=[*self._source_files, data],
             toolchain=self._reference_toolchain(),
         )
         code = [self._code("metric", self.files.metric)] if self.files.metric is not None else []
         return [data, Output(step, "outputs.safetensors"), *code]
 
+    @cached_property
     def evaluation_batch(self) -> int:
         """Return how many samples run at once on labelled data: as many as the first axis of every input admits."""
         largest = EVALUATION_BATCH
@@ -166,6 +172,7 @@ class Pipeline:
         framework = "onnxruntime" if isinstance(self.recipe.source, OnnxSource) else "torch"
         return self._source_toolchain(framework, "numpy")
 
+    @cached_property
     def simplify(self) -> Step:
         """Simplify the exported graph, comparing the two inside the profiles."""
         simplifier = self.recipe.export.simplifier
@@ -178,7 +185,7 @@ class Pipeline:
         }
         packages = ("onnx", "onnxruntime", *(() if simplifier == "none" else (simplifier,)))
         return self.steps.add(
-            "simplify", params=params, inputs=graph_files(self.export()), toolchain=self.versions(*packages)
+            "simplify", params=params, inputs=graph_files(self.export), toolchain=self.versions(*packages)
         )
 
     def calibrate(self, spec: Calibration, files: DatasetFiles) -> Output:
@@ -192,7 +199,7 @@ class Pipeline:
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy")
         step = self.steps.add(
-            "calibrate", params=params, inputs=[*graph_files(self.simplify()), data], toolchain=toolchain
+            "calibrate", params=params, inputs=[*graph_files(self.simplify), data], toolchain=toolchain
         )
         return Output(step, "ranges.json")
 
@@ -202,7 +209,7 @@ class Pipeline:
 
     def typed(self, precision: Precision) -> Step:
         """Write the precision into the graph."""
-        inputs = graph_files(self.simplify())
+        inputs = graph_files(self.simplify)
         spec, files = self.recipe.precision.calibration, self.files.calibration
         if precision == "int8" and spec is not None and files is not None:
             inputs.append(self.calibrate(spec, files))
@@ -237,7 +244,7 @@ class Pipeline:
         params: dict[str, Any] = {
             "subject": subject,
             "executor": "onnxruntime",
-            "batch": self.evaluation_batch(),
+            "batch": self.evaluation_batch,
             "metric": None,
             "tensors": self.interface,
             **({"tf32": True} if tf32 else {}),
@@ -254,7 +261,7 @@ class Pipeline:
                 "output": metric.output,
             }
             toolchain |= self.versions(*(own.packages if own is not None else ()))
-        inputs = [*graph_files(graph, plan_name), self.reference(), *self.labelled()]
+        inputs = [*graph_files(graph, plan_name), self.reference, *self.labelled]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
 

@@ -97,7 +97,7 @@ class _Engines:
 
     def _portable_gates(self) -> list[Step]:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""
-        export, simplify = self.pipeline.export(), self.pipeline.simplify()
+        export, simplify = self.pipeline.export, self.pipeline.simplify
         return [
             self.pipeline.verify("verify:export", "graph", export),
             self.pipeline.verify("verify:simplify", "graph", simplify),
