@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from artifacts.refs import ENGINE_PLAN, ONNX
-from recipes.schema import GPUS
 from tasks.errors import BackendError
 from tasks.stage import StageRequest, StageResult
 
@@ -36,7 +35,7 @@ class Runtime:
     """A runtime that engines are compiled for: what is known of it without importing it.
 
     `package` is the name it is imported under, `extra` the extra of Enginery that installs it (None: a dependency),
-    `entry` its `EngineBackend`, `executes` the GPUs whose plans Enginery itself can execute, to verify them.
+    `entry` its `EngineBackend`.
     """
 
     name: str
@@ -45,18 +44,11 @@ class Runtime:
     entry: str
     plan_name: str
     media_type: str
-    executes: tuple[str, ...] = ()
 
     @property
     def install(self) -> str:
         """The command that installs it."""
         return f"pip install 'enginery[{self.extra}]'" if self.extra is not None else f"pip install {self.package}"
-
-    def why_not_executed(self, gpu: str) -> str | None:
-        """Say why a plan for this GPU is not executed where it was compiled, or None if it is."""
-        if gpu in self.executes:
-            return None
-        return f"{self.name} plans are compiled without a GPU, and this version executes none"
 
 
 RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
@@ -78,9 +70,8 @@ RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
                 "tasks.engines.trt:compile_plan",
                 "model.plan",
                 ENGINE_PLAN,
-                GPUS["tensorrt"],  # compiled on the GPU that it is for
             ),
-            Runtime("onnxruntime", "onnxruntime", None, "tasks.engines.ort:compile_plan", "model.onnx", ONNX, ("cpu",)),
+            Runtime("onnxruntime", "onnxruntime", None, "tasks.engines.ort:compile_plan", "model.onnx", ONNX),
         )
     }
 )

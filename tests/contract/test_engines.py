@@ -234,9 +234,6 @@ class TestTensorRtRtx(EngineContract):
         assert error.kind == "bad profile"
         assert "not self-consistent" in error.message
 
-    def test_it_says_why_its_plans_are_not_executed(self, known):
-        assert "executes none" in known.why_not_executed("sm89")
-
 
 class TestOnnxRuntime(EngineContract):
     runtime = "onnxruntime"
@@ -295,9 +292,6 @@ class TestOnnxRuntime(EngineContract):
         graph.graph.initializer.append(graphs.constant("unused", np.zeros(3, np.float32)))
         facts = self.compile(graph).facts
         assert any("unused" in warning for warning in facts["warnings"])
-
-    def test_its_plans_are_executed(self, known):
-        assert known.why_not_executed("cpu") is None
 
 
 def test_the_registry_agrees_with_the_planner_and_the_schema():
