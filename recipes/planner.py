@@ -143,6 +143,8 @@ class _Engines:
         if engine.runtime == "tensorrt":
             # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
             params["precision"] = precision
+            if self.pipeline.recipe.build.refit != "none":
+                params["refit"] = self.pipeline.recipe.build.refit
             toolchain |= self._device(engine)
         return self.pipeline.steps.add(
             f"compile:{engine.runtime}:{engine.gpu}:{precision}",

@@ -248,6 +248,10 @@ class Build(Model):
     version_compatible: bool = Field(
         default=False, description="Whether later TensorRT versions may load the engine (tensorrt only)."
     )
+    refit: Literal["none", "weights", "stripped"] = Field(
+        default="none",
+        description="Whether new weights may be put into the engine; stripped: it is stored without any (tensorrt only).",
+    )
     timeout: str = Field(default="60m", pattern=DURATION_PATTERN, description="Time limit of each stage.")
     memory: str = Field(default="16GiB", pattern=SIZE_PATTERN, description="Memory limit of each stage's process.")
 

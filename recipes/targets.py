@@ -124,6 +124,7 @@ def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:
 def _check_options(recipe: Recipe) -> Found:
     build = recipe.build
     level = build.hardware_compatibility
+    yield from _check_refit(recipe)
     for target in recipe.targets:
         if target.runtime == "tensorrt-rtx":
             if level != "none":
@@ -142,6 +143,22 @@ def _check_options(recipe: Recipe) -> Found:
         if level == "same-compute-capability" and target.runtime == "tensorrt" and old and old < (10, 9):
             what = f"same-compute-capability begins with TensorRT 10.9, and a target asks for {target.version}"
             yield ("build", "hardware_compatibility"), what
+
+
+def _check_refit(recipe: Recipe) -> Found:
+    refit = recipe.build.refit
+    if refit == "none":
+        return
+    at: Key = ("build", "refit")
+    if all(target.runtime != "tensorrt" for target in recipe.targets):
+        yield at, "has no effect: only engines of the runtime tensorrt can be refitted, and no target is of it"
+    for target in recipe.targets:
+        major = _major(target.version)
+        if target.runtime == "tensorrt" and refit == "stripped" and major is not None and major < 10:
+            yield (
+                at,
+                f"stripped plans begin with TensorRT 10.0, and a target asks for {target.version} (allowed: none, weights)",
+            )
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:

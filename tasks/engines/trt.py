@@ -36,7 +36,8 @@ def compile_plan(request: StageRequest) -> StageResult:
     """Compile "model.onnx" to "model.plan", for a device of params["gpu"].
 
     params: gpu, tf32, profiles, workspace (bytes or None), optimization_level, hardware_compatibility,
-    version_compatible; and, where given, precision (to refuse what a version lacks), max_aux_streams, sparse_weights, refit, strip_weights, weight_streaming,
+    version_compatible; and, where given, precision (to refuse what a version lacks), max_aux_streams, sparse_weights,
+    refit ("weights" or "stripped"), weight_streaming,
     tactic_sources (names). The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
     inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
     driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, inputs, outputs,

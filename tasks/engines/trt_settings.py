@@ -15,10 +15,11 @@ _HARDWARE: Final = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-compute-capa
 _FLAGS: Final = {
     "version_compatible": "VERSION_COMPATIBLE",
     "sparse_weights": "SPARSE_WEIGHTS",
-    "refit": "REFIT",
-    "strip_weights": "STRIP_PLAN",
     "weight_streaming": "WEIGHT_STREAMING",
 }
+
+# build.refit: what each way of it sets.
+_REFIT: Final = {"none": (), "weights": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
 
 
 class Settings:
@@ -34,6 +35,8 @@ class Settings:
         for name, flag in _FLAGS.items():
             if params.get(name):
                 self.flag(flag)
+        for flag in _REFIT[params.get("refit", "none")]:
+            self.flag(flag)
         for flag in adapter(self._trt).type_flags(self._trt, network, graph):
             self.flag(flag)
         if params.get("optimization_level") is not None:

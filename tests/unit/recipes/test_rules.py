@@ -148,6 +148,8 @@ BROKEN = {
     "version compatibility of rtx": (lambda d: d.update(build={"version_compatible": True}), "build.version_compatible: TensorRT-RTX cannot build version-compatible engines; leave it out"),
     "ampere+ with turing": (lambda d: target(d, gpus=["sm75"]) or d.update(build={"hardware_compatibility": "ampere+"}), "build.hardware_compatibility: ampere+ leaves out sm75 (Turing), which is a target"),
     "same capability before 10.9": (lambda d: target(d, version="10.8.0.43") or d.update(build={"hardware_compatibility": "same-compute-capability"}), "build.hardware_compatibility: same-compute-capability begins with TensorRT 10.9, and a target asks for 10.8.0.43"),
+    "stripped before 10": (lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"refit": "stripped"})], "build.refit: stripped plans begin with TensorRT 10.0, and a target asks for 8.6.1.6 (allowed: none, weights)"),
+    "refit of nothing": (lambda d: d.update(build={"refit": "weights"}), "build.refit: has no effect: only engines of the runtime tensorrt can be refitted, and no target is of it"),
     # publish
     "store": (lambda d: d.update(publish={"to": "gs://bucket"}), "publish.to: 'gs://bucket' is no store (allowed: a folder, s3://bucket/prefix)"),
     "empty store": (lambda d: d.update(publish={"to": " "}), "publish.to: ' ' is no store (allowed: a folder, s3://bucket/prefix)"),
@@ -184,6 +186,7 @@ FINE = {
     "8.6 at 17": lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"})],
     "8.6 on Hopper": lambda d: [target(d, version="8.6.0", gpus=["sm90"]), d.update(export={"opset": 17, "exporter": "torchscript"})],
     "same capability from 10.9": lambda d: [target(d, version="10.9.0.34"), d.update(build={"hardware_compatibility": "same-compute-capability"})],
+    "refit where it can be": lambda d: [target(d), d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm89"], "precision": ["fp16"]}), d.update(build={"refit": "stripped"})],
     "publish to a folder": lambda d: d.update(publish={"to": "../engines"}),
     "publish to s3": lambda d: d.update(publish={"to": "s3://bucket/engines"}),
     "parity of a fallback": lambda d: d["acceptance"].update(parity={"fp32": {"max_abs": 1e-3}, "fp16": {"cosine": 0.9}}),

@@ -71,7 +71,7 @@ def report(trt, graph: Path) -> dict:
     """Say what our code finds in a TensorRT module."""
     from tasks.engines import trt_adapter, trt_log
     from tasks.engines.trt import Build
-    from tasks.engines.trt_settings import _FLAGS, _HARDWARE
+    from tasks.engines.trt_settings import _FLAGS, _HARDWARE, _REFIT
     from tasks.errors import BackendError
     from tasks.stage import StageRequest
 
@@ -113,7 +113,10 @@ def report(trt, graph: Path) -> dict:
             path: [name for name in names if f"{name}: " not in _documentation(trt, path)]
             for path, names in SIGNATURES.items()
         },
-        "flags": {name: refusal(trt_adapter.named, trt, "BuilderFlag", name) for name in ["TF32", *_FLAGS.values()]},
+        "flags": {
+            name: refusal(trt_adapter.named, trt, "BuilderFlag", name)
+            for name in ["TF32", *_FLAGS.values(), *_REFIT["stripped"]]
+        },
         "hardware": {
             name: refusal(trt_adapter.named, trt, "HardwareCompatibilityLevel", name) for name in _HARDWARE.values()
         },
