@@ -4,6 +4,6 @@ Enters: bytes and JSON values. Leaves: `ArtifactRef`, `Action`, `ActionRecord`, 
 `Store` that is a folder or S3. Imports nothing of Enginery: every other layer stands on this one.
 Map: `refs` (names of bytes), `keys` (the one key function), `records`, `manifest`, `resolve`
 (which engine may a host load), `store` (Protocol), `folder` and `s3` (implementations, over
-`files`, `scratch` and `s3_faults`), `cache` (blobs and records), `catalog` (engines and channels),
+`files`, `scratch`, `s3_conditions` and `s3_faults`), `cache` (blobs and records), `catalog` (engines and channels),
 `errors`.
 """

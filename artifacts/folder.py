@@ -26,7 +26,7 @@ from artifacts.files import (
 )
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_size
 from artifacts.scratch import held_folder, held_name, sweep
-from artifacts.store import ObjectInfo, check_path, check_prefix, is_relative_path
+from artifacts.store import ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
 # Before the umask: nobody but the owner may write, and content-addressed bytes not even the owner.
 _MODE: Final = 0o644
@@ -56,17 +56,28 @@ class FolderStore:
         with self._reading(path) as stream:
             return stream.read()
 
-    def write(self, path: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write a small object atomically; with `if_absent`, return False where one exists. Raises StoreError."""
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        """Return a small object and its version, which is its SHA-256. Raises NotFoundError, StoreError."""
+        data = self.read(path)
+        return data, digest_bytes(data)
+
+    def write(self, path: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> bool:
+        """Write a small object atomically; with a condition, return False where it does not hold. Raises StoreError."""
+        require_one_condition(if_absent, if_version)
         target = self._locate(path)
-        with self._faults(path):
+        with self._faults(path), ExitStack() as stack:
             if if_absent and os.path.lexists(target):
                 return False
-            with self._temporary() as temporary:
-                with create_file(temporary, _MODE) as stream:
-                    stream.write(data)
-                    sync_file(stream)
-                return self._place(temporary, target, if_absent=if_absent)
+            if if_version is not None:
+                # Not `path` itself: who holds that name's lock may write conditionally too.
+                stack.enter_context(self.lock(f"version of {path}"))
+                if not self._has_version(path, if_version):
+                    return False
+            temporary = stack.enter_context(self._temporary())
+            with create_file(temporary, _MODE) as stream:
+                stream.write(data)
+                sync_file(stream)
+            return self._place(temporary, target, if_absent=if_absent)
 
     def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
         """Store a file, checking its bytes on the way; linked, not copied, where it lies in a scratch folder.
@@ -245,6 +256,12 @@ class FolderStore:
             temporary.replace(target)
         sync_folder(target.parent)
         return True
+
+    def _has_version(self, path: str, version: str) -> bool:
+        try:
+            return self.read_versioned(path)[1] == version
+        except NotFoundError:
+            return False
 
     def _may_link(self, source: Path, stream: BinaryIO) -> bool:
         # Only a scratch file that has no other name: nobody else can change its bytes, or mind that they turn read-only.

@@ -1,4 +1,4 @@
-"""A store in S3, or in anything that speaks its protocol and honours conditional writes.
+"""A store in S3, or in anything that speaks its protocol (`s3_conditions`: where conditional writes are ignored).
 
 Credentials, profile, region and endpoint come the way they do for every AWS tool (environment,
 `~/.aws`, instance role; `AWS_ENDPOINT_URL_S3` for another service). `ENGINERY_S3_ADDRESSING` is
@@ -10,10 +10,7 @@ lifecycle rule that aborts incomplete multipart uploads.
 from __future__ import annotations
 
 import os
-import random
 import re
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property
@@ -23,9 +20,10 @@ from typing import TYPE_CHECKING, Final, Literal
 from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError
 from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_size
-from artifacts.s3_faults import Place, error_code, s3_faults
+from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
+from artifacts.s3_faults import Place, s3_faults
 from artifacts.scratch import held_folder, sweep, system_scratch
-from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path
+from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -35,9 +33,10 @@ _THREADS: Final = 4
 # CopyObject takes up to 5 GB (Amazon S3 User Guide, "Copying, moving, and renaming objects"); more goes by parts.
 _COPY_BYTES: Final = 5_000_000_000
 _COPY_PART_BYTES: Final = 512 << 20
-_TRIES: Final = 5
 # A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
 _PREFIX_BYTES: Final = 120
+# Belongs to the store itself, stays where it is, and is read by nobody.
+_PROBE: Final = "tmp/conditional-writes"
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -47,7 +46,6 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self.bucket = bucket
         self.prefix = prefix
-        self._conditional = False
 
     @classmethod
     def from_uri(cls, uri: str) -> S3Store:
@@ -80,31 +78,27 @@ class S3Store:
         with self._faults(path):
             return b"".join(self._chunks(key))
 
-    def write(self, path: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write a small object; with `if_absent`, return False where one exists.
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        """Return a small object and its ETag. Raises NotFoundError, StoreError."""
+        key, etags = self._key(path), [""]
+        with self._faults(path):
+            data = b"".join(self._chunks(key, etags.append))
+        return data, etags[-1]
 
-        Raises StoreError, also where the service ignores `If-None-Match`: the first conditional write of a store
-        finds that out (measured: s3rver and `rclone serve s3` do, in silence; Amazon S3 and moto honour it).
+    def write(self, path: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> bool:
+        """Write a small object; with a condition, return False where it does not hold.
+
+        Raises StoreError, also where the service ignores conditions and `ENGINERY_S3_LOCKS` is not set.
         """
+        require_one_condition(if_absent, if_version)
         key = self._key(path)
         with self._faults(path):
-            if not if_absent:
-                self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
-                return True
-            if self._conditional:
-                return self._put_new(key, data)
-            if self.info(path) is not None:
-                return False
-            written = self._put_new(key, data)
-            # The same again must be refused, or the service ignores the condition.
-            if written and self._put_new(key, data):
-                self._client.delete_object(Bucket=self.bucket, Key=key)
-                raise StoreError(
-                    f"{self.uri}: {self._place.endpoint} ignores conditional writes (If-None-Match), so builders would "
-                    "overwrite each other's results; use a service that honours them (Amazon S3 does), or a folder"
-                )
-            self._conditional = True
-            return written
+            if if_absent:
+                return self._conditional.put_new(key, data)
+            if if_version is not None:
+                return self._conditional.put_over(key, data, if_version)
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+            return True
 
     def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
         """Hash a file, then store it in parts of 16 MiB; an object of the same size is not sent again.
@@ -221,6 +215,11 @@ class S3Store:
         except ValueError as err:
             raise StoreError(f"{self.uri}: {err}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from err
 
+    @cached_property
+    def _conditional(self) -> ConditionalWriter:
+        client = self._client
+        return ConditionalWriter(client, self._place, f"{self.prefix}/{_PROBE}" if self.prefix else _PROBE)
+
     @property
     def _place(self) -> Place:
         client = self.__dict__.get("_client")
@@ -232,12 +231,12 @@ class S3Store:
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{check_path(path)}" if self.prefix else check_path(path)
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
+    def _chunks(self, key: str, tell_etag: Callable[[str], object] = lambda _etag: None) -> Iterator[bytes]:
         """Yield an object's bytes; where the connection breaks, go on from there, if the object is still the same."""
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
         offset, etag = 0, ""
-        for attempt in range(_TRIES):
+        for attempt in range(TRIES):
             try:
                 if offset:
                     answer = self._client.get_object(
@@ -246,42 +245,17 @@ class S3Store:
                 else:
                     answer = self._client.get_object(Bucket=self.bucket, Key=key)
                 etag = answer["ETag"]
+                tell_etag(etag)
                 with closing(answer["Body"]) as body:
                     for chunk in body.iter_chunks(CHUNK_BYTES):
                         offset += len(chunk)
                         yield chunk
             except (HTTPClientError, IncompleteReadError):
-                if attempt + 1 == _TRIES:
+                if attempt + 1 == TRIES:
                     raise
-                _back_off(attempt)
+                back_off(attempt)
             else:
                 return
-
-    def _put_new(self, key: str, data: bytes) -> bool:
-        """Write an object that must not exist, and tell whether it was written."""
-        from botocore.exceptions import ClientError
-
-        writer, attempt = uuid.uuid4().hex, 0
-        while True:
-            try:
-                self._client.put_object(
-                    Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer}
-                )
-            except ClientError as err:
-                code = error_code(err)
-                if code in ("PreconditionFailed", "412"):
-                    # botocore sends a request again whose answer was lost; then what is in the way may be our own.
-                    return bool(err.response["ResponseMetadata"]["RetryAttempts"]) and self._wrote(key, writer)
-                # Two conditional writes at once: S3 asks for another try.
-                if code not in ("ConditionalRequestConflict", "409") or attempt + 1 == _TRIES:
-                    raise
-                _back_off(attempt)
-                attempt += 1
-            else:
-                return True
-
-    def _wrote(self, key: str, writer: str) -> bool:
-        return self._client.head_object(Bucket=self.bucket, Key=key)["Metadata"].get("writer") == writer
 
     def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
@@ -307,8 +281,3 @@ def _addressing() -> Literal["path", "virtual", "auto"] | None:
 
 def _names_endpoint() -> bool:
     return any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-
-
-def _back_off(attempt: int) -> None:
-    # Full jitter, up to 0.1, 0.2, 0.4... seconds.
-    time.sleep(random.uniform(0, 0.1 * 2**attempt))

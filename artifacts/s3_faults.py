@@ -39,6 +39,11 @@ def error_code(err: ClientError) -> str:
     return str(err.response.get("Error", {}).get("Code", ""))
 
 
+def is_absent(code: str) -> bool:
+    """Tell whether this code says that there is no such object."""
+    return code in _ABSENT
+
+
 @contextmanager
 def s3_faults(find_place: Callable[[], Place], path: str) -> Iterator[None]:
     """Turn every error that boto3 raises in the block into one of this package's.

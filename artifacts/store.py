@@ -40,11 +40,21 @@ class Store(Protocol):
     def read(self, path: str) -> bytes:
         """Return a small object. Raises NotFoundError, StoreError."""
 
-    def write(self, path: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        """Return a small object and the name of its version, for `write`. Raises NotFoundError, StoreError.
+
+        A version is opaque text that other bytes do not have; the same bytes may have it again.
+        """
+
+    def write(self, path: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> bool:
         """Write a small object atomically.
 
         With `if_absent`, return False (and write nothing) where one exists: of many such writers one
-        gets True. Raises StoreError.
+        gets True. With `if_version`, return False where the object is not of that version any more, or
+        is gone: of many writers that read one version, one gets True. What is written so must be written
+        in no other way, except `if_absent`. False may be told of a write to S3 whose answer was lost and
+        that another has written over since, so that who tries again looks for their change first.
+        Raises StoreError.
         """
 
     def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
@@ -108,6 +118,12 @@ def check_path(path: str) -> str:
     if path.split("/", 1)[0] in RESERVED:
         raise StoreError(f"not an object path: {path!r} ({' and '.join(RESERVED)} belong to the store itself)")
     return path
+
+
+def require_one_condition(if_absent: bool, if_version: str | None) -> None:
+    """Raise ValueError where a write has both conditions, of which one never holds."""
+    if if_absent and if_version is not None:
+        raise ValueError("a write is conditional on an object's absence or on its version, not on both")
 
 
 def check_prefix(prefix: str) -> str:

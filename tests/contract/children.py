@@ -28,6 +28,17 @@ def write_if_absent(uri: str, races: int, mark: int, start: Barrier, answer: Con
     answer.send(won)
 
 
+def append_by_version(uri: str, mark: str, updates: int, start: Barrier) -> None:
+    """Append lines to an object that others append to as well, by compare and swap."""
+    store = open_store(uri)
+    start.wait()
+    for update in range(updates):
+        written = False
+        while not written:
+            data, version = store.read_versioned("log")
+            written = store.write("log", data + f"{mark}-{update}\n".encode(), if_version=version)
+
+
 def add_under_lock(uri: str, times: int, start: Barrier) -> None:
     """Count up in an object, read and written apart, so that only a lock keeps counts from being lost."""
     store = open_store(uri)

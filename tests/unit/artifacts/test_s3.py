@@ -81,14 +81,38 @@ def test_a_write_whose_answer_is_lost_counts(store: Store, faults: Faults) -> No
     # Somebody else's object is not taken for one's own, even though the request was sent twice.
     faults.lost_answers = 1
     assert store.write("a", b"mine", if_absent=True) is False
-    # Nor is it while the first write finds out whether the service honours conditions.
+
+
+def test_a_versioned_write_whose_answer_is_lost_counts(store: Store, faults: Faults) -> None:
+    store.write("a", b"first", if_absent=True)
+    version = store.read_versioned("a")[1]
+    assert store.write("a", b"never", if_version='"0"') is False
+    faults.lost_answers = 1
+    assert store.write("a", b"second", if_version=version) is True
+    assert store.read("a") == b"second"
+    faults.lost_answers = 1
+    assert store.write("a", b"third", if_version=version) is False
+    assert store.read("a") == b"second"
+    # Sent again after it was done, and gone since: it is said not to be there.
+    version = store.read_versioned("a")[1]
+    store.delete("a")
+    faults.lost_answers = 1
+    assert store.write("a", b"fourth", if_version=version) is False
+
+
+def test_whether_conditions_are_honoured_is_asked_once(store: Store, faults: Faults) -> None:
+    assert store.write("a", b"1", if_absent=True) is True
+    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
+    probe = f"PUT /{bucket}/{prefix}/tmp/conditional-writes"
+    assert faults.requests == [probe, probe, f"PUT /{bucket}/{prefix}/a"]
     faults.requests.clear()
-    fresh = open_store(store.uri)
-    assert fresh.write("b", b"mine", if_absent=True) is True
-    assert [line.split()[0] for line in faults.requests] == ["HEAD", "PUT", "PUT"]
+    assert open_store(store.uri).write("b", b"1", if_absent=True) is True
+    assert faults.requests == [f"PUT /{bucket}/{prefix}/b"]
     faults.requests.clear()
-    assert fresh.write("c", b"mine", if_absent=True) is True
-    assert [line.split()[0] for line in faults.requests] == ["PUT"]
+    assert store.write("b", b"2", if_version=store.read_versioned("b")[1]) is True
+    assert store.write("b", b"3", if_version=store.read_versioned("b")[1]) is True
+    assert [line.split("/")[-1] for line in faults.requests] == ["b", "conditional-writes", "b", "b", "b"]
+    assert [found.path for found in store.list("")] == ["a", "b"]
 
 
 def test_two_conditional_writes_at_once_are_tried_again(store: Store, faults: Faults) -> None:
@@ -100,14 +124,33 @@ def test_two_conditional_writes_at_once_are_tried_again(store: Store, faults: Fa
         store.write("b", b"1", if_absent=True)
 
 
-def test_a_service_that_ignores_conditions_is_refused(store: Store, faults: Faults) -> None:
-    faults.dropped_headers = frozenset({"if-none-match"})
+def test_a_service_that_ignores_conditions_is_refused(careless_s3_store_uri: str) -> None:
+    store = open_store(careless_s3_store_uri)
     store.write("there", b"1")
-    assert store.write("there", b"2", if_absent=True) is False
-    with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+ ignores conditional writes \(If-None-Match\)"):
-        store.write("a", b"1", if_absent=True)
+    said = r"http://127.0.0.1:\d+ ignores conditional writes \({}\).*or set ENGINERY_S3_LOCKS to a folder that every writer"
+    for path in ("there", "new"):
+        with pytest.raises(StoreError, match=said.format("If-None-Match")):
+            store.write(path, b"2", if_absent=True)
+    with pytest.raises(StoreError, match=said.format("If-Match")):
+        store.write("there", b"2", if_version=store.read_versioned("there")[1])
     assert [found.path for found in store.list("")] == ["there"]
     assert store.read("there") == b"1"
+
+
+@pytest.mark.parametrize("header", ["if-none-match", "if-match"])
+def test_each_condition_is_tried_out_by_itself(store: Store, faults: Faults, header: str) -> None:
+    """Some services honour one of the two."""
+    faults.dropped_headers = frozenset({header})
+    store.write("a", b"1")
+    version = store.read_versioned("a")[1]
+    if header == "if-match":
+        assert store.write("b", b"1", if_absent=True) is True
+        with pytest.raises(StoreError, match=r"ignores conditional writes \(If-Match\)"):
+            store.write("a", b"2", if_version=version)
+    else:
+        assert store.write("a", b"2", if_version=version) is True
+        with pytest.raises(StoreError, match=r"ignores conditional writes \(If-None-Match\)"):
+            store.write("b", b"1", if_absent=True)
 
 
 def test_a_service_without_conditions_says_so(store: Store, faults: Faults) -> None:
@@ -115,6 +158,20 @@ def test_a_service_without_conditions_says_so(store: Store, faults: Faults) -> N
     faults.answers.append((501, "NotImplemented"))
     with pytest.raises(StoreError, match="does not offer this"):
         store.write("a", b"1", if_absent=True)
+
+
+def test_a_service_that_refuses_conditions_needs_locks(
+    store: Store, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faults.answers.extend([(501, "NotImplemented")] * 2)
+    with pytest.raises(StoreError, match="ENGINERY_S3_LOCKS"):
+        store.write("a", b"1", if_absent=True)
+    monkeypatch.setenv("ENGINERY_S3_LOCKS", str(tmp_path / "locks"))
+    assert store.write("a", b"1", if_absent=True) is True
+    assert store.write("a", b"2", if_absent=True) is False
+    monkeypatch.setenv("ENGINERY_S3_LOCKS", "/dev/null/locks")
+    with pytest.raises(StoreError, match="ENGINERY_S3_LOCKS=/dev/null/locks: "):
+        store.write("b", b"1", if_absent=True)
 
 
 def test_broken_downloads_go_on_where_they_broke(store: Store, faults: Faults, tmp_path: Path) -> None:

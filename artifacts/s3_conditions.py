@@ -1,0 +1,166 @@
+"""Conditional writes to S3, and what to do where a service ignores their conditions.
+
+Some services take `If-None-Match` and `If-Match` and ignore them in silence (measured: s3rver 3.7.1
+and `rclone serve s3` 1.75.2; moto 5.2.5 honours both, as Amazon S3 is documented to: User Guide, "How
+to prevent object overwrites with conditional writes"). So each condition is tried out once for each
+endpoint and bucket of a process, on an object of its own under `tmp/`. Where it is ignored, a write
+is refused, unless `ENGINERY_S3_LOCKS` names a folder that all writers of the store share.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from artifacts.errors import StoreError
+from artifacts.files import make_folders, os_faults
+from artifacts.refs import digest_bytes
+from artifacts.s3_faults import Place, error_code, is_absent
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
+
+Condition = Literal["IfNoneMatch", "IfMatch"]
+TRIES: Final = 5
+LOCKS: Final = "ENGINERY_S3_LOCKS"
+_HEADERS: Final[Mapping[Condition, str]] = {"IfNoneMatch": "If-None-Match", "IfMatch": "If-Match"}
+# The ETag of no object: they are digests or end in the number of parts.
+_NO_ETAG: Final = '"enginery-no-such-version"'
+_REFUSED: Final = ("PreconditionFailed", "412")
+_CONFLICT: Final = ("ConditionalRequestConflict", "409")
+_UNKNOWN: Final = ("NotImplemented", "501")
+
+_found: dict[tuple[str, str, Condition], bool] = {}
+_finding: Final = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ConditionalWriter:
+    """Writes objects of one bucket under a condition. `probe_key` is an object that belongs to nobody else."""
+
+    client: S3Client
+    place: Place
+    probe_key: str
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write an object that must not exist, and tell whether it was written. Raises StoreError, boto3's errors."""
+        if self._honours("IfNoneMatch"):
+            return self._put(key, data, "IfNoneMatch", "*")
+        with self._locked(key, "IfNoneMatch"):
+            if self._etag(key) is not None:
+                return False
+            self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
+            return True
+
+    def put_over(self, key: str, data: bytes, etag: str) -> bool:
+        """Write over the object of this ETag, and tell whether it was written. Raises StoreError, boto3's errors."""
+        if self._honours("IfMatch"):
+            return self._put(key, data, "IfMatch", etag)
+        with self._locked(key, "IfMatch"):
+            if self._etag(key) != etag:
+                return False
+            self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
+            return True
+
+    def _put(self, key: str, data: bytes, condition: Condition, value: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        writer = uuid.uuid4().hex
+        for attempt in range(TRIES):
+            try:
+                self._put_if(key, data, condition, value, writer)
+            except ClientError as err:
+                code = error_code(err)
+                if code in _REFUSED or is_absent(code):
+                    # botocore sends a request again whose answer was lost; then what is in the way may be our own.
+                    return bool(err.response["ResponseMetadata"]["RetryAttempts"]) and self._wrote(key, writer)
+                # Two conditional writes at once: S3 asks for another try.
+                if code not in _CONFLICT or attempt + 1 == TRIES:
+                    raise
+                back_off(attempt)
+            else:
+                return True
+        raise AssertionError("the last try returns or raises")
+
+    def _put_if(self, key: str, data: bytes, condition: Condition, value: str, writer: str) -> None:
+        bucket, marks = self.place.bucket, {"writer": writer}
+        if condition == "IfNoneMatch":
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, Metadata=marks, IfNoneMatch=value)
+        else:
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, Metadata=marks, IfMatch=value)
+
+    def _wrote(self, key: str, writer: str) -> bool:
+        head = self._head(key)
+        return head is not None and writer in head["Metadata"].values()
+
+    def _etag(self, key: str) -> str | None:
+        head = self._head(key)
+        return None if head is None else head["ETag"]
+
+    def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.client.head_object(Bucket=self.place.bucket, Key=key)
+        except ClientError as err:
+            if is_absent(error_code(err)):
+                return None
+            raise
+
+    def _honours(self, condition: Condition) -> bool:
+        """Tell whether the service heeds a condition; it is asked once in the life of a process."""
+        known = (self.place.endpoint, self.place.bucket, condition)
+        with _finding:
+            if known not in _found:
+                # The first write of the probe may rightly succeed, where nobody has left the object yet; not the second.
+                _found[known] = any(self._refuses(condition) for _ in range(2))
+            return _found[known]
+
+    def _refuses(self, condition: Condition) -> bool:
+        """Send a write that has to be refused where the probe object is there, and tell whether it was."""
+        from botocore.exceptions import ClientError
+
+        value = "*" if condition == "IfNoneMatch" else _NO_ETAG
+        try:
+            self._put_if(self.probe_key, b"Does this service heed conditions?\n", condition, value, "probe")
+        except ClientError as err:
+            code = error_code(err)
+            if code in _REFUSED or code in _CONFLICT or (condition == "IfMatch" and code == "NoSuchKey"):
+                return True
+            if code in _UNKNOWN:
+                return False
+            raise
+        return False
+
+    @contextmanager
+    def _locked(self, key: str, condition: Condition) -> Iterator[None]:
+        """Hold a lock that all writers share, where the user has named a folder for it. Raises StoreError where not."""
+        from filelock import FileLock
+
+        folder = os.environ.get(LOCKS, "")
+        if not folder:
+            raise StoreError(
+                f"{self.place.uri}: {self.place.endpoint} ignores conditional writes ({_HEADERS[condition]}), so builders "
+                "would overwrite each other's results; use a service that honours them (Amazon S3 does), a folder "
+                f"as --store, or set {LOCKS} to a folder that every writer of this store shares"
+            )
+        name = digest_bytes(f"{self.place.endpoint}/{self.place.bucket}/{key}".encode())
+        with ExitStack() as stack:
+            with os_faults(f"{LOCKS}={folder}"):
+                make_folders(Path(folder).absolute())
+                stack.enter_context(FileLock(Path(folder).absolute() / f"{name}.lock", mode=0o666))
+            yield
+
+
+def back_off(attempt: int) -> None:
+    """Wait before another try, with full jitter: up to 0.1, 0.2, 0.4... seconds."""
+    time.sleep(random.uniform(0, 0.1 * 2**attempt))
