@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final
+
+# What of a GPU an engine depends on besides the compute capability: all but which of such GPUs it is. TensorRT compares
+# memory bus width, L2 size, shared memory, texture alignment, number of multiprocessors and integrated or discrete when it
+# loads a plan (developer guide, "Engine Compatibility"); name, memory and ECC tell apart what these do not.
+DEVICE_FACTS: Final = (
+    "name",
+    "memory_bytes",
+    "sm_count",
+    "bus_width_bits",
+    "l2_bytes",
+    "shared_memory_per_block",
+    "shared_memory_per_block_optin",
+    "shared_memory_per_sm",
+    "texture_alignment",
+    "integrated",
+    "ecc",
+)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. `compute_capability` is spelled `sm89`; memory is in bytes, None where it is the host's own.
+    """One NVIDIA GPU, or one MIG slice of one. `compute_capability` is spelled `sm89`.
 
-    `cores` (CUDA cores), `bus_width_bits` and `ecc` are None where the driver does not tell.
+    `memory_bytes` and what has a default are None where the driver does not tell. `sm_count` is the number of streaming
+    multiprocessors, `l2_bytes` the size of the second-level cache, `shared_memory_*` in bytes: of a block, of a block that
+    asks for more (opt-in), of a multiprocessor; `texture_alignment` in bytes.
     """
 
     name: str
     uuid: str
     compute_capability: str
     memory_bytes: int | None
-    cores: int | None = None
+    sm_count: int | None = None
     bus_width_bits: int | None = None
+    l2_bytes: int | None = None
+    shared_memory_per_block: int | None = None
+    shared_memory_per_block_optin: int | None = None
+    shared_memory_per_sm: int | None = None
+    texture_alignment: int | None = None
+    integrated: bool | None = None
     ecc: bool | None = None
+    mig: bool = False
 
     def device(self) -> dict[str, Any]:
-        """Return what an engine depends on, besides the compute capability: all but which of such GPUs it is.
-
-        TensorRT compares memory bus width, L2 size, shared memory and number of multiprocessors when it loads a plan
-        (developer guide, "Engine Compatibility"); the model's name with its cores, memory and ECC tells these apart.
-        """
-        return {
-            "name": self.name,
-            "memory_bytes": self.memory_bytes,
-            "cores": self.cores,
-            "bus_width_bits": self.bus_width_bits,
-            "ecc": self.ecc,
-        }
+        """Return what an engine depends on, besides the compute capability: DEVICE_FACTS."""
+        return {name: getattr(self, name) for name in DEVICE_FACTS}
 
 
 @dataclass(frozen=True)
@@ -49,9 +65,14 @@ class Host:
     gpus: tuple[Gpu, ...] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def driver_branch(self) -> str | None:
+        """The driver's branch: "580" of "580.159.04"; None where no driver is known."""
+        return self.driver.partition(".")[0] if self.driver is not None else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the fingerprint as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"driver_branch": self.driver_branch}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Host:
@@ -65,18 +86,7 @@ class Host:
         runtimes = value.get("runtimes", {})
         if not isinstance(runtimes, dict) or not all(isinstance(found, str) for found in runtimes.values()):
             raise TypeError("runtimes are not names with versions")
-        gpus = tuple(
-            Gpu(
-                str(gpu["name"]),
-                str(gpu["uuid"]),
-                str(gpu["compute_capability"]),
-                gpu["memory_bytes"],
-                gpu.get("cores"),
-                gpu.get("bus_width_bits"),
-                gpu.get("ecc"),
-            )
-            for gpu in value.get("gpus", ())
-        )
+        gpus = tuple(_gpu_from_json(gpu) for gpu in value.get("gpus", ()))
         return cls(
             value["name"], value["os"], value["arch"], value.get("driver"), value.get("cuda"), gpus, dict(runtimes)
         )
@@ -88,3 +98,8 @@ class Host:
     def has_gpu(self, compute_capability: str) -> bool:
         """Tell whether a GPU of this compute capability is here; every host has `cpu`."""
         return compute_capability == "cpu" or any(gpu.compute_capability == compute_capability for gpu in self.gpus)
+
+
+def _gpu_from_json(value: Mapping[str, Any]) -> Gpu:
+    known = {found.name: value[found.name] for found in fields(Gpu) if found.name in value}
+    return Gpu(**{**known, **{name: str(value[name]) for name in ("name", "uuid", "compute_capability")}})

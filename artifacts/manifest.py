@@ -53,6 +53,26 @@ class Identity(Part):
         return f"{self.recipe}/{self.target}/{self.build}"
 
 
+class DeviceFacts(Part):
+    """The GPU that an engine was compiled on, as TensorRT compares it when it loads a plan; null: not known.
+
+    Source: developer guide, "Engine Compatibility"; on another device of the compute capability the plan may be slow, fail
+    or hang. Sizes are in bytes.
+    """
+
+    name: str | None = None
+    memory_bytes: int | None = None
+    sm_count: int | None = Field(default=None, description="Streaming multiprocessors.")
+    bus_width_bits: int | None = None
+    l2_bytes: int | None = None
+    shared_memory_per_block: int | None = None
+    shared_memory_per_block_optin: int | None = None
+    shared_memory_per_sm: int | None = None
+    texture_alignment: int | None = None
+    integrated: bool | None = None
+    ecc: bool | None = None
+
+
 class Compatibility(Part):
     """What may load the engine. Facts: TensorRT developer guide, engine compatibility."""
 
@@ -62,6 +82,9 @@ class Compatibility(Part):
     os: str
     arch: str
     driver_minimum: str | None = Field(default=None, description="Least driver version, where one is known.")
+    device: DeviceFacts | None = Field(
+        default=None, description="What a GPU must be like besides; null: any of the compute capability."
+    )
 
 
 class FileEntry(Part):

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from artifacts.host import Host
-from artifacts.manifest import Manifest
+from artifacts.host import DEVICE_FACTS, Gpu, Host
+from artifacts.manifest import Compatibility, Manifest
 
 CPU = "cpu"
 
@@ -23,7 +23,9 @@ class Request:
 
     `runtimes` maps each runtime that is there to its full version; `gpus` holds compute capabilities (`sm89`), and
     `cpu` where engines for the CPU are welcome; `shapes` maps inputs to the sizes that one profile must cover (an
-    input that is not named may have any); `channel` is a channel's name, whose builds `resolve` is given.
+    input that is not named may have any); `channel` is a channel's name, whose builds `resolve` is given. `devices` are
+    the GPUs themselves, where they are known: engines that are bound to the device they were built on are compared with
+    those; without any they are offered by compute capability alone.
     """
 
     runtimes: Mapping[str, str]
@@ -34,6 +36,7 @@ class Request:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     channel: str | None = None
     precision: str | None = None
+    devices: Sequence[Gpu] = ()
 
     @classmethod
     def of_host(
@@ -46,7 +49,7 @@ class Request:
     ) -> Request:
         """Ask for what a host may load: any of its runtimes, on any of its GPUs or its CPU."""
         gpus = (*dict.fromkeys(gpu.compute_capability for gpu in host.gpus), CPU)
-        return cls(host.runtimes, gpus, host.os, host.arch, host.driver, shapes or {}, channel, precision)
+        return cls(host.runtimes, gpus, host.os, host.arch, host.driver, shapes or {}, channel, precision, host.gpus)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) 
         reasons.append(f"needs {needs.runtime} {needs.runtime_version}; there is {version}")
     if not set(needs.gpus) & set(request.gpus):
         reasons.append(f"is for {' or '.join(needs.gpus)}; there is {', '.join(request.gpus) or 'no GPU'}")
+    elif needs.device is not None and request.devices:
+        reasons.extend(_device_refusals(needs, request.devices))
     # TensorRT plans are bound to system and architecture. NVIDIA states TensorRT-RTX plans to be independent of the
     # system (facts: tensorrt.md section 5), which was never tried here, so it is not relied on.
     if (needs.os, needs.arch) != (request.os, request.arch):
@@ -111,6 +116,24 @@ def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) 
         reasons.append(f"channel {request.channel} names {named}")
     reasons.extend(_shape_refusals(manifest, request.shapes))
     return tuple(reasons)
+
+
+def _device_refusals(needs: Compatibility, devices: Sequence[Gpu]) -> list[str]:
+    """Say in what every GPU of the compute capability differs from the one that the engine was built on.
+
+    What either side does not know is not compared.
+    """
+    built_on, differences = needs.device, list[str]()
+    for gpu in devices:
+        if gpu.compute_capability in needs.gpus:
+            pairs = [(name, getattr(built_on, name), getattr(gpu, name)) for name in DEVICE_FACTS]
+            unequal = [
+                f"{name} {old} and not {new}" for name, old, new in pairs if None not in (old, new) and old != new
+            ]
+            if not unequal:
+                return []
+            differences.append(f"was built on a GPU with {', '.join(unequal)} ({gpu.name} here)")
+    return list(dict.fromkeys(differences))
 
 
 def _shape_refusals(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -21,7 +21,7 @@ from enginery.output import (
 )
 
 if TYPE_CHECKING:
-    from artifacts.host import Host
+    from artifacts.host import Gpu, Host
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -61,8 +61,11 @@ def host(
         print_json(found.to_json())
     else:
         rows = [("host", found.name), ("system", f"{found.os} {found.arch}")]
-        rows.append(("driver", f"{found.driver} (CUDA {found.cuda})" if found.driver is not None else "none"))
-        rows += [("GPU", f"{gpu.compute_capability}  {gpu.name}  {size_text(gpu.memory_bytes)}") for gpu in found.gpus]
+        driver = f"{found.driver} (branch {found.driver_branch}, CUDA {found.cuda})"
+        rows.append(("driver", driver if found.driver is not None else "none"))
+        for gpu in found.gpus:
+            rows.append(("GPU", f"{gpu.compute_capability}  {gpu.name}  {size_text(gpu.memory_bytes)}  {gpu.uuid}"))
+            rows.append(("", device_text(gpu)))
         rows += [("GPU", "none")] if not found.gpus else []
         rows += [("runtime", f"{runtime} {version}") for runtime, version in found.runtimes.items()]
         console().print(pairs_table(rows))
@@ -124,8 +127,23 @@ def schema(
         print_json(json_schema())
 
 
+def device_text(gpu: Gpu) -> str:
+    """Say in one line what engines depend on of a GPU: multiprocessors, memory bus, caches, ECC."""
+    from enginery.tables import size_text
+
+    known = [
+        (gpu.sm_count, f"{gpu.sm_count} SMs"),
+        (gpu.bus_width_bits, f"{gpu.bus_width_bits}-bit bus"),
+        (gpu.l2_bytes, f"L2 {size_text(gpu.l2_bytes)}"),
+        (gpu.shared_memory_per_block_optin, f"shared memory {size_text(gpu.shared_memory_per_block_optin)} of a block"),
+        (gpu.shared_memory_per_sm, f"{size_text(gpu.shared_memory_per_sm)} of an SM"),
+        (gpu.ecc, "ECC on" if gpu.ecc else "ECC off"),
+    ]
+    return ", ".join([*(text for value, text in known if value is not None), *(["a MIG slice"] if gpu.mig else [])])
+
+
 def unseen_driver(found: Host) -> str:
     """Say that a driver is loaded but its GPUs were not seen; empty where all is as it seems."""
-    if found.driver is not None or not _DRIVER_FILE.exists():
+    if found.gpus or not _DRIVER_FILE.exists():
         return ""
-    return "an NVIDIA driver is loaded, but its GPUs cannot be seen; pip install nvidia-ml-py"
+    return "an NVIDIA driver is loaded, but no GPU can be seen; pip install nvidia-ml-py, and see CUDA_VISIBLE_DEVICES"

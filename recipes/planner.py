@@ -159,9 +159,7 @@ class _Engines:
         recipe = self.pipeline.recipe
         gpu = self.host.gpu(engine.gpu)
         portable = recipe.build.hardware_compatibility != "none"
-        driver = self.host.driver
-        if driver is not None and recipe.driver != "exact":
-            driver = driver.partition(".")[0] if recipe.driver == "branch" else None
+        driver = {"exact": self.host.driver, "branch": self.host.driver_branch, "ignore": None}[recipe.driver]
         return {"device": gpu.device() if gpu is not None and not portable else None, "driver": driver}
 
     def _execute(self, engine: EnginePlan, precision: Precision) -> Step | None:

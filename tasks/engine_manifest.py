@@ -57,6 +57,7 @@ def engine_manifest(
             gpus=(params["gpu"],),
             os=host.os,
             arch=host.arch,
+            device=_device(engine),
         ),
         plan=min(step.inputs, key=len),
         files={
@@ -115,6 +116,13 @@ def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
             used.add(step.id)
             waiting.extend(makers[ref.digest] for ref in step.inputs.values() if ref.digest in makers)
     return [step for step in steps if step.id in used and step.record is not None]
+
+
+def _device(engine: EnginePlan) -> m.DeviceFacts | None:
+    """Return the device that the engine was compiled for, as its key has it; None where it is not bound to one."""
+    action = engine.compile.action if engine.compile is not None else None
+    device = action.toolchain.get("device") if action is not None else None
+    return _read(m.DeviceFacts, device) if device is not None else None
 
 
 def _typed_id(precision: Precision) -> str:

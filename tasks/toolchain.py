@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable
 from functools import cache
 from importlib import metadata
-from typing import Any, Final, TypeVar
+from pathlib import Path
+from typing import Final
 
 from artifacts.host import Gpu, Host
 
 # The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
 BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 
-T = TypeVar("T")
 _ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
+# Where the driver lets itself be spoken to: on a host with GPUs, on Jetson, and in WSL 2.
+_DEVICE_NODES: Final = (Path("/dev/nvidiactl"), Path("/dev/nvmap"), Path("/dev/dxg"))
 
 
 @cache
@@ -36,7 +37,7 @@ def version(package: str) -> str | None:
 
 
 def probe_host() -> Host:
-    """Return this machine's fingerprint; GPUs are seen through NVML, where `nvidia-ml-py` and a driver are there."""
+    """Return this machine's fingerprint; its GPUs are those that CUDA_VISIBLE_DEVICES leaves, where that is set."""
     driver, cuda, gpus = _probe_gpus()
     machine = platform.machine().lower()
     installed = {runtime: version(package) for runtime, package in BACKENDS.items()}
@@ -76,52 +77,9 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _probe_gpus() -> tuple[str | None, str | None, tuple[Gpu, ...]]:
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
+    if not any(node.exists() for node in _DEVICE_NODES):
         return None, None, ()
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None, None, ()
-    try:
-        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
-        found = [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-        gpus = tuple(gpu for gpu in found if gpu is not None)
-        return _text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}", gpus
-    except nvml.NVMLError:
-        return None, None, ()
-    finally:
-        nvml.nvmlShutdown()
+    # Imported only where there is a driver: planning on a host without one pays nothing for it.
+    from tasks.devices import probe_gpus
 
-
-def _gpu(nvml: Any, index: int) -> Gpu | None:
-    try:
-        device = nvml.nvmlDeviceGetHandleByIndex(index)
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(device)
-        name, uuid = _text(nvml.nvmlDeviceGetName(device)), _text(nvml.nvmlDeviceGetUUID(device))
-    except nvml.NVMLError:
-        # Fallen off the bus, or not ours to see: nothing may be built for it or loaded on it.
-        return None
-    return Gpu(
-        name,
-        uuid,
-        f"sm{major}{minor}",
-        _asked(nvml, lambda: int(nvml.nvmlDeviceGetMemoryInfo(device).total)),
-        _asked(nvml, lambda: int(nvml.nvmlDeviceGetNumGpuCores(device))),
-        _asked(nvml, lambda: int(nvml.nvmlDeviceGetMemoryBusWidth(device))),
-        _asked(nvml, lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0])),
-    )
-
-
-def _asked(nvml: Any, ask: Callable[[], T]) -> T | None:
-    """Return what NVML says, or None where this GPU or driver does not tell."""
-    try:
-        return ask()
-    except nvml.NVMLError:
-        return None
-
-
-def _text(value: str | bytes) -> str:
-    # Older releases of nvidia-ml-py return bytes.
-    return value.decode() if isinstance(value, bytes) else value
+    return probe_gpus()

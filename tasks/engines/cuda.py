@@ -7,6 +7,7 @@ an older driver. A device's primary context is used, which is also the one that 
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import cache
 from typing import Any, Final
 
@@ -56,16 +57,24 @@ def device_properties(index: int = 0) -> dict[str, Any]:
     def read(name: str) -> int:
         return int(_call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
 
-    uuid = bytes(_call("cuDeviceGetUuid", device).bytes).hex()
     major, minor = read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")
     return {
         "name": _call("cuDeviceGetName", 256, device).split(b"\0")[0].decode(),
-        "uuid": f"GPU-{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}",
+        "uuid": _uuid(device),
         "compute_capability": f"sm{major}{minor}",
         "memory_bytes": int(_call("cuDeviceTotalMem", device)),
         **{name: read(spelled) for name, spelled in _ATTRIBUTES.items()},
         **{name: bool(read(spelled)) for name, spelled in _FLAGS.items()},
     }
+
+
+def _uuid(device: Any) -> str:
+    """Return a device's UUID as NVML spells it. A process that sees a MIG slice sees that alone, by the name it was given."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible.startswith("MIG-"):
+        return visible.partition(",")[0]
+    uuid = bytes(_call("cuDeviceGetUuid", device).bytes).hex()
+    return f"GPU-{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}"
 
 
 def driver_version() -> str:

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import shutil
 
@@ -166,13 +167,33 @@ def test_a_damaged_channel_is_named(catalog, data):
         catalog.channels("digits", "production")
 
 
+SLICE = Gpu(
+    "L4 slice", "MIG-1", "sm89", 1 << 30, 16, 192, 1 << 25, 48 << 10, 99 << 10, 100 << 10, 512, False, True, mig=True
+)
+
+
 def test_a_recorded_host_is_read_back(catalog):
     host = Host(
-        "gpu box/1", "linux", "x86_64", "580.1", "13.0", (Gpu("L4", "GPU-1", "sm89", None),), {"onnxruntime": "1.31.1"}
+        "gpu box/1",
+        "linux",
+        "x86_64",
+        "580.1",
+        "13.0",
+        (Gpu("L4", "GPU-1", "sm89", None), SLICE),
+        {"onnxruntime": "1.31.1"},
     )
     path = catalog.record_host(host)
     assert path == host_path(host.name) == "hosts/gpu_box_1.json"
     assert catalog.host(host.name) == host
+    # Of an earlier release: fewer facts, and one that is no more.
+    old = {
+        "name": "old",
+        "os": "linux",
+        "arch": "x86_64",
+        "gpus": [{"name": "L4", "uuid": "GPU-1", "compute_capability": "sm89", "memory_bytes": 1, "cores": 7}],
+    }
+    catalog.store.write("hosts/old.json", json.dumps({"schema": 1, **old}).encode())
+    assert catalog.host("old").gpus == (Gpu("L4", "GPU-1", "sm89", 1),)
     with pytest.raises(NotFoundError):
         catalog.host("another")
 

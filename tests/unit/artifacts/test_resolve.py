@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -166,6 +167,41 @@ def test_a_host_may_load_for_all_of_its_gpus_and_its_cpu():
     assert asked.gpus == ("sm89", "sm120", "cpu")
     assert best([engine("a", gpu="sm120")], asked) == "a"
     assert best([engine("a", gpu="sm80")], asked) is None
+
+
+H200 = Gpu("NVIDIA H200", "GPU-1", "sm90", 140 << 30, sm_count=132, bus_width_bits=6144, ecc=True)
+H100 = replace(H200, name="NVIDIA H100 PCIe", memory_bytes=80 << 30, sm_count=114, bus_width_bits=5120)
+
+
+def offered(built_on, *gpus):
+    """Say why an engine that is bound to a device is refused to a host with these GPUs; None where it is not."""
+    made = engine(gpu="sm90", runtime="tensorrt", version="8.6.0", compatibility__device=built_on)
+    host = Host("box", "linux", "x86_64", "580.1", "13.0", gpus, {"tensorrt": "8.6.0"})
+    (candidate,) = resolve([made], Request.of_host(host)).candidates
+    return "; ".join(candidate.reasons) or None
+
+
+def test_an_engine_that_is_bound_to_a_device_is_offered_to_its_like():
+    assert offered(H200.device(), replace(H200, uuid="GPU-2")) is None
+    assert offered(H200.device(), H100, H200) is None
+    assert offered(None, H100) is None  # hardware compatible, or of an older release
+    refused = offered(H200.device(), H100, replace(H200, compute_capability="sm89"))
+    assert refused == (
+        "was built on a GPU with name NVIDIA H200 and not NVIDIA H100 PCIe, memory_bytes 150323855360 and not 85899345920, "
+        "sm_count 132 and not 114, bus_width_bits 6144 and not 5120 (NVIDIA H100 PCIe here)"
+    )
+    assert "ecc True and not False" in offered(H200.device(), replace(H200, ecc=False))
+
+
+def test_what_a_host_does_not_tell_of_its_gpu_is_not_held_against_it():
+    assert offered(H200.device(), replace(H200, sm_count=None, ecc=None)) is None
+    assert offered({"name": "NVIDIA H200", "from_a_later_release": 1}, H200) is None
+    assert offered({"name": "NVIDIA H200"}, H100) is not None
+
+
+def test_who_asks_by_compute_capability_alone_is_not_asked_for_a_device():
+    made = engine(gpu="sm90", compatibility__device=H200.device())
+    assert resolve([made], request(gpus=("sm90",))).best == made
 
 
 engines_strategy = st.lists(

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from artifacts.catalog import EngineCatalog
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu
 from enginery import catalog_commands, host_commands
 from enginery.checkup import _import_failures
 from tasks.toolchain import probe_host, version
@@ -34,6 +36,13 @@ def test_host_shows_what_is_here():
     assert host.name in shown
     assert all(f"{runtime} {found}" in shown for runtime, found in host.runtimes.items())
     assert json.loads(run("host", "--json").stdout) == json.loads(json.dumps(host.to_json()))
+
+
+def test_a_gpu_is_shown_with_what_engines_depend_on():
+    gpu = Gpu("L4", "GPU-1", "sm89", 24 << 30, 58, 192, 48 << 20, shared_memory_per_sm=102_400, ecc=False)
+    assert host_commands.device_text(gpu) == "58 SMs, 192-bit bus, L2 50.3 MB, 102.4 kB of an SM, ECC off"
+    assert host_commands.device_text(replace(gpu, mig=True)).endswith("ECC off, a MIG slice")
+    assert host_commands.device_text(Gpu("L4", "GPU-1", "sm89", None)) == ""
 
 
 def test_host_records_its_fingerprint_in_the_store(tmp_path):

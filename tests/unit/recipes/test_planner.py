@@ -393,7 +393,7 @@ def test_tf32_shares_the_fp32_graph_and_is_measured_and_compiled_by_itself():
     assert verified == {"verify:export": None, "verify:simplify": None, "verify:fp32": None, "verify:tf32": True}
 
 
-H200 = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, 16896, 6144, ecc=True)
+H200 = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, 132, 6144, ecc=True)
 GPU_HOST = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(H200,), driver="570.86.15")
 
 
@@ -442,7 +442,8 @@ def test_a_new_driver_rebuilds_by_the_policy_of_the_recipe(policy: str, driver: 
     "gpu",
     [
         replace(H200, name="NVIDIA H100"),
-        replace(H200, cores=14592),
+        replace(H200, sm_count=114),
+        replace(H200, l2_bytes=50 << 20),
         replace(H200, bus_width_bits=5120),
         replace(H200, ecc=False),
         replace(H200, memory_bytes=80 << 30),

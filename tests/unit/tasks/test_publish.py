@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,12 @@ from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import EngineCatalog
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu
 from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
 from recipes.loader import load
 from tasks.publish import is_published, publish_engine
 from tasks.session import BuildSession
-from tests.unit.recipes.simulated import FILES, GOOD, RECIPE, World
+from tests.unit.recipes.simulated import FILES, GOOD, HOST, RECIPE, World
 
 FACTS = {
     "export": {"outputs": {"logits": {"dtype": "float32", "shape": ["batch", 10]}}},
@@ -116,6 +117,20 @@ def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
     assert manifest.provenance.recipe_digest == builder.loaded.digest
     assert "name: digits" in manifest.provenance.recipe_text
     assert set(manifest.provenance.source) == {"code.tar", "weights.safetensors"}
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_the_manifest_of_a_classic_engine_names_the_device_it_was_built_on(tmp_path, portable):
+    gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, sm_count=132, ecc=True)
+    text = RECIPE.partition("targets:")[0] + "targets: [{runtime: tensorrt, gpus: [sm90], precision: [fp16]}]\n"
+    builder = Builder(
+        folder=tmp_path,
+        text=f"{text}build: {{hardware_compatibility: ampere+}}\n" if portable else text,
+        host=replace(HOST, gpus=(gpu,), runtimes={"tensorrt": "8.6.0"}),
+    )
+    builder.build_all()
+    device = builder.manifests()["sm90", "fp16"].compatibility.device
+    assert (device.model_dump() if device is not None else None) == (None if portable else gpu.device())
 
 
 def test_the_manifest_lists_the_steps_that_the_engine_came_through_and_no_other(builder):
