@@ -122,7 +122,7 @@ def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
 @pytest.mark.parametrize("portable", [False, True])
 def test_the_manifest_of_a_classic_engine_names_the_device_it_was_built_on(tmp_path, portable):
     gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30, sm_count=132, ecc=True)
-    text = RECIPE.partition("targets:")[0] + "targets: [{runtime: tensorrt, gpus: [sm90], precision: [fp16]}]\n"
+    text = RECIPE.partition("targets:")[0] + "targets: [{runtime: tensorrt, gpus: [sm90]}]\n"
     builder = Builder(
         folder=tmp_path,
         text=f"{text}build: {{hardware_compatibility: ampere+}}\n" if portable else text,
