@@ -25,6 +25,7 @@ from artifacts.host import Gpu
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 _PROBE: Final = Path(__file__).with_name("cuda_probe.py")
 _PROBE_SECONDS: Final = 60.0
+_BUSY_PERCENT: Final = 5
 _ORDER: Final = "CUDA_DEVICE_ORDER"
 _BOOT_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 _DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
@@ -206,6 +207,34 @@ def _gpu(nvml: Any, device: Any, compute_capability: str) -> Gpu:
         bus_width_bits=answer(nvml, lambda: int(nvml.nvmlDeviceGetMemoryBusWidth(device))),
         ecc=answer(nvml, lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0])),
     )
+
+
+def busy_gpus(uuids: Sequence[str]) -> frozenset[str]:
+    """Return which of these GPUs (or MIG slices) somebody computes on; none where NVML cannot be asked.
+
+    Busy is a device with a process that has a CUDA context on it, or whose kernels took more than a few percent of the last
+    sample period. In a container, NVML may not show the processes of others; how busy the device is, it shows.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except ImportError:
+        return frozenset()
+    except nvml.NVMLError:
+        return frozenset()
+    try:
+        return frozenset(uuid for uuid in uuids if _is_busy(nvml, uuid))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _is_busy(nvml: Any, uuid: str) -> bool:
+    device = answer(nvml, lambda: nvml.nvmlDeviceGetHandleByUUID(uuid))
+    if device is None:
+        return False
+    processes = answer(nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses(device))
+    percent = answer(nvml, lambda: int(nvml.nvmlDeviceGetUtilizationRates(device).gpu))
+    return bool(processes) or (percent or 0) > _BUSY_PERCENT
 
 
 def answer(nvml: Any, ask: Callable[[], T]) -> T | None:

@@ -62,13 +62,14 @@ def run_stage(
     on_log: Callable[[str], None] = _ignore,
     cancel: threading.Event | None = None,
     entry: str | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> StageResult:
     """Run a stage in a process of its own and return its result, whose output files have been checked to exist.
 
     `output_dir` is an empty folder; everything the stage prints goes to `on_log` line by line and to the file
     `<output_dir>.log` beside it. Both callbacks are called from this thread, which must live as long as the stage:
     the kernel ends the child when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). `entry` runs another
-    function than the stage's own. Raises BackendError, ModelCodeError and RecipeError as the stage does;
+    function than the stage's own; `variables` are environment variables besides this process's own. Raises BackendError, ModelCodeError and RecipeError as the stage does;
     BackendError("time-out" | "out of memory" | "disk full" | "crash") for what happened to the process;
     StageCancelledError.
     """
@@ -89,7 +90,7 @@ def run_stage(
             scratch.mkdir()
             pipes = Pipes(output_dir.with_name(f"{output_dir.name}.log"), on_log)
             held.callback(pipes.close)
-            process = _start(request, pipes, scratch, limits)
+            process = _start(request, pipes, scratch, limits, variables or {})
         except OSError as err:
             raise _not_started(err) from err
         child = _Child(process, stage, limits, pipes)
@@ -98,7 +99,9 @@ def run_stage(
     return _checked(answer, output_dir)
 
 
-def _start(request: Mapping[str, Any], pipes: Pipes, scratch: Path, limits: Limits) -> subprocess.Popen[bytes]:
+def _start(
+    request: Mapping[str, Any], pipes: Pipes, scratch: Path, limits: Limits, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-u", "-X", "faulthandler", "-m", "tasks.child", str(pipes.report_end), str(os.getpid())]
     with tempfile.TemporaryFile(dir=scratch) as message:
         message.write(json.dumps(request).encode())
@@ -110,7 +113,7 @@ def _start(request: Mapping[str, Any], pipes: Pipes, scratch: Path, limits: Limi
             stderr=pipes.log_end,
             pass_fds=(pipes.report_end,),
             cwd=scratch,
-            env=_environment(scratch, limits.threads),
+            env={**_environment(scratch, limits.threads), **variables},
             start_new_session=True,
         )
     pipes.close_child_ends()

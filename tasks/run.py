@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from artifacts.cache import ActionCache
 from artifacts.errors import IntegrityError
+from artifacts.host import Gpu
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ONNX, SAFETENSORS, TAR, ArtifactRef, digest_file
 from artifacts.store import Store, open_store
@@ -26,6 +25,7 @@ from recipes.digests import Digests
 from recipes.errors import Fault, RecipeError
 from recipes.files import CodeBundle, DatasetFiles, LocalFile, dataset_members
 from recipes.steps import Step
+from tasks.gpus import gpu_held
 from tasks.process import Limits, run_stage
 from tasks.progress import Listener, Progress
 
@@ -42,6 +42,7 @@ class StepRunner:
     producer: Mapping[str, Any]
     listen: Listener = lambda _progress: None
     cancel: threading.Event = field(default_factory=threading.Event)
+    gpus: Sequence[Gpu] | None = None  # of this host; None: ask for them when one is needed
 
     def run(self, step: Step) -> tuple[ActionRecord, bool]:
         """Return the step's record, and whether it was made here rather than found (another builder may be faster).
@@ -96,7 +97,14 @@ class StepRunner:
         output_dir = folder / "outputs"
         output_dir.mkdir()
         params = step.action.params if step.action is not None else {}
-        with _gpu(params):
+        device = step.action.toolchain.get("device") if step.action is not None else None
+        with gpu_held(
+            params,
+            device,
+            gpus=self.gpus,
+            waits=lambda: self.listen(Progress(step.id, "progress", None, "waiting for a GPU")),
+            give_up=self.cancel.is_set,
+        ) as variables:
             result = run_stage(
                 step.stage,
                 params,
@@ -106,6 +114,7 @@ class StepRunner:
                 on_progress=lambda fraction, text: self.listen(Progress(step.id, "progress", fraction, text)),
                 on_log=lambda line: self.listen(Progress(step.id, "log", text=line)),
                 cancel=self.cancel,
+                variables=variables,
             )
         outputs: dict[str, ArtifactRef] = {}
         for name, media_type in result.outputs.items():
@@ -147,21 +156,6 @@ class StepRunner:
         ref = ArtifactRef(bundle.digest, bundle.size, TAR)
         self.cache.put_blob(target, ref)
         return ref
-
-
-@contextmanager
-def _gpu(params: Mapping[str, Any]) -> Iterator[None]:
-    """Hold this host's GPUs for a stage that uses one: a compiler that times kernels must not share it.
-
-    One lock for the host, whichever store and user: of several GPUs one is used at a time.
-    """
-    if "tensorrt" not in (params.get("runtime"), params.get("executor")):
-        yield
-        return
-    from filelock import FileLock
-
-    with FileLock(Path(tempfile.gettempdir()) / "enginery-gpu.lock", mode=0o666):
-        yield
 
 
 def _dataset_inputs(local: DatasetFiles, folder: Path) -> dict[str, Path]:

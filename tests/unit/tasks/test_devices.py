@@ -129,6 +129,16 @@ def test_without_nvml_cuda_lists_what_it_sees(probe, driver, tmp_path):
     assert [(gpu.uuid, gpu.sm_count, gpu.ecc) for gpu in gpus] == [(WHOLE, 132, False)]
 
 
+@pytest.mark.parametrize(("load", "expected"), [("", []), ("rates", [WHOLE]), ("processes", [SLICES[0]])])
+def test_a_device_is_busy_where_others_have_processes_or_kernels_on_it(driver, load, expected):
+    code = f"from tasks.devices import busy_gpus; print(sorted(busy_gpus({[WHOLE, *SLICES, 'GPU-unknown']})))"
+    own = {"LD_LIBRARY_PATH": str(driver), "BUSY": load}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, check=True, text=True
+    )
+    assert done.stdout.strip() == str(expected)
+
+
 def test_without_a_driver_the_probe_says_nothing():
     probe = subprocess.run(
         [sys.executable, "-I", "-S", cuda_probe.__file__],
