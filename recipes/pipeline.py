@@ -218,6 +218,7 @@ class Pipeline:
             "precision": "fp32" if full else precision,
             "keep": [] if full else self.recipe.precision.keep,
             "io": "float32" if full else self.recipe.precision.io,
+            **({"structure": True} if self.recipe.build.refit != "none" else {}),
         }
         # tf32 is a flag of the compiler: its graph is the fp32 one.
         name = "fp32" if full else precision

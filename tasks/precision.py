@@ -6,6 +6,7 @@ fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `qua
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from typing import Any, Final
 
 import onnx
@@ -20,6 +21,7 @@ from tasks.graphs import (
 )
 from tasks.onnx_files import DATA, GRAPH, check_graph, dtype_name, load_graph, opset_of, save_graph
 from tasks.stage import StageRequest, StageResult
+from tasks.structure import structure_digest
 
 # bfloat16 reached Conv, pooling and GridSample in ONNX opset 22; TensorRT-RTX parses it.
 _BF16_OPSET: Final = 22
@@ -27,9 +29,9 @@ _BF16_IR: Final = 10
 
 
 def run(request: StageRequest) -> StageResult:
-    """Type "model.onnx" (and int8's "ranges.json") as `params` say: precision, keep, io.
+    """Type "model.onnx" (and int8's "ranges.json") as `params` say: precision, keep, io; and structure, where given.
 
-    Facts: nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; for half precisions `clamped` (constants
+    Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; for half precisions `clamped` (constants
     that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
     compute on counted values); for int8 `constant` (nodes kept fp32 because an input was zero on all calibration data).
     Raises BackendError("bad data") for a glob of `keep` that matches no node.
@@ -37,14 +39,14 @@ def run(request: StageRequest) -> StageResult:
     params, inputs = request.params, request.inputs
     precision = params["precision"]
     full = precision in ("fp32", "tf32")
-    model = load_graph(inputs[GRAPH], weights=not full)
+    model = load_graph(inputs[GRAPH], weights=not full or "structure" in params)
     external = DATA in inputs
     facts: dict[str, Any] = {"casts": 0, "quantized": 0, "kept": []}
     if full:
         media_types = {name: kind for name, kind in ((GRAPH, ONNX), (DATA, ONNX_DATA)) if name in inputs}
         for name in media_types:
             shutil.copyfile(inputs[name], request.output_dir / name)
-        return StageResult(media_types, facts | _described(model))
+        return StageResult(media_types, facts | _described(model) | _structure(model, params))
     hoist_constants(model)
     name_nodes(model)
     keep = matching_nodes(model, params["keep"])
@@ -66,7 +68,7 @@ def run(request: StageRequest) -> StageResult:
             "overflowing": sorted(typed.overflowing),
             "counted": typed.counted,
         }
-    facts |= _described(model)
+    facts |= _described(model) | _structure(model, params)
     outputs = save_graph(model, request.output_dir, external=external)
     check_graph(request.output_dir / GRAPH)
     return StageResult(outputs, facts)
@@ -83,6 +85,10 @@ def _described(model: onnx.ModelProto) -> dict[str, Any]:
         },
         "outputs": {value.name: dtype_name(value.type.tensor_type.elem_type) for value in model.graph.output},
     }
+
+
+def _structure(model: onnx.ModelProto, params: Mapping[str, Any]) -> dict[str, Any]:
+    return {"structure": structure_digest(model)} if params.get("structure") else {}
 
 
 def _for_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
