@@ -257,6 +257,14 @@ class HostFacts(Part):
     driver: str | None
 
 
+class RefittedFrom(Part):
+    """The compiled plan that the engine's weights were put into."""
+
+    compilation: Digest = Field(description="Key of the action that compiled it.")
+    plan: Digest = Field(description="SHA-256 of that plan.")
+    engine: str | None = Field(default=None, description="The engine that it was published as, where it was.")
+
+
 class Provenance(Part):
     """Where the engine came from."""
 
@@ -268,6 +276,9 @@ class Provenance(Part):
     host: HostFacts
     enginery: str = Field(description="Version of Enginery.")
     steps: tuple[StepFacts, ...]
+    refitted_from: RefittedFrom | None = Field(
+        default=None, description="Where the plan was not compiled for these weights, but refitted with them."
+    )
 
 
 class Manifest(Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from artifacts.refits import Base
 from recipes.gates import Verdict
 from recipes.schema import Precision
 from recipes.steps import Step
@@ -23,7 +24,8 @@ class EnginePlan:
     """One engine that the recipe asks for: what it takes, or why it cannot be had.
 
     `state`: cached (published), run (something has to run first), waiting (needs a host that is not here),
-    failed (no precision passed its gates, or a step failed).
+    failed (no precision passed its gates, or a step failed). `compile` makes the plan: it is a step of the stage
+    refit where `refitted_from` names the compilation whose plan gets new weights.
     """
 
     target: str
@@ -39,6 +41,7 @@ class EnginePlan:
     verify: Step | None = None
     engine_verify: Step | None = None
     publish: Step | None = None
+    refitted_from: Base | None = None
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ Pure: records come through `lookup`, versions through `version`. The build runs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from artifacts.host import Host
+from artifacts.refits import Base
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge, parity_bounds
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
+from recipes.refitting import Bases, Compilation, Refits
 from recipes.schema import Precision, Recipe, Target, size_bytes
 from recipes.steps import Lookup, Step, Steps
 from recipes.targets import refusal
@@ -35,15 +37,16 @@ def plan(
     previous: Mapping[str, Mapping[str, Any]] | None = None,
     failures: Mapping[str, str] | None = None,
     selection: Selection | None = None,
+    bases: Bases = lambda _identity: (),
 ) -> Plan:
     """Plan a recipe on a host.
 
     `version` gives the full version of an installed package (None: not installed) without importing it; `lookup`
     gives the action record of (stage, key); `previous` has the last build's preimages by step id, for explanations;
-    `failures` has what failed in this build, by key.
+    `failures` has what failed in this build, by key; `bases` lists what may be refitted (`artifacts.refits`).
     """
     steps = Steps(lookup, previous or {}, failures or {})
-    engines = _Engines(Pipeline(recipe, files, version, steps), host)
+    engines = _Engines(Pipeline(recipe, files, version, steps), host, Refits(steps, bases))
     chosen = selection or Selection()
     planned = [
         engines.plan(target, gpu, asked)
@@ -61,6 +64,7 @@ class _Engines:
 
     pipeline: Pipeline
     host: Host
+    refits: Refits
 
     def plan(self, target: Target, gpu: str, asked: Precision) -> EnginePlan:
         """Plan one engine: the first precision of the chain that passes its gates is compiled and published."""
@@ -85,12 +89,14 @@ class _Engines:
             verdict = self._verdict(graph, precision)
             if waiting is not None and (verdict is None or verdict.passed):
                 return replace(base, state="waiting", why=waiting, trials=(*trials, Trial(precision, verdict)))
-            if verdict is None or verdict.passed:
-                engine = replace(base, given=precision, compile=self._compile(base, precision, graph), verify=graph)
-                engine = replace(engine, engine_verify=self._execute(engine, precision))
-                verdict = verdict and self._verdict(engine.engine_verify or graph, precision)
+            reasons: list[str] = []
+            for made, origin in self._ways(base, precision, graph, verdict, reasons):
+                engine = replace(base, given=precision, compile=made, verify=graph, refitted_from=origin)
+                engine = replace(engine, engine_verify=self._execute(engine, precision, again=bool(reasons)))
+                verdict = self._verdict(graph, precision) and self._verdict(engine.engine_verify or graph, precision)
                 if verdict is None or verdict.passed:
                     return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))), target)
+                reasons.append(f"compiled: what was refitted does not pass: {', '.join(verdict.reasons)}")
             trials.append(Trial(precision, verdict))
         tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
         return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
@@ -121,8 +127,16 @@ class _Engines:
             return f"needs a host with {needed}{device}; no such GPU is here"
         return None
 
-    def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Step:
-        """Compile for one GPU; nothing of other targets, and no name or path, enters the key."""
+    def _ways(
+        self, engine: EnginePlan, precision: Precision, gate: Step, verdict: Verdict | None, reasons: Sequence[str]
+    ) -> Iterator[tuple[Step, Base | None]]:
+        """Yield the steps that can make a plan, the cheapest first, unless the graph has failed its gates."""
+        if verdict is None or verdict.passed:
+            wanted = self._compile(engine, precision, gate)
+            yield from self.refits.ways(wanted, self.pipeline.typed(precision), reasons)
+
+    def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Compilation:
+        """Describe compiling for one GPU; nothing of other targets, and no name or path, enters the key."""
         params: dict[str, Any] = {"runtime": engine.runtime, "gpu": engine.gpu}
         if engine.runtime != "onnxruntime":  # which takes any shape, and none of the options
             build = self.pipeline.recipe.build
@@ -146,8 +160,8 @@ class _Engines:
             if self.pipeline.recipe.build.refit != "none":
                 params["refit"] = self.pipeline.recipe.build.refit
             toolchain |= self._device(engine)
-        return self.pipeline.steps.add(
-            f"compile:{engine.runtime}:{engine.gpu}:{precision}",
+        return Compilation(
+            f"{engine.runtime}:{engine.gpu}:{precision}",
             params=params,
             inputs=graph_files(self.pipeline.typed(precision)),
             toolchain=toolchain,
@@ -162,11 +176,11 @@ class _Engines:
         driver = {"exact": self.host.driver, "branch": self.host.driver_branch, "ignore": None}[recipe.driver]
         return {"device": gpu.device() if gpu is not None and not portable else None, "driver": driver}
 
-    def _execute(self, engine: EnginePlan, precision: Precision) -> Step | None:
-        """Verify the compiled engine itself, where this host can execute it."""
+    def _execute(self, engine: EnginePlan, precision: Precision, *, again: bool = False) -> Step | None:
+        """Verify the compiled engine itself, where this host can execute it; `again`, where a refitted one failed."""
         if engine.compile is None or engine.runtime == "tensorrt-rtx":
             return None
-        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}"
+        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}" + (":compiled" if again else "")
         if engine.runtime == "onnxruntime":
             return self.pipeline.verify(step_id, "engine", engine.compile)
         return self.pipeline.verify(
@@ -213,6 +227,8 @@ class _Engines:
             "calibration": self.pipeline.calibration_digest() if engine.given == "int8" else None,
             "to": recipe.publish.to,
         }
+        if engine.refitted_from is not None:
+            params["refitted_from"] = engine.refitted_from.key
         not_executed = {
             "executed": False,
             "reason": f"{engine.runtime} engines for {engine.gpu} do not run on this host",

@@ -31,6 +31,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "calibrate": 1,
     "type": 3,
     "compile": 1,
+    "refit": 1,
     "verify": 2,
     "publish": 1,
 }
@@ -113,11 +114,13 @@ class Steps:
         local: tuple[Local, Mapping[str, str]] | None = None,
         gates: Iterable[Step] = (),
         measured: Mapping[str, Mapping[str, Any] | None] | None = None,
+        because: Iterable[str] = (),
     ) -> Step:
         """Add a step (once for each id) and return it evaluated.
 
         `local` is what a fetch step brings in, with the digests that enter its key; `gates` are steps whose verdict
         must be known before this one runs; of what they found only `measured` (facts, by name) enters the key.
+        `because` is said first of a step that has to run.
         """
         if step_id in self._steps:
             return self._steps[step_id]
@@ -147,8 +150,27 @@ class Steps:
             step = replace(step, state="blocked", why=_needs(failed[0]), after=())
         else:
             step = self._explained(step, action, known=known)
+            step = replace(step, why=(*because, *step.why))
         self._steps[step_id] = step
         return step
+
+    def peek(
+        self, stage: str, *, params: Mapping[str, Any], inputs: Iterable[Output], toolchain: Mapping[str, Any]
+    ) -> tuple[Action, ActionRecord | None, str | None] | None:
+        """Evaluate a step without adding it: its action, its record if there is one, and how it failed if it did.
+
+        None where an input is not known yet.
+        """
+        refs = {output.name: output.ref for output in inputs}
+        digests = {name: ref.digest for name, ref in refs.items() if ref is not None}
+        if len(digests) < len(refs):
+            return None
+        action = Action(stage, STAGE_VERSIONS[stage], params, digests, toolchain)
+        return action, self._lookup(stage, action.key), self._failures.get(action.key)
+
+    def record(self, stage: str, key: str) -> ActionRecord | None:
+        """Return the record of an action of any recipe, if it and what it made are there."""
+        return self._lookup(stage, key)
 
     def _explained(self, step: Step, action: Action, *, known: bool) -> Step:
         """Say why a step has to run; where only an unknown input could make it run, it `follows`."""

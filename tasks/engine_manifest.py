@@ -13,6 +13,7 @@ from artifacts import manifest as m
 from artifacts.host import Host
 from recipes.gates import judge
 from recipes.plan import EnginePlan
+from recipes.refitting import PLAN
 from recipes.schema import Precision, Recipe
 from recipes.steps import Step
 from tasks.toolchain import version
@@ -91,6 +92,7 @@ def engine_manifest(
             host=m.HostFacts(name=host.name, os=host.os, arch=host.arch, driver=host.driver),
             enginery=version("enginery") or "unknown",
             steps=tuple(_step_facts(passed, built) for passed in used.values()),
+            refitted_from=_refitted_from(engine),
         ),
     )
 
@@ -123,6 +125,13 @@ def _device(engine: EnginePlan) -> m.DeviceFacts | None:
     action = engine.compile.action if engine.compile is not None else None
     device = action.toolchain.get("device") if action is not None else None
     return _read(m.DeviceFacts, device) if device is not None else None
+
+
+def _refitted_from(engine: EnginePlan) -> m.RefittedFrom | None:
+    if engine.refitted_from is None or engine.compile is None:
+        return None
+    base = engine.refitted_from
+    return m.RefittedFrom(compilation=base.key, plan=engine.compile.inputs[PLAN].digest, engine=base.engine)
 
 
 def _typed_id(precision: Precision) -> str:

@@ -22,6 +22,7 @@ from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
 from artifacts.host import Host
 from artifacts.keys import canonical_json
 from artifacts.records import ActionRecord
+from artifacts.refits import Base, RefitIndex, refit_identity
 from artifacts.store import Store
 from recipes.errors import RecipeError
 from recipes.files import RecipeFiles, gather
@@ -81,6 +82,7 @@ class BuildSession:
         self._failures: dict[str, str] = {}
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
+        self._bases: dict[str, tuple[Base, ...]] = {}
         self._previous: Mapping[str, Mapping[str, Any]] | None = None
         self._cancelled = threading.Event()
 
@@ -121,6 +123,7 @@ class BuildSession:
             previous=self._previous,
             failures=failures,
             selection=self.selection,
+            bases=self._refit_bases,
         )
 
     def ensure(self, step: Step, planned: Plan) -> Outcome:
@@ -182,6 +185,8 @@ class BuildSession:
             future.set_exception(err)
             raise
         else:
+            if step.stage == "compile":
+                self._offer_refit(result[0])
             # Noted before any plan can see the record: who then finds the step cached learns that it was built here.
             self._note(Outcome(step, "built" if result[1] else "cached", result[0].seconds))
             with self._lock:
@@ -202,9 +207,31 @@ class BuildSession:
             built = [name for name, outcome in self.outcomes.items() if outcome.state == "built"]
         record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
         kept = self._cache.put_record(record)
+        if engine.compile is not None and engine.compile.stage == "compile" and engine.compile.record is not None:
+            self._offer_refit(engine.compile.record, record.facts["path"])
         self._tell(Progress(step.id, "done", seconds=record.seconds))
         # Built even where an earlier record counts: what it had published was gone, and is there again.
         return kept, True
+
+    def _offer_refit(self, compiled: ActionRecord, engine: str | None = None) -> None:
+        """List a plan that new weights can be put into, with the engine that it became; a build goes on without."""
+        refit = compiled.facts.get("refit")
+        if not isinstance(refit, dict) or "structure" not in refit:
+            return
+        try:
+            index = RefitIndex(self.store)
+            index.add(refit_identity(compiled.preimage, refit["structure"]), Base(compiled.key, engine))
+        except ArtifactError as err:
+            self._warn_once(f"the plan {compiled.key[:12]} cannot be offered for refitting: {err}")
+
+    def _refit_bases(self, identity: str) -> tuple[Base, ...]:
+        """Return what may be refitted as this session first saw it, so that all of its plans agree."""
+        with self._lock:
+            if identity in self._bases:
+                return self._bases[identity]
+        found = RefitIndex(self.store).bases(identity)
+        with self._lock:
+            return self._bases.setdefault(identity, found)
 
     def _input_gone(self, step: Step, key: str, err: ArtifactError, future: Future[tuple[ActionRecord, bool]]) -> None:
         """Forget what was known, since an input's blob is damaged or gone: the next plan makes it again."""

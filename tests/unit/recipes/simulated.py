@@ -16,6 +16,7 @@ from artifacts.refs import ArtifactRef
 from recipes.files import CodeBundle, DatasetFiles, LocalFile, RecipeFiles
 from recipes.plan import Plan, Selection
 from recipes.planner import plan
+from recipes.refitting import Bases
 from recipes.schema import Recipe
 from recipes.steps import Step
 
@@ -110,6 +111,7 @@ class World:
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # step id or stage -> facts
     same_bytes: set[str] = field(default_factory=set)  # step ids whose output does not depend on their key
     failures: dict[str, str] = field(default_factory=dict)
+    bases: Bases = lambda _identity: ()
 
     def plan(self, made: Recipe, files: RecipeFiles = FILES, targets: tuple[str, ...] = ()) -> Plan:
         return plan(
@@ -121,6 +123,7 @@ class World:
             previous=self.previous,
             failures=self.failures,
             selection=Selection(targets),
+            bases=self.bases,
         )
 
     def build(self, made: Recipe, files: RecipeFiles = FILES, targets: tuple[str, ...] = ()) -> tuple[list[str], Plan]:
