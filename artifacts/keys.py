@@ -11,7 +11,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Final
 
 from artifacts.refs import digest_bytes
 
@@ -38,10 +39,16 @@ class Action:
             "toolchain": dict(self.toolchain),
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The action's key: 64 lower-case hex digits."""
         return digest_bytes(canonical_json(self.preimage()))
+
+
+# One encoder for all: json.dumps makes a new one for every call.
+_encode: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_ATOMS: Final = frozenset((type(None), bool, int, float, str))
+_NAMES: Final = frozenset((str,))
 
 
 def canonical_json(value: object) -> bytes:
@@ -50,8 +57,44 @@ def canonical_json(value: object) -> bytes:
     Raises TypeError for anything that is not JSON (a path, a tuple, an enum, a key that is not a
     string) and ValueError for NaN or infinity, so that nothing enters a key by way of its repr.
     """
-    _require_json(value, "$")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = canonical_parsed(value)
+    if not _is_json(value):
+        _require_json(value, "$")
+    return text
+
+
+def canonical_parsed(value: object) -> bytes:
+    """Do the same for what a JSON parser returned, whose types need no look: only its numbers may be no JSON.
+
+    Raises ValueError for NaN, infinity and half a surrogate pair.
+    """
+    try:
+        return _encode(value).encode()
+    except (TypeError, ValueError):
+        _require_json(value, "$")  # which says where it is
+        raise
+
+
+def _is_json(value: object) -> bool:
+    """Tell whether a value that can be encoded has JSON types only; where it has not, `_require_json` says where.
+
+    The encoder takes more (tuples, enums, keys that are numbers). This look is most of what a key costs.
+    """
+    left: list[Any] = [value]
+    while left:
+        item = left.pop()
+        kind = type(item)
+        if kind is dict:
+            if set(map(type, item)) - _NAMES:
+                return False
+            item = item.values()
+        elif kind is not list:
+            if kind not in _ATOMS:
+                return False
+            continue
+        if set(map(type, item)) - _ATOMS:  # most hold numbers and texts alone
+            left.extend(item)
+    return True
 
 
 def _require_json(value: object, path: str) -> None:

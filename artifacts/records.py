@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, cast
 
 from artifacts.errors import IntegrityError
-from artifacts.keys import canonical_json
+from artifacts.keys import canonical_json, canonical_parsed
 from artifacts.refs import ArtifactRef, digest_bytes
 from artifacts.store import is_relative_path
 
@@ -36,7 +37,7 @@ class ActionRecord:
         """The stage that ran."""
         return str(self.preimage["stage"])
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The action's key, computed from the preimage (never stored apart from it)."""
         return digest_bytes(canonical_json(dict(self.preimage)))
@@ -64,7 +65,10 @@ class ActionRecord:
         """
         try:
             document = json.loads(data)
-            canonical_json(document)  # finite numbers and whole strings, so that what was read can be written again
+            # Finite numbers and whole strings, so that what was read can be written again; the preimage once, below.
+            inside = isinstance(document, dict)
+            canonical_parsed({**document, "preimage": None} if inside else document)
+            preimage = canonical_parsed(document.get("preimage") if inside else None)
         except (ValueError, RecursionError) as err:
             raise IntegrityError(f"action record is not JSON: {err}") from err
         if not isinstance(document, dict) or document.get("schema") != RECORD_SCHEMA:
@@ -81,11 +85,13 @@ class ActionRecord:
                 started=str(document["started"]),
                 producer=_mapping(document["producer"]),
             )
-            key, stated = record.key, document["key"]
+            stated = document["key"]
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise IntegrityError(f"action record is incomplete: {err!r}") from err
+        key = digest_bytes(preimage)
         if key != stated:
             raise IntegrityError(f"action record states key {str(stated)[:12]} but its preimage hashes to {key[:12]}")
+        vars(record)["key"] = key  # computed once: what was parsed has JSON types only
         return record
 
 
