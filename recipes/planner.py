@@ -6,7 +6,7 @@ Pure: records come through `lookup`, versions through `version`. The build runs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -34,7 +34,7 @@ def plan(
     *,
     version: Version,
     lookup: Lookup,
-    previous: Mapping[str, Mapping[str, Any]] | None = None,
+    previous: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
     failures: Mapping[str, str] | None = None,
     selection: Selection | None = None,
     bases: Bases = lambda _identity: (),
@@ -42,10 +42,11 @@ def plan(
     """Plan a recipe on a host.
 
     `version` gives the full version of an installed package (None: not installed) without importing it; `lookup`
-    gives the action record of (stage, key); `previous` has the last build's preimages by step id, for explanations;
-    `failures` has what failed in this build, by key; `bases` lists what may be refitted (`artifacts.refits`).
+    gives the action record of (stage, key); `previous` gives the last build's preimages by step id, for explanations
+    (it is not asked where nothing is stale); `failures` has what failed in this build, by key; `bases` lists what may be
+    refitted (`artifacts.refits`).
     """
-    steps = Steps(lookup, previous or {}, failures or {})
+    steps = Steps(lookup, previous, failures or {})
     engines = _Engines(Pipeline(recipe, files, version, steps), host, Refits(steps, bases))
     chosen = selection or Selection()
     planned = [

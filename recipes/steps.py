@@ -91,10 +91,10 @@ class Steps:
     def __init__(
         self,
         lookup: Lookup,
-        previous: Mapping[str, Mapping[str, Any]],
+        previous: Callable[[], Mapping[str, Mapping[str, Any]]],
         failures: Mapping[str, str],
     ) -> None:
-        """Take the record lookup, the last build's preimages by step id (to explain), and failures by key."""
+        """Take the record lookup, what gives the last build's preimages by step id (to explain), and failures by key."""
         self._lookup = lookup
         self._previous = previous
         self._failures = failures
@@ -174,7 +174,7 @@ class Steps:
 
     def _explained(self, step: Step, action: Action, *, known: bool) -> Step:
         """Say why a step has to run; where only an unknown input could make it run, it `follows`."""
-        old = self._previous.get(step.id)
+        old = self._previous().get(step.id)
         if old is None:
             return replace(step, why=("miss: never built",))
         new = action.preimage()

@@ -83,7 +83,6 @@ class BuildSession:
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
         self._bases: dict[str, tuple[Base, ...]] = {}
-        self._previous: Mapping[str, Mapping[str, Any]] | None = None
         self._cancelled = threading.Event()
 
     @cached_property
@@ -110,8 +109,6 @@ class BuildSession:
 
     def plan(self) -> Plan:
         """Plan with what the store holds and what failed in this session."""
-        if self._previous is None:
-            self._previous = self._read_latest()
         with self._lock:
             failures = dict(self._failures)
         return plan(
@@ -120,7 +117,7 @@ class BuildSession:
             self.host,
             version=version,
             lookup=self._lookup,
-            previous=self._previous,
+            previous=lambda: self._previous,
             failures=failures,
             selection=self.selection,
             bases=self._refit_bases,
@@ -168,7 +165,7 @@ class BuildSession:
         """Keep the preimages of this build, so that the next plan can say what changed."""
         steps = {step.id: step.action.preimage() for step in planned.steps if step.record is not None and step.action}
         if steps:
-            document = {**(self._previous or {}), **steps}
+            document = {**self._previous, **steps}
             if document != self._previous:
                 self.store.write(latest_path(self.recipe_name), canonical_json(document))
 
@@ -292,7 +289,8 @@ class BuildSession:
             self._warned.add(message)
             self.warn(message)
 
-    def _read_latest(self) -> Mapping[str, Mapping[str, Any]]:
+    @cached_property
+    def _previous(self) -> Mapping[str, Mapping[str, Any]]:
         """Read the last build's preimages; what is damaged explains nothing, and harms nothing."""
         try:
             document = json.loads(self.store.read(latest_path(self.recipe_name)))

@@ -54,10 +54,16 @@ def probe_host() -> Host:
 
 def _distribution_version(name: str) -> str | None:
     try:
-        # An interrupted uninstall leaves a distribution whose metadata has no version.
-        return metadata.version(name) or None
-    except (metadata.PackageNotFoundError, KeyError, ValueError):
+        distribution = metadata.distribution(name)
+    except (metadata.PackageNotFoundError, ValueError):
         return None
+    # Read here: importlib.metadata parses a whole README as an e-mail for this line, a millisecond for each package.
+    headers = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    for line in headers.partition("\n\n")[0].splitlines():
+        field, _colon, value = line.partition(":")
+        if field.lower() == "version":
+            return value.strip() or None
+    return None  # an interrupted uninstall leaves a distribution whose metadata has no version
 
 
 def _is_importable(name: str) -> bool:

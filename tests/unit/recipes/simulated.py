@@ -120,7 +120,7 @@ class World:
             self.host,
             version=self.versions.get,
             lookup=lambda stage, key: self.records.get((stage, key)),
-            previous=self.previous,
+            previous=lambda: self.previous,
             failures=self.failures,
             selection=Selection(targets),
             bases=self.bases,
