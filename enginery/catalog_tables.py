@@ -6,7 +6,8 @@ import datetime as dt
 from typing import TYPE_CHECKING, Any
 
 from enginery.output import console
-from enginery.tables import print_table, size_text
+from enginery.rows import print_table
+from enginery.tables import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -89,7 +89,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """
     from enginery.catalog_tables import add_row, plain_table
     from enginery.checkup import check_all
-    from enginery.tables import print_table
+    from enginery.rows import print_table
 
     checks = check_all()
     broken = [check for check in checks if check.core and not check.ok]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from enginery.__main__ import app
+from enginery.__main__ import command_line
 from tests.integration.building import RECIPES, ROOT, enginery
 
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(*arguments: str, status: int) -> Result:
     """Run a command in this process: whatever is no exit status is raised here."""
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False, prog_name="enginery")
+    result = CliRunner().invoke(command_line(), arguments, catch_exceptions=False, prog_name="enginery")
     assert result.exit_code == status, result.output
     return result
 

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 import enginery
-from enginery.__main__ import app
+from enginery.__main__ import command_line
 from enginery.building import PREFECT_SETTINGS
 from recipes.errors import RecipeError
 from recipes.files import gather
@@ -246,7 +246,7 @@ def test_the_document_on_operations_names_what_is_set_for_prefect():
 # ---- the command line
 
 
-COMMANDS = typer.main.get_command(app)
+COMMANDS = typer.main.get_command(command_line())
 
 
 def test_every_command_has_help_with_an_example():
