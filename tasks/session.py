@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +36,8 @@ from tasks.publish import is_published, other_store, publish_engine
 from tasks.toolchain import probe_host, version
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from tasks.run import StepRunner
 
 DEFAULT_JOBS: Final = 2
@@ -131,6 +132,8 @@ class BuildSession:
             return self._note(Outcome(step, "cached", step.record.seconds))
         if step.state == "failed":  # in this session, maybe before the caller looked
             return self._note(Outcome(step, "failed", 0.0, "; ".join(step.why)))
+        from concurrent.futures import Future
+
         key = step.action.key
         with self._lock:
             future = self._running.get(key)
