@@ -5,6 +5,8 @@ VENV ?= .venv
 RECIPE ?= recipes/digits.yaml
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip compiles what it copies, but not what is installed editable; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
+COMPILE := $(BIN)/python -m compileall -q artifacts enginery flows tasks recipes/*.py
 
 .PHONY: help demo test test-fast test-slow check fix docs clean
 
@@ -14,11 +16,13 @@ help: ## what can be made
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## set up and build the digits recipe into .enginery/

@@ -7,7 +7,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
@@ -44,10 +44,9 @@ def command_line(modules: Iterable[str] = MODULES) -> typer.Typer:
     return app
 
 
-def modules_for(arguments: Iterable[str]) -> tuple[str, ...]:
+def modules_for(arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the modules that a command line needs: one, or all for help, completion and what is no command."""
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
-    found = tuple(module for module, commands in MODULES.items() if asked in commands)
+    found = tuple(module for module, commands in MODULES.items() if arguments and arguments[0] in commands)
     return found if found and "_ENGINERY_COMPLETE" not in os.environ else tuple(MODULES)
 
 
