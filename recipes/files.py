@@ -13,6 +13,7 @@ from recipes.errors import Fault, RecipeError
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
 from recipes.onnx_data import NotOnnxError, external_locations, location_fault
+from recipes.options import stated_plugins
 from recipes.schema import Dataset, FileReference, TorchSource
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class DatasetFiles:
 
 @dataclass(frozen=True)
 class RecipeFiles:
-    """Everything that a recipe names, with content digests."""
+    """Everything that a recipe names, with content digests; plugins by theirs."""
 
     code: CodeBundle | None = None
     weights: LocalFile | None = None
@@ -69,6 +70,7 @@ class RecipeFiles:
     calibration: DatasetFiles | None = None
     labelled: DatasetFiles | None = None
     metric: CodeBundle | None = None
+    plugins: Mapping[str, LocalFile] = field(default_factory=dict)
 
 
 # What the `fetch` stage reads from a folder (tasks/datasets.py): what is read has to be what is digested.
@@ -79,6 +81,7 @@ WEIGHTS_NAMES: Final[Mapping[str, str]] = {
     ".pt": "weights.pt",
     ".pth": "weights.pt",
 }
+_ELF: Final = b"\x7fELF"
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 
@@ -137,7 +140,7 @@ class _Gatherer:
             if is_code_reference(recipe.acceptance.metric.name):
                 metric = self._code((*at, "name"), recipe.acceptance.metric.name)
             self._held_out((*at, "data", "data"), calibration, labelled)
-        return RecipeFiles(code, weights, model, calibration, labelled, metric)
+        return RecipeFiles(code, weights, model, calibration, labelled, metric, self._plugins())
 
     def _fault(self, at: Key, what: str) -> None:
         self.faults.append(self.loaded.fault(at, what))
@@ -211,6 +214,26 @@ class _Gatherer:
             if data is not None:
                 files.append(LocalFile(location, data[1], data[0].stat().st_size, str(data[0])))
         return tuple(files)
+
+    def _plugins(self) -> dict[str, LocalFile]:
+        """Find the libraries of plugins: each is named after its digest, so that its path enters no key."""
+        files: dict[str, LocalFile] = {}
+        for at, plugins in stated_plugins(self.loaded.recipe):
+            for index, plugin in enumerate(plugins):
+                name = f"plugin-{plugin.sha256[:16]}.so"
+                if plugin.file.startswith("s3://"):
+                    files[plugin.sha256] = LocalFile(name, plugin.sha256, -1, plugin.file)
+                    continue
+                here: Key = (*at, index, "file")
+                found = self._file(here, plugin.file, plugin.sha256)
+                if found is None:
+                    continue
+                path, digest = found
+                with path.open("rb") as stream:
+                    if stream.read(len(_ELF)) != _ELF:
+                        self._fault(here, f"{plugin.file} is no shared library (it does not begin as ELF files do)")
+                files[digest] = LocalFile(name, digest, path.stat().st_size, str(path))
+        return files
 
     def _code(
         self, at: Key, reference: str, include: Sequence[str] = (), include_at: Key | None = None

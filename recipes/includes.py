@@ -28,6 +28,8 @@ PATH_FIELDS: Final[tuple[Key, ...]] = (
     ("source", "model"),
     ("source", "model", "file"),
     ("source", "weights", "file"),
+    ("build", "plugins", "*", "file"),
+    ("targets", "*", "build", "plugins", "*", "file"),
     ("source", "include", "*"),
     ("precision", "calibration", "data"),
     ("precision", "calibration", "include", "*"),

@@ -6,13 +6,13 @@ fetch > export > simplify > calibrate > type > verify
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
-from recipes.schema import Calibration, Dataset, OnnxSource, Precision, Recipe, TorchSource
+from recipes.schema import Calibration, Dataset, OnnxSource, Options, Precision, Recipe, TorchSource
 from recipes.shapes import parity_cases, profile_shapes, random_cases, trace_shapes
 from recipes.steps import Output, Step, Steps
 
@@ -188,9 +188,24 @@ class Pipeline:
             "simplify", params=params, inputs=graph_files(self.export), toolchain=self.versions(*packages)
         )
 
+    def calibration_data(self, spec: Calibration, files: DatasetFiles) -> Output:
+        """Bring the samples that int8 ranges are found on."""
+        return self._dataset("calibration", spec, files, None)
+
+    def plugins(self, options: Options) -> list[Output]:
+        """Bring the libraries of plugins that the options name, checked against their digests."""
+        files = [self.files.plugins[digest] for digest in sorted({plugin.sha256 for plugin in options.plugins})]
+        return [
+            Output(
+                self.steps.add(f"fetch:{file.name}", params={"kind": "file"}, local=(file, {file.name: file.digest})),
+                file.name,
+            )
+            for file in files
+        ]
+
     def calibrate(self, spec: Calibration, files: DatasetFiles) -> Output:
         """Find the range of every tensor that int8 may quantise; kept layers do not enter, so changing them re-uses it."""
-        data = self._dataset("calibration", spec, files, None)
+        data = self.calibration_data(spec, files)
         params = {
             "method": spec.method,
             "percentile": spec.percentile if spec.method == "percentile" else None,
@@ -236,10 +251,11 @@ class Pipeline:
         plan_name: str = "model.onnx",
         executor: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
+        plugins: Sequence[Output] = (),
     ) -> Step:
         """Measure one graph's (or plan's) parity with the source, and the recipe's metric on the held-out data.
 
-        `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on.
+        `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on, `plugins` the libraries it needs.
         """
         metric = self.recipe.acceptance.metric
         params: dict[str, Any] = {
@@ -262,7 +278,7 @@ class Pipeline:
                 "output": metric.output,
             }
             toolchain |= self.versions(*(own.packages if own is not None else ()))
-        inputs = [*graph_files(graph, plan_name), self.reference, *self.labelled]
+        inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from artifacts.refits import Base
 from recipes.gates import Verdict
-from recipes.schema import Precision
+from recipes.schema import Options, Precision
 from recipes.steps import Step
 
 
@@ -25,7 +25,8 @@ class EnginePlan:
 
     `state`: cached (published), run (something has to run first), waiting (needs a host that is not here),
     failed (no precision passed its gates, or a step failed). `compile` makes the plan: it is a step of the stage
-    refit where `refitted_from` names the compilation whose plan gets new weights.
+    refit where `refitted_from` names the compilation whose plan gets new weights. `typed` is the precision of the graph
+    that is compiled: fp32 where a weakly typed compiler lowers it itself.
     """
 
     target: str
@@ -36,6 +37,8 @@ class EnginePlan:
     given: Precision | None
     state: Literal["cached", "run", "waiting", "failed"]
     why: str = ""
+    options: Options = field(default_factory=Options)
+    typed: Precision | None = None
     trials: tuple[Trial, ...] = ()
     compile: Step | None = None
     verify: Step | None = None

@@ -14,11 +14,12 @@ from artifacts.host import Host
 from artifacts.refits import Base
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge, parity_bounds
+from recipes.options import calibrator_refusal, compile_params, options_of, refusals, uses_calibrator
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import Precision, Recipe, Target, size_bytes
-from recipes.steps import Lookup, Step, Steps
+from recipes.schema import Options, Precision, Recipe, Target
+from recipes.steps import Lookup, Output, Step, Steps
 from recipes.targets import refusal
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
@@ -72,35 +73,51 @@ class _Engines:
         recipe = self.pipeline.recipe
         version = self.host.runtimes.get(target.runtime, target.version or "")
         name = "-".join(part for part in (target.runtime, version, gpu) if part)
-        base = EnginePlan(name, target.runtime, version, gpu, asked, None, "run")
+        options = options_of(recipe, target)
+        base = EnginePlan(name, target.runtime, version, gpu, asked, None, "run", options=options)
         for step in self._portable_gates():
             verdict = self._verdict(step, "fp32")
             if verdict is not None and not verdict.passed:
                 what = "exported" if step.subject == "export" else "simplified"
                 return replace(base, state="failed", why=f"the {what} graph fails: {', '.join(verdict.reasons)}")
         waiting = self._waits(target, gpu)
+        lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)
+        if waiting is None and lacking is not None:
+            return replace(base, state="failed", why=lacking)
         trials: list[Trial] = []
         for precision in (asked, *recipe.precision.fallback.get(asked, ())):
             refused = refusal(target.runtime, gpu, precision, version or None)
+            if refused is None and precision == "int8" and recipe.precision.int8 == "calibrator":
+                refused = calibrator_refusal(options, target.runtime, version or None)
             if refused is not None:
                 trials.append(Trial(precision, Verdict(passed=False, reasons=(refused,))))
                 continue
-            typed = self.pipeline.typed(precision)
-            graph = self.pipeline.verify(f"verify:{precision}", "graph", typed, tf32=precision == "tf32")
-            verdict = self._verdict(graph, precision)
+            # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
+            source = self._typed(options, target.runtime, precision)
+            typed = self.pipeline.typed(source)
+            graph = self.pipeline.verify(f"verify:{source}", "graph", typed, tf32=source == "tf32")
+            verdict = self._verdict(graph, source)
             if waiting is not None and (verdict is None or verdict.passed):
                 return replace(base, state="waiting", why=waiting, trials=(*trials, Trial(precision, verdict)))
             reasons: list[str] = []
-            for made, origin in self._ways(base, precision, graph, verdict, reasons):
-                engine = replace(base, given=precision, compile=made, verify=graph, refitted_from=origin)
+            wanted = replace(base, given=precision, typed=source, verify=graph)
+            for made, origin in self._ways(wanted, precision, graph, verdict, reasons):
+                engine = replace(wanted, compile=made, refitted_from=origin)
                 engine = replace(engine, engine_verify=self._execute(engine, precision, again=bool(reasons)))
-                verdict = self._verdict(graph, precision) and self._verdict(engine.engine_verify or graph, precision)
+                verdict = self._verdict(graph, source) and self._verdict(engine.engine_verify or graph, precision)
                 if verdict is None or verdict.passed:
                     return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))), target)
                 reasons.append(f"compiled: what was refitted does not pass: {', '.join(verdict.reasons)}")
             trials.append(Trial(precision, verdict))
         tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
         return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
+
+    def _typed(self, options: Options, runtime: str, precision: Precision) -> Precision:
+        """Return the precision of the graph that the compiler gets: fp32 where it is to lower the graph itself."""
+        if uses_calibrator(self.pipeline.recipe, runtime, precision):
+            return "fp32"
+        weak = runtime == "tensorrt" and options.typing == "weak" and precision not in ("int8", "tf32")
+        return "fp32" if weak else precision
 
     def _portable_gates(self) -> list[Step]:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""
@@ -134,46 +151,78 @@ class _Engines:
         """Yield the steps that can make a plan, the cheapest first, unless the graph has failed its gates."""
         if verdict is None or verdict.passed:
             wanted = self._compile(engine, precision, gate)
-            yield from self.refits.ways(wanted, self.pipeline.typed(precision), reasons)
+            yield from self.refits.ways(wanted, self.pipeline.typed(engine.typed or precision), reasons)
 
     def _compile(self, engine: EnginePlan, precision: Precision, gate: Step) -> Compilation:
         """Describe compiling for one GPU; nothing of other targets, and no name or path, enters the key."""
         params: dict[str, Any] = {"runtime": engine.runtime, "gpu": engine.gpu}
         if engine.runtime != "onnxruntime":  # which takes any shape, and none of the options
-            build = self.pipeline.recipe.build
             params |= {
                 "tf32": precision == "tf32",
                 "profiles": self.pipeline.profiles,
-                "workspace": size_bytes(build.workspace) if build.workspace is not None else None,
-                "optimization_level": build.optimization_level,
-                "hardware_compatibility": build.hardware_compatibility,
-                "version_compatible": build.version_compatible,
+                **compile_params(engine.options, engine.runtime),
             }
+        inputs = graph_files(self.pipeline.typed(engine.typed or precision))
+        gates = [*self._portable_gates(), gate]
+        if engine.runtime == "tensorrt":
+            # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
+            params["precision"] = precision
+            inputs += self.pipeline.plugins(engine.options)
+            calibrator = uses_calibrator(self.pipeline.recipe, engine.runtime, precision)
+            if calibrator or engine.options.typing == "weak":
+                keep = self.pipeline.recipe.precision.keep
+                params |= {"typing": "weak", **({"keep": keep} if keep and precision not in ("fp32", "tf32") else {})}
+            calibration = self.pipeline.recipe.precision.calibration
+            if calibrator and calibration is not None:
+                params["calibrator"] = calibration.method
+                inputs.append(self._calibrate(engine, gates))
+        return Compilation(
+            f"{engine.runtime}:{engine.gpu}:{precision}",
+            params=params,
+            inputs=inputs,
+            toolchain=self._compiler(engine),
+            gates=gates,
+        )
+
+    def _calibrate(self, engine: EnginePlan, gates: list[Step]) -> Output:
+        """Let TensorRT find int8 ranges on the device; its cache serves every later compilation of the graph."""
+        spec, files = self.pipeline.recipe.precision.calibration, self.pipeline.files.calibration
+        if spec is None or files is None:
+            raise ValueError(f"{engine.target}: there is no calibration data")
+        step = self.pipeline.steps.add(
+            f"calibrate:{engine.runtime}:{engine.gpu}",
+            params={
+                "runtime": engine.runtime,
+                "gpu": engine.gpu,
+                "method": spec.method,
+                "batch": spec.batch,
+                "tensors": self.pipeline.interface,
+            },
+            inputs=[
+                *graph_files(self.pipeline.typed("fp32")),
+                *self.pipeline.plugins(engine.options),
+                self.pipeline.calibration_data(spec, files),
+            ],
+            toolchain=self._compiler(engine),
+            gates=gates,
+        )
+        return Output(step, "calibration.cache")
+
+    def _compiler(self, engine: EnginePlan) -> dict[str, Any]:
+        """Return what a compilation depends on besides its parameters and inputs."""
         package = RUNTIME_PACKAGES[engine.runtime]
         toolchain = {package: engine.runtime_version, "os": self.host.os, "arch": self.host.arch}
         if engine.runtime != "onnxruntime":
             # One version is released for several major versions of CUDA, as packages of that name.
             found = [flavour for flavour in CUDA_FLAVOURS if self.pipeline.version(f"{package}_{flavour}") is not None]
             toolchain["cuda"] = ",".join(found)
-        if engine.runtime == "tensorrt":
-            # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
-            params["precision"] = precision
-            if self.pipeline.recipe.build.refit != "none":
-                params["refit"] = self.pipeline.recipe.build.refit
-            toolchain |= self._device(engine)
-        return Compilation(
-            f"{engine.runtime}:{engine.gpu}:{precision}",
-            params=params,
-            inputs=graph_files(self.pipeline.typed(precision)),
-            toolchain=toolchain,
-            gates=[*self._portable_gates(), gate],
-        )
+        return toolchain | (self._device(engine) if engine.runtime == "tensorrt" else {})
 
     def _device(self, engine: EnginePlan) -> dict[str, Any]:
         """Return what of this host an engine that is compiled (or executed) on it depends on."""
         recipe = self.pipeline.recipe
         gpu = self.host.gpu(engine.gpu)
-        portable = recipe.build.hardware_compatibility != "none"
+        portable = engine.options.hardware_compatibility != "none"
         driver = {"exact": self.host.driver, "branch": self.host.driver_branch, "ignore": None}[recipe.driver]
         return {"device": gpu.device() if gpu is not None and not portable else None, "driver": driver}
 
@@ -192,8 +241,10 @@ class _Engines:
             executor={
                 "executor": engine.runtime,
                 "gpu": engine.gpu,
-                "version_compatible": self.pipeline.recipe.build.version_compatible,
+                "version_compatible": engine.options.version_compatible,
+                **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
             },
+            plugins=self.pipeline.plugins(engine.options),
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
         )
 
@@ -227,6 +278,7 @@ class _Engines:
             },
             "calibration": self.pipeline.calibration_digest() if engine.given == "int8" else None,
             "to": recipe.publish.to,
+            **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         }
         if engine.refitted_from is not None:
             params["refitted_from"] = engine.refitted_from.key
@@ -237,10 +289,13 @@ class _Engines:
         step = self.pipeline.steps.add(
             f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
             params=params,
-            inputs=graph_files(engine.compile, PLAN_NAMES[engine.runtime]),
+            inputs=[
+                *graph_files(engine.compile, PLAN_NAMES[engine.runtime]),
+                *(self.pipeline.plugins(engine.options) if engine.runtime == "tensorrt" else ()),
+            ],
             gates=[engine.verify] if executed is None else [engine.verify, executed],
             measured={
-                "typed": self.pipeline.typed(engine.given).facts,
+                "typed": self.pipeline.typed(engine.typed or engine.given).facts,
                 "graph": engine.verify.facts,
                 "engine": executed.facts if executed is not None else not_executed,
             },

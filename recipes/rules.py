@@ -8,6 +8,7 @@ from typing import Final
 
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
+from recipes.options import stated_plugins
 from recipes.schema import GPUS, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
 from recipes.targets import check_targets, refusal
 
@@ -34,7 +35,7 @@ _INTEGERS: Final = {
 def check(recipe: Recipe) -> list[tuple[Key, str]]:
     """Return every broken rule as (path, message), in the order of the schema."""
     rules: tuple[Callable[[Recipe], Found], ...] = (
-        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, check_targets, _publish,
+        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, check_targets, _plugins, _publish,
     )  # fmt: skip
     return [found for rule in rules for found in rule(recipe)]
 
@@ -180,6 +181,8 @@ def _precision(recipe: Recipe) -> Found:
     if "int8" in asked and plan.calibration is None:
         at = ("precision", "build") if "int8" in plan.build else ("targets",)
         yield at, "int8 needs precision.calibration: data that its ranges are found on"
+    if plan.int8 == "calibrator" and "int8" not in asked:
+        yield ("precision", "int8"), f"has no effect: nothing is built in int8 (built: {', '.join(asked)})"
     if "int8" in asked and recipe.export.opset is not None and recipe.export.opset < INT8_FLOOR:
         what = f"int8 needs opset {INT8_FLOOR} or later (scales for each channel), found {recipe.export.opset}"
         yield ("export", "opset"), what
@@ -199,6 +202,9 @@ def _calibration(recipe: Recipe) -> Found:
     yield from _dataset(at, calibration, recipe, None)
     if "percentile" in calibration.model_fields_set and calibration.method != "percentile":
         yield (*at, "percentile"), f"has no effect with method {calibration.method}; set method to percentile"
+    if calibration.method == "percentile" and recipe.precision.int8 == "calibrator":
+        what = "TensorRT has calibrators for entropy and minmax, none for percentile (or set precision.int8 to qdq)"
+        yield (*at, "method"), what
     metric = recipe.acceptance.metric
     if metric is not None:
         yield from _held_out(calibration, metric.data)
@@ -306,6 +312,14 @@ def _fractions(at: Key, floor: float | None, max_drop: float | None, name: str) 
             yield (*at, key), f"{name} is a fraction between 0 and 1, found {value:g}{hint}"
         elif key == "max_drop" and value == top:
             yield (*at, key), "a drop of 1 is all there is, so anything would pass; one point is 0.01"
+
+
+def _plugins(recipe: Recipe) -> Found:
+    for at, plugins in stated_plugins(recipe):
+        for index, plugin in enumerate(plugins):
+            yield from _path((*at, index, "file"), plugin.file, remote=True)
+            if plugin.sha256 in (other.sha256 for other in plugins[:index]):
+                yield (*at, index, "sha256"), "the same library is named twice"
 
 
 def _publish(recipe: Recipe) -> Found:

@@ -23,6 +23,8 @@ DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
+DeviceClass = Literal["data-center", "workstation", "jetson"]
+TacticSource = Literal["cublas", "cublas-lt", "cudnn", "edge-mask-convolutions", "jit-convolutions"]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Axis = Annotated[str, Field(pattern=AXIS_PATTERN)]
 Extent = Annotated[int, Field(ge=1, le=1 << 31)]
@@ -182,6 +184,10 @@ class PrecisionPlan(Model):
     keep: list[str] = Field(default_factory=list, description="Name globs of ONNX nodes that stay fp32.")
     io: Literal["float32", "native"] = Field(default="float32", description="Type of float inputs and outputs.")
     calibration: Calibration | None = Field(default=None, description="The data that int8 ranges are found on.")
+    int8: Literal["qdq", "calibrator"] = Field(
+        default="qdq",
+        description="qdq: ranges in the graph, for every runtime; calibrator: TensorRT 8.6's and 10's own (tensorrt only).",
+    )
 
     @field_validator("build")
     @classmethod
@@ -222,25 +228,40 @@ class Acceptance(Model):
     metric: Metric | None = Field(default=None, description="A gate on labelled data.")
 
 
-class Target(Model):
-    """What engines are for. `gpus` names compute capabilities; `onnxruntime` takes [cpu]."""
+class Plugin(Model):
+    """A shared library of TensorRT plugins: code that runs in the compiler and wherever the engine does."""
 
-    runtime: Runtime = Field(description="What executes the engine.")
-    gpus: list[str] = Field(
-        default_factory=lambda: ["cpu"], min_length=1, description="Compute capabilities, such as sm89, or cpu."
+    file: RelativePath = Field(description="Path relative to the recipe, or s3://bucket/key.")
+    sha256: Sha256 = Field(description="SHA-256 of the library: what is not named by its digest is not loaded.")
+
+
+class Dla(Model):
+    """The deep learning accelerator of a Jetson, which takes layers off the GPU."""
+
+    core: int = Field(default=0, ge=0, le=7, description="Which of the accelerator's cores.")
+    gpu_fallback: bool = Field(default=True, description="Whether layers that it cannot run may run on the GPU.")
+
+
+class Options(Model):
+    """Options of the compiler, for every target, or for one that states its own."""
+
+    device_class: DeviceClass = Field(
+        default="data-center",
+        description="How much scratch memory there is by default: all, or 2GiB (workstation), 256MiB (jetson).",
     )
-    version: str | None = Field(
-        default=None, description="Full runtime version; default: the one installed where it compiles."
-    )
-    precision: list[Precision] | None = Field(default=None, description="Instead of precision.build.")
-
-
-class Build(Model):
-    """Options of the compiler, and limits of its process."""
-
     workspace: str | None = Field(default=None, pattern=SIZE_PATTERN, description="Scratch memory on the GPU.")
     optimization_level: int | None = Field(
         default=None, ge=0, le=5, description="How long the compiler searches; default: its own."
+    )
+    typing: Literal["strong", "weak"] = Field(
+        default="strong",
+        description="weak: the compiler gets the fp32 graph, and may lower any part of it (tensorrt 8.6 and 10 only).",
+    )
+    sparsity: bool = Field(
+        default=False, description="Whether kernels for 2:4 sparse weights are tried (tensorrt only)."
+    )
+    tactic_sources: list[TacticSource] | None = Field(
+        default=None, description="Where kernels may come from; default: what the version takes (tensorrt only)."
     )
     hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = Field(
         default="none", description="Which other GPUs an engine may run on, at a cost in speed (tensorrt only)."
@@ -252,6 +273,36 @@ class Build(Model):
         default="none",
         description="Whether new weights may be put into the engine; stripped: it is stored without any (tensorrt only).",
     )
+    weight_streaming: bool = Field(
+        default=False,
+        description="Whether weights may stay in host memory, and come when they are needed (tensorrt 10 and later).",
+    )
+    auxiliary_streams: int | None = Field(
+        default=None, ge=0, le=64, description="Most streams beside the caller's that one run may use (tensorrt only)."
+    )
+    plugins: list[Plugin] = Field(
+        default_factory=list, description="Libraries of operators that TensorRT lacks (tensorrt only)."
+    )
+    dla: Dla | None = Field(default=None, description="Run on a Jetson's accelerator (tensorrt for sm87 only).")
+
+
+class Target(Model):
+    """What engines are for. `gpus` names compute capabilities; `onnxruntime` takes [cpu]."""
+
+    runtime: Runtime = Field(description="What executes the engine.")
+    gpus: list[str] = Field(
+        default_factory=lambda: ["cpu"], min_length=1, description="Compute capabilities, such as sm89, or cpu."
+    )
+    version: str | None = Field(
+        default=None, description="Full runtime version; default: the one installed where it compiles."
+    )
+    precision: list[Precision] | None = Field(default=None, description="Instead of precision.build.")
+    build: Options | None = Field(default=None, description="Options of the compiler that differ from build.")
+
+
+class Build(Options):
+    """Options of the compiler, and limits of its process."""
+
     timeout: str = Field(default="60m", pattern=DURATION_PATTERN, description="Time limit of each stage.")
     memory: str = Field(default="16GiB", pattern=SIZE_PATTERN, description="Memory limit of each stage's process.")
 

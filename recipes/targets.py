@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from recipes.nodes import Key, near
+from recipes.options import calibrator_refusal, options_of, place_of, refusals, version_numbers
 from recipes.schema import GPUS, PRECISIONS, Precision, Recipe, Target
 
 Found = Iterator[tuple[Key, str]]
@@ -60,7 +61,7 @@ def refusal(runtime: str, gpu: str, precision: Precision, version: str | None = 
 
 def opset_ceiling(target: Target) -> int | None:
     """Return the highest ONNX opset that a target's runtime reads, where that is known."""
-    numbers = _numbers(target.version)
+    numbers = version_numbers(target.version)
     if target.runtime != "tensorrt" or not numbers:
         return None
     if numbers[0] < 10:
@@ -122,50 +123,34 @@ def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:
 
 
 def _check_options(recipe: Recipe) -> Found:
-    build = recipe.build
-    level = build.hardware_compatibility
-    yield from _check_refit(recipe)
-    for target in recipe.targets:
-        if target.runtime == "tensorrt-rtx":
-            if level != "none":
-                what = "TensorRT-RTX has no hardware compatibility; its engines name their GPUs (allowed: none)"
-                yield ("build", "hardware_compatibility"), what
-            if build.version_compatible:
-                yield (
-                    ("build", "version_compatible"),
-                    "TensorRT-RTX cannot build version-compatible engines; leave it out",
-                )
-            return
-    for target in recipe.targets:
-        if target.runtime == "tensorrt" and level == "ampere+" and "sm75" in target.gpus:
-            yield ("build", "hardware_compatibility"), "ampere+ leaves out sm75 (Turing), which is a target"
-        old = _numbers(target.version)
-        if level == "same-compute-capability" and target.runtime == "tensorrt" and old and old < (10, 9):
-            what = f"same-compute-capability begins with TensorRT 10.9, and a target asks for {target.version}"
-            yield ("build", "hardware_compatibility"), what
-
-
-def _check_refit(recipe: Recipe) -> Found:
-    refit = recipe.build.refit
-    if refit == "none":
-        return
-    at: Key = ("build", "refit")
-    if all(target.runtime != "tensorrt" for target in recipe.targets):
-        yield at, "has no effect: only engines of the runtime tensorrt can be refitted, and no target is of it"
-    for target in recipe.targets:
-        major = _major(target.version)
-        if target.runtime == "tensorrt" and refit == "stripped" and major is not None and major < 10:
+    told: set[tuple[Key, str]] = set()
+    for index, target in enumerate(recipe.targets):
+        options = options_of(recipe, target)
+        own = target.build.model_fields_set if target.build is not None else frozenset[str]()
+        if own and target.runtime == "onnxruntime":
+            yield ("targets", index, "build"), "has no effect: ONNX Runtime takes none of these options"
+        for gpu in target.gpus:
+            for option, why in refusals(options, target.runtime, gpu, target.version):
+                where = place_of(recipe, index, option)
+                if (where, why) not in told:
+                    told.add((where, why))
+                    yield where, why
+        asked = target.precision if target.precision is not None else recipe.precision.build
+        refused = calibrator_refusal(options, target.runtime, target.version)
+        if "int8" in asked and recipe.precision.int8 == "calibrator" and refused is not None:
+            yield ("precision", "int8"), refused
+        if options.typing == "weak" and target.runtime == "tensorrt" and recipe.precision.io == "native":
             yield (
-                at,
-                f"stripped plans begin with TensorRT 10.0, and a target asks for {target.version} (allowed: none, weights)",
+                ("precision", "io"),
+                "native is the typed graph's own type, and build.typing: weak compiles the fp32 graph",
             )
-
-
-def _numbers(version: str | None) -> tuple[int, ...]:
-    found = re.match(r"[0-9]{1,6}(\.[0-9]{1,6})*", version or "")
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    if recipe.build.refit != "none" and all(target.runtime != "tensorrt" for target in recipe.targets):
+        yield (
+            ("build", "refit"),
+            "has no effect: only engines of the runtime tensorrt can be refitted, and no target is of it",
+        )
 
 
 def _major(version: str | None) -> int | None:
-    numbers = _numbers(version)
+    numbers = version_numbers(version)
     return numbers[0] if numbers else None

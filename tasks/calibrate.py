@@ -42,12 +42,16 @@ def run(request: StageRequest) -> StageResult:
     """Run "model.onnx" on "dataset.safetensors" and write "ranges.json": {tensor: [low, high]}, sorted, float32 bounds.
 
     The tensors are what Conv, ConvTranspose, MatMul and Gemm take (`quantize.activations`): typing puts pairs nowhere
-    else. Facts: tensors, samples, method, constant (tensors that were zero on all data). Raises BackendError("bad data")
+    else. With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead (`tasks.engines.trt_calibrate`). Facts: tensors, samples, method, constant (tensors that were zero on all data). Raises BackendError("bad data")
     for NaN, infinity, and inputs that the data set lacks; by its kind where ONNX Runtime fails.
     """
+    params = request.params
+    if params.get("runtime") == "tensorrt":
+        from tasks.engines import trt_calibrate
+
+        return trt_calibrate.run(request)
     from safetensors.numpy import load_file
 
-    params = request.params
     data = load_file(str(request.inputs["dataset.safetensors"]))
     once = partial(batches, data, params["tensors"], params["batch"])
     with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,8 @@ def engine_manifest(
         raise ValueError(f"{step.id}: there is nothing to publish")
     params, key = step.action.params, step.action.key
     used = {passed.id: passed for passed in lineage(engine, steps)}
-    typed = used[_typed_id(engine.given)].facts or {}
+    typed = used[_typed_id(engine.typed or engine.given)].facts or {}
+    compiled = (engine.compile.facts if engine.compile is not None else None) or {}
     recipe = loaded.recipe
     return m.Manifest(
         schema=m.MANIFEST_SCHEMA,
@@ -59,6 +60,8 @@ def engine_manifest(
             os=host.os,
             arch=host.arch,
             device=_device(engine),
+            plugins=tuple(sorted(name for name in step.inputs if name.startswith("plugin-"))),
+            dla_core=params.get("dla_core"),
         ),
         plan=min(step.inputs, key=len),
         files={
@@ -73,10 +76,10 @@ def engine_manifest(
             given=params["given"],
             wish=_wish(recipe, engine),
             tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
-            kept=tuple(typed.get("kept", ())),
-            io="float32" if engine.given in ("fp32", "tf32") else recipe.precision.io,
+            kept=tuple(compiled.get("kept", typed.get("kept", ()))),
+            io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),
-        calibration=_calibration(params["calibration"], used.get("calibrate")),
+        calibration=_calibration(params["calibration"], next(iter(_calibrations(used)), None)),
         verification=_verification(params, recipe, engine.given),
         provenance=m.Provenance(
             key=key,
@@ -109,7 +112,13 @@ def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
             for ref in step.record.outputs.values():
                 makers.setdefault(ref.digest, step)
     own = (engine.compile, engine.verify, engine.engine_verify)
-    names = ["export", "simplify", "verify:export", "verify:simplify", _typed_id(engine.given or "fp32")]
+    names = [
+        "export",
+        "simplify",
+        "verify:export",
+        "verify:simplify",
+        _typed_id(engine.typed or engine.given or "fp32"),
+    ]
     waiting = [by_id[name] for name in names if name in by_id] + [by_id[step.id] for step in own if step is not None]
     used: set[str] = set()
     while waiting:
@@ -158,6 +167,11 @@ def _tensors(declared: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str,
         name: _read(m.TensorFacts, {"dtype": typed.get(name, facts["dtype"]), "shape": facts.get("shape")})
         for name, facts in declared.items()
     }
+
+
+def _calibrations(used: Mapping[str, Step]) -> list[Step]:
+    """Return the steps that found int8 ranges, TensorRT's own calibration first."""
+    return sorted((step for step in used.values() if step.stage == "calibrate"), key=lambda step: not step.subject)
 
 
 def _calibration(digest: str | None, step: Step | None) -> m.CalibrationFacts | None:

@@ -17,9 +17,13 @@ from typing import Any, Final
 from artifacts.refs import BYTES, ENGINE_PLAN, JSON
 from tasks.engines.cuda import Cuda, driver_version, find_device
 from tasks.engines.trt_adapter import require
+from tasks.engines.trt_calibrate import CACHE as CALIBRATION_CACHE
+from tasks.engines.trt_calibrate import cache_reader
 from tasks.engines.trt_log import Log, progress_monitor
 from tasks.engines.trt_network import add_profiles, parse, signature
+from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.engines.trt_settings import Settings
+from tasks.engines.trt_weak import nodes_in_fp32
 from tasks.errors import BackendError
 from tasks.onnx_files import GRAPH, load_graph, opset_of
 from tasks.stage import StageRequest, StageResult
@@ -37,11 +41,12 @@ def compile_plan(request: StageRequest) -> StageResult:
 
     params: gpu, tf32, profiles, workspace (bytes or None), optimization_level, hardware_compatibility,
     version_compatible; and, where given, precision (to refuse what a version lacks), max_aux_streams, sparse_weights,
-    refit ("weights" or "stripped"), weight_streaming,
-    tactic_sources (names). The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
+    refit ("weights" or "stripped"), weight_streaming, tactic_sources (names), dla {core, gpu_fallback}; typing ("weak":
+    the graph is untyped, and lowered by flags), keep (globs of nodes that stay fp32 then) and calibrator (the method that
+    the input "calibration.cache" was found by). Inputs "plugin-*" are libraries, loaded first. The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
     inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
     driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, inputs, outputs,
-    warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
+    plugins, kept (with weak typing), warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
     """
     import tensorrt as trt
 
@@ -61,6 +66,7 @@ class Build:
         self._trt, self._request = trt, request
         self._log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
         self._logger = self._log.for_runtime(trt)
+        self._typing: str = request.params.get("typing", "strong")
         self._timing: dict[str, Any] = {"given": TIMING_CACHE in request.inputs, "used": False}
 
     def run(self, free_bytes: Callable[[], int]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -68,7 +74,8 @@ class Build:
 
         `free_bytes` says how much memory of the device is free.
         """
-        facts = self.compile(free_bytes)
+        plugins = load_plugins(self._trt, plugin_files(self._request.inputs))
+        facts = {**self.compile(free_bytes), "plugins": plugins}
         facts["layers"] = self._inspect()
         outputs = {PLAN: ENGINE_PLAN, LAYERS: JSON}
         if (self._request.output_dir / TIMING_CACHE).exists():
@@ -85,7 +92,8 @@ class Build:
     def compile(self, free_bytes: Callable[[], int]) -> dict[str, Any]:
         """Write the plan, trying again with less workspace where memory runs out; return facts."""
         trt, params = self._trt, self._request.params
-        require(trt, params.get("precision", "fp32"), opset_of(load_graph(self._request.inputs[GRAPH], weights=False)))
+        opset = opset_of(load_graph(self._request.inputs[GRAPH], weights=False))
+        require(trt, params.get("precision", "fp32"), opset, self._typing)
         started = time.monotonic()
         limit, tried = params["workspace"], list[int]()
         while True:
@@ -114,28 +122,42 @@ class Build:
             builder = trt.Builder(self._logger)
         except TypeError as err:  # "pybind11::init(): factory function returned nullptr"
             raise log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
-        network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH])
+        network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH], self._typing)
         config = builder.create_builder_config()
         settings = Settings(trt, log, config)
-        settings.apply(params, network, self._request.inputs[GRAPH])
+        settings.apply(params, builder, network, self._request.inputs[GRAPH])
         tried.append(settings.workspace(limit))
         add_profiles(trt, log, builder, network, config, params["profiles"])
-        cache = self._attach_timing_cache(config)
+        cache, ranges = self._attach_timing_cache(config), self._attach_calibration(config)
         monitor = progress_monitor(trt, log, self._request.report)
         if monitor is not None:
             config.progress_monitor = monitor
         self._request.report(0.0 if monitor is not None else None, "compiling")
         before = len(log.errors)
         plan = builder.build_serialized_network(network, config)
+        if ranges is not None and ranges.asked:
+            raise log.failure("the calibration cache is not of this graph", kind="bad data", since=before)
         if plan is None:
             raise log.failure(f"TensorRT {trt.__version__} does not compile the graph", since=before)
         (self._request.output_dir / PLAN).write_bytes(memoryview(plan))
         self._keep_timing_cache(config)
         facts = {"settings": settings.applied, **signature(network), "network_layers": network.num_layers}
+        if self._typing == "weak":
+            keep, int8 = params.get("keep", ()), "calibrator" in params
+            facts["kept"] = sorted(nodes_in_fp32(self._request.inputs[GRAPH], keep, int8=int8))
         # In this order: what is made from another must go first.
-        del plan, monitor, cache, config, parser, network, builder
+        del plan, monitor, cache, config, ranges, parser, network, builder
         self._log.warnings += [f"logged as an error, and built all the same: {words}" for words in log.take_errors(0)]
         return facts
+
+    def _attach_calibration(self, config: Any) -> Any:
+        """Give the builder the int8 ranges that were calibrated, where there are any."""
+        path = self._request.inputs.get(CALIBRATION_CACHE)
+        if path is None:
+            return None
+        reader = cache_reader(self._trt, self._request.params["calibrator"], path.read_bytes())
+        config.int8_calibrator = reader
+        return reader
 
     def _attach_timing_cache(self, config: Any) -> Any:
         """Attach the given timing cache if it was made on such a device by this version, else an empty one.

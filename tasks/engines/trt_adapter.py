@@ -6,6 +6,7 @@ enumerations move from version to version, and a setter that refuses says so onl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -17,6 +18,11 @@ _HAVE: Final = {
     "BuilderFlag.STRIP_PLAN": "TensorRT 10.0 and later",
     "BuilderFlag.REFIT_IDENTICAL": "TensorRT 10.0 and later",
     "BuilderFlag.WEIGHT_STREAMING": "TensorRT 10.0 and later",
+    "BuilderFlag.BF16": "TensorRT 10",
+    "TacticSource.CUBLAS": "TensorRT 8.6 or 10",
+    "TacticSource.CUBLAS_LT": "TensorRT 8.6 or 10",
+    "TacticSource.CUDNN": "TensorRT 8.6 or 10",
+    "DeviceType.DLA": "TensorRT 8.6 to 10.7, or 11.4.1 and later",
     "HardwareCompatibilityLevel.AMPERE_PLUS": "TensorRT 8.6 and later",
     "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY": "TensorRT 10.9 and later",
 }
@@ -38,20 +44,34 @@ class Adapter(Protocol):
     def prepare_parser(self, trt: Any, parser: Any) -> None:
         """Set what the parser needs before it reads the graph."""
 
-    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path, params: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the BuilderFlags without which the types of the ONNX file `graph` would not be used.
 
         May constrain layers of the network, which was parsed from it, so that flags do not lower what it keeps in fp32.
+        `params` are those of the compilation.
         """
 
 
-def adapter(trt: Any) -> Adapter:
-    """Return the adapter for a TensorRT module, chosen by what the module has."""
-    from tasks.engines import trt_v8, trt_v10, trt_v11
+def adapter(trt: Any, typing: str = "strong") -> Adapter:
+    """Return the adapter for a TensorRT module, chosen by what the module has.
 
+    `typing` weak is that of an untyped graph, which the builder lowers itself. Raises BackendError("version mismatch")
+    where a version knows typed networks only.
+    """
+    from tasks.engines import trt_v8, trt_v10, trt_v11, trt_weak
+
+    has_flags = hasattr(trt.BuilderFlag, "FP16")
+    if typing == "weak":
+        if not has_flags:
+            raise BackendError(
+                "version mismatch",
+                f"TensorRT {trt.__version__} has no BuilderFlag.FP16: it knows strongly typed networks only",
+                "set build.typing to strong and precision.int8 to qdq, or build with TensorRT 8.6 or 10",
+            )
+        return trt_weak.Untyped(trt)
     if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return trt_v8.Weak()
-    return trt_v10.StronglyTyped() if hasattr(trt.BuilderFlag, "FP16") else trt_v11.Typed()
+    return trt_v10.StronglyTyped() if has_flags else trt_v11.Typed()
 
 
 def named(trt: Any, enumeration: str, name: str) -> Any:
@@ -67,9 +87,9 @@ def named(trt: Any, enumeration: str, name: str) -> Any:
     return member
 
 
-def require(trt: Any, precision: str, opset: int) -> None:
+def require(trt: Any, precision: str, opset: int, typing: str = "strong") -> None:
     """Refuse a precision or operator set that this version cannot express, naming the versions that can."""
-    chosen = adapter(trt)
+    chosen = adapter(trt, typing)
     if precision not in chosen.precisions:
         raise BackendError(
             "version mismatch",

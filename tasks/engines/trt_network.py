@@ -18,12 +18,12 @@ _OPERATOR: Final = re.compile(
 )
 
 
-def parse(trt: Any, logger: Any, log: Log, builder: Any, path: Path) -> tuple[Any, Any]:
-    """Return the network and its parser, which owns the weights and must live as long.
+def parse(trt: Any, logger: Any, log: Log, builder: Any, path: Path, typing: str = "strong") -> tuple[Any, Any]:
+    """Return the network and its parser, which owns the weights and must live as long; `typing` as `trt_adapter.adapter`.
 
     Raises BackendError: "unsupported operator" or "missing plugin" with the parser's words and the nodes.
     """
-    chosen = adapter(trt)
+    chosen = adapter(trt, typing)
     network = builder.create_network(chosen.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     chosen.prepare_parser(trt, parser)
@@ -77,13 +77,14 @@ def _about_operator(trt: Any, failure: BackendError, errors: Sequence[Any], path
 
 def add_profiles(
     trt: Any, log: Log, builder: Any, network: Any, config: Any, profiles: Sequence[Mapping[str, Any]]
-) -> None:
-    """Add every profile to the configuration, in order.
+) -> list[Any]:
+    """Add every profile to the configuration, in order, and return them as TensorRT's objects.
 
     `profiles` is `[{"name", "inputs": {input: {"min", "opt", "max"}}}]`. Raises BackendError("bad profile") where inputs
     or ranks differ from the network's, a fixed extent is asked to vary, or TensorRT refuses.
     """
     inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
+    added = []
     for profile in profiles:
         where = f"profile {profile['name']}"
         missing = sorted(set(inputs) ^ set(profile["inputs"]))
@@ -104,6 +105,8 @@ def add_profiles(
                 raise BackendError("bad profile", f"{where}, input {name}: {err}", "correct the profile") from err
         if config.add_optimization_profile(ranges) < 0 or len(log.errors) > before:
             raise log.failure(f"TensorRT {trt.__version__} refuses {where}", kind="bad profile", since=before)
+        added.append(ranges)
+    return added
 
 
 def _check_shapes(where: str, tensor: Any, shapes: Sequence[Sequence[int]]) -> None:

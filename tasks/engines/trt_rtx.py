@@ -28,6 +28,10 @@ _LEAST_STEP: Final = 0.01
 _HEADER_BYTES: Final = 64
 # Plans of these versions have the header that is checked; of others it is only recorded.
 _KNOWN_HEADERS: Final = ("1.7.",)
+# What the compiler of the runtime tensorrt takes, and this one does not.
+_FOREIGN: Final = frozenset(
+    ("calibrator", "dla", "max_aux_streams", "refit", "sparse_weights", "tactic_sources", "typing", "weight_streaming")
+)
 _CAPABILITY_BITS: Final = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -193,6 +197,13 @@ def _refuse_foreign_settings(params: Mapping[str, Any]) -> None:
             "build.version_compatible: TensorRT-RTX has no lean runtime to put into a plan, so its plans are tied to the "
             "exact release",
             "leave it out for tensorrt-rtx, and build again for each release",
+        )
+    foreign = sorted(_FOREIGN.intersection(params))
+    if foreign:
+        raise BackendError(
+            "rejected setting",
+            f"TensorRT-RTX takes no {', '.join(foreign)}",
+            "state this option for the targets of the runtime tensorrt, under targets[].build",
         )
 
 

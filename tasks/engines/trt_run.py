@@ -18,6 +18,7 @@ import numpy as np
 from artifacts.refs import digest_bytes
 from tasks.engines.cuda import Cuda, find_device
 from tasks.engines.trt_log import Log
+from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.errors import BackendError
 from tasks.stage import StageRequest
 
@@ -94,13 +95,16 @@ class PlanRunner:
         device: int = 0,
         host_code: bool = False,
         graphs: bool = False,
+        plugins: Sequence[Path] = (),
+        dla_core: int | None = None,
         trt: Any = None,
     ) -> None:
         """Load `plan` on a device.
 
         `digest` is the SHA-256 that its manifest names; None only for a file that the caller has checked (the inputs of
         a stage are). `host_code` must be true for version-compatible plans, which bring code for the host. With `graphs`,
-        a shape that comes back is replayed as a CUDA graph. Raises BackendError: "bad data" for another digest,
+        a shape that comes back is replayed as a CUDA graph. `plugins` are libraries to load first, which the caller has
+        checked; `dla_core` is the accelerator's core for a plan that was made for one. Raises BackendError: "bad data" for another digest,
         "version mismatch" where this TensorRT or GPU does not take the plan, "no device".
         """
         data = plan.read_bytes()
@@ -112,6 +116,7 @@ class PlanRunner:
             )
         trt = trt or importlib.import_module("tensorrt")
         self._trt, self._log = trt, Log(lambda _fraction, _text: None)
+        load_plugins(trt, plugins)
         self._cuda = Cuda(device)
         logger = self._log.for_runtime(trt)
         try:
@@ -120,12 +125,16 @@ class PlanRunner:
             raise self._log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
         if host_code:
             self._runtime.engine_host_code_allowed = True
+        if dla_core is not None:
+            self._runtime.DLA_core = dla_core
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise self._log.failure(
                 f"TensorRT {trt.__version__} does not load {plan.name}", otherwise="version mismatch"
             )
         engine = self._engine
+        if getattr(engine, "streamable_weights_size", 0):  # built with weight streaming: as much as there is room for
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self._types = {name: engine.get_tensor_dtype(name).name for name in names}
@@ -186,12 +195,20 @@ class PlanRunner:
 def runner_for(request: StageRequest) -> PlanRunner:
     """Return the runner of a stage's input "model.plan", which the stage's parent has checked.
 
-    params: `gpu` (where given, the device must be of it) and `version_compatible`.
+    params: `gpu` (where given, the device must be of it), `version_compatible` and `dla_core`; inputs "plugin-*" are
+    libraries.
     """
     gpu = request.params.get("gpu")
     device = find_device(gpu)["index"] if gpu is not None else 0
     host_code = bool(request.params.get("version_compatible"))
-    return PlanRunner(request.inputs["model.plan"], None, device=device, host_code=host_code)
+    return PlanRunner(
+        request.inputs["model.plan"],
+        None,
+        device=device,
+        host_code=host_code,
+        plugins=plugin_files(request.inputs),
+        dla_core=request.params.get("dla_core"),
+    )
 
 
 @dataclass

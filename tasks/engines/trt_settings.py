@@ -21,6 +21,10 @@ _FLAGS: Final = {
 # build.refit: what each way of it sets.
 _REFIT: Final = {"none": (), "weights": ("REFIT",), "stripped": ("REFIT", "STRIP_PLAN")}
 
+# 8.6 has this on by default, and then never calls these libraries, whatever the tactic sources are.
+_NO_EXTERNAL: Final = "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"
+_EXTERNAL: Final = frozenset(("cublas", "cublas-lt", "cudnn"))
+
 
 class Settings:
     """Applies parameters to one builder configuration; `applied` says what was set and read back, as JSON."""
@@ -29,15 +33,19 @@ class Settings:
         self._trt, self._log, self._config = trt, log, config
         self.applied: dict[str, Any] = {}
 
-    def apply(self, params: Mapping[str, Any], network: Any, graph: Path) -> None:
-        """Set everything but the workspace; `network` was parsed from `graph`. Raises BackendError("rejected setting" | "version mismatch")."""
+    def apply(self, params: Mapping[str, Any], builder: Any, network: Any, graph: Path) -> None:
+        """Set everything but the workspace; `network` was parsed from `graph`.
+
+        Raises BackendError: "rejected setting", "version mismatch", and "no device" for an accelerator that is not here.
+        """
         self.flag("TF32", on=bool(params["tf32"]))
         for name, flag in _FLAGS.items():
             if params.get(name):
                 self.flag(flag)
         for flag in _REFIT[params.get("refit", "none")]:
             self.flag(flag)
-        for flag in adapter(self._trt).type_flags(self._trt, network, graph):
+        chosen = adapter(self._trt, params.get("typing", "strong"))
+        for flag in chosen.type_flags(self._trt, network, graph, params):
             self.flag(flag)
         if params.get("optimization_level") is not None:
             self.attribute("builder_optimization_level", params["optimization_level"])
@@ -56,6 +64,8 @@ class Settings:
             )
         if params.get("tactic_sources") is not None:
             self._tactic_sources(params["tactic_sources"])
+        if params.get("dla") is not None:
+            self._dla(params["dla"], builder)
         # So that the inspector names tactics: what a rebuild chose can be compared, at the cost of some text in the plan.
         self.attribute("profiling_verbosity", named(self._trt, "ProfilingVerbosity", "DETAILED"))
 
@@ -94,8 +104,28 @@ class Settings:
             )
         return int(self._config.get_memory_pool_limit(pool))
 
+    def _dla(self, dla: Mapping[str, Any], builder: Any) -> None:
+        if builder.num_DLA_cores <= dla["core"]:
+            raise BackendError(
+                "no device",
+                f"there is no DLA core {dla['core']} here (cores: {builder.num_DLA_cores})",
+                "build on a Jetson that has one, or leave build.dla out",
+            )
+        self.attribute("default_device_type", named(self._trt, "DeviceType", "DLA"))
+        self.attribute("DLA_core", dla["core"])
+        self.flag("GPU_FALLBACK", on=dla["gpu_fallback"])
+
     def _tactic_sources(self, names: list[str]) -> None:
-        mask = sum(1 << int(named(self._trt, "TacticSource", name)) for name in names)
+        sources = {name: named(self._trt, "TacticSource", name.upper().replace("-", "_")) for name in names}
+        mask = sum(1 << int(source) for source in sources.values())
+        switch = getattr(getattr(self._trt, "PreviewFeature", None), _NO_EXTERNAL, None)
+        if switch is not None and _EXTERNAL.intersection(names):
+            self._checked(
+                _NO_EXTERNAL,
+                lambda: self._config.set_preview_feature(switch, False),
+                lambda: bool(self._config.get_preview_feature(switch)),
+                wanted=False,
+            )
         self._checked(
             "tactic_sources",
             lambda: self._config.set_tactic_sources(mask),

@@ -1,7 +1,8 @@
-"""TensorRT 10: strongly typed, by a flag of the network. Precision flags exist there and are never set."""
+"""TensorRT 10: strongly typed, by a flag of the network. Precision flags are set only where `trt_weak` is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class StronglyTyped:
         """Do nothing: native InstanceNorm is the default."""
         del trt, parser
 
-    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path, params: Mapping[str, Any]) -> tuple[str, ...]:
         """Return nothing: `kFP16 is not compatible with a strongly typed network`."""
-        del trt, network, graph
+        del trt, network, graph, params
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class Typed:
         """Do nothing: native InstanceNorm is the default."""
         del trt, parser
 
-    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path, params: Mapping[str, Any]) -> tuple[str, ...]:
         """Return nothing: types are the graph's own."""
-        del trt, network, graph
+        del trt, network, graph, params
         return ()

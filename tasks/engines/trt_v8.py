@@ -7,10 +7,11 @@ calibrator is asked.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tasks.engines.trt_weak import hold_fp32
 from tasks.graphs import tensor_types
 from tasks.onnx_files import load_graph
 
@@ -22,7 +23,6 @@ _NO_ARITHMETIC: Final = frozenset(
         "Unsqueeze",
     )
 )  # fmt: skip
-_FROM_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
 class Weak:
@@ -40,22 +40,14 @@ class Weak:
         if hasattr(parser, "set_flag"):
             parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
 
-    def type_flags(self, trt: Any, network: Any, graph: Path) -> tuple[str, ...]:
+    def type_flags(self, trt: Any, network: Any, graph: Path, params: Mapping[str, Any]) -> tuple[str, ...]:
         """Return FP16 where the graph has half tensors, INT8 where it has Q/DQ pairs; constrain fp32 beside half.
 
         With the FP16 flag alone, the builder would also run in half what the graph keeps in fp32.
         """
+        del params
         flags, kept = typing_of(graph)
-        layers = [network.get_layer(index) for index in range(network.num_layers)] if kept else []
-        constrained = False
-        for layer in layers:
-            floats = [i for i in range(layer.num_outputs) if layer.get_output(i).dtype == trt.DataType.FLOAT]
-            if floats and kept.intersection(_nodes_of(layer)):
-                layer.precision = trt.DataType.FLOAT
-                constrained = True
-                for index in floats:  # what is computed in fp32 must not be stored in half either
-                    layer.set_output_type(index, trt.DataType.FLOAT)
-        return (*flags, "OBEY_PRECISION_CONSTRAINTS") if constrained else flags
+        return (*flags, *hold_fp32(trt, network, kept))
 
 
 def typing_of(graph: Path) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -75,8 +67,3 @@ def typing_of(graph: Path) -> tuple[tuple[str, ...], frozenset[str]]:
         and any(types.get(name) == onnx.TensorProto.FLOAT for name in node.output)
     )
     return flags, frozenset(kept)
-
-
-def _nodes_of(layer: Any) -> set[str]:
-    """Return the ONNX nodes that a layer came from: 8.6 notes them as metadata, and names most layers after them."""
-    return {layer.name, *_FROM_NODE.findall(getattr(layer, "metadata", "") or "")}

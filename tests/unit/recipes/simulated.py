@@ -32,6 +32,8 @@ OUTPUTS = {
     "fetch:metric": ["code.tar"],
     "fetch:model": ["model.onnx"],
     "fetch:calibration": ["dataset.safetensors"],
+    "calibrate:tensorrt:sm90": ["calibration.cache"],
+    "fetch:plugin-aaaaaaaaaaaaaaaa.so": ["plugin-aaaaaaaaaaaaaaaa.so"],
     "fetch:labelled": ["dataset.safetensors"],
     "verify": [],
     "publish": [],

@@ -420,6 +420,138 @@ def test_on_a_gpu_host_engines_are_compiled_and_executed():
     assert planned.engines[0].publish.action.params["measured"]["engine"]["executed"] is True
 
 
+OPTIONS = {
+    "sparsity": ({"sparsity": True}, {"sparse_weights": True}),
+    "tactic_sources": ({"tactic_sources": ["jit-convolutions", "cudnn"]}, {"tactic_sources": ["cudnn", "jit-convolutions"]}),
+    "auxiliary_streams": ({"auxiliary_streams": 0}, {"max_aux_streams": 0}),
+    "refit": ({"refit": "weights"}, {"refit": "weights"}),
+    "jetson": ({"device_class": "jetson"}, {"workspace": 256 << 20}),
+    "workstation": ({"device_class": "workstation"}, {"workspace": 2 << 30}),
+    "stated workspace": ({"device_class": "jetson", "workspace": "1GiB"}, {"workspace": 1 << 30}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_of_the_compiler_enters_what_it_compiles_and_nothing_else(name: str):
+    build, params = OPTIONS[name]
+    world = World(host=GPU_HOST)
+    world.build(recipe(classic()))
+    before = {step.id: step.action for step in world.plan(recipe(classic())).steps}
+    ran, planned = world.build(recipe(classic(**build)))
+    assert set(ran) == TRT
+    after = {step.id: step.action for step in planned.steps}
+    compiled = "compile:tensorrt:sm90:fp16"
+    assert dict(after[compiled].params) == dict(before[compiled].params) | params
+
+
+def test_the_options_of_one_target_leave_the_others_alone():
+    def change(document: dict) -> None:
+        targets = [{"runtime": "tensorrt", "gpus": ["sm90"]}, {"runtime": "onnxruntime", "precision": ["int8"]}]
+        document.update(targets=targets, build={"workspace": "1GiB", "optimization_level": 2})
+
+    def own(document: dict) -> None:
+        change(document)
+        document["targets"][0]["build"] = {"workspace": "2GiB", "sparsity": True}
+
+    world = World(host=replace(GPU_HOST, runtimes=GPU_HOST.runtimes | {"onnxruntime": "1.31.1"}))
+    world.build(recipe(change))
+    ran, planned = world.build(recipe(own))
+    assert set(ran) == TRT
+    params = next(step for step in planned.steps if step.id == "compile:tensorrt:sm90:int8").action.params
+    assert (params["workspace"], params["optimization_level"], params["sparse_weights"]) == (2 << 30, 2, True)
+
+
+def test_a_weakly_typed_compiler_gets_the_fp32_graph_and_is_judged_when_it_is_executed():
+    def weak(document: dict) -> None:
+        classic(typing="weak")(document)
+        document["precision"].update(build=["fp16", "int8"], keep=["head/*"])
+
+    world = World(host=GPU_HOST, facts={"verify:tensorrt:sm90:fp16": failing(relative_l2=0.5)})
+    ran, planned = world.build(recipe(weak))
+    steps = {step.id: step for step in planned.steps}
+    fp16, int8 = steps["compile:tensorrt:sm90:fp16"].action, steps["compile:tensorrt:sm90:int8"].action
+    fp32 = steps["type:fp32"].record.outputs["model.onnx"].digest
+    assert fp16.inputs["model.onnx"] == fp32
+    assert (fp16.params["typing"], fp16.params["precision"], fp16.params["keep"]) == ("weak", "fp16", ["head/*"])
+    assert int8.inputs["model.onnx"] != fp32  # Q/DQ pairs are in the graph
+    assert "verify:fp16" not in ran
+    assert [(engine.asked, engine.given) for engine in planned.engines] == [("fp16", "fp32"), ("int8", "int8")]
+    assert "keep" not in steps["compile:tensorrt:sm90:fp32"].action.params
+
+
+def test_tensorrt_calibrates_once_and_what_other_options_compile_uses_it_again():
+    def calibrated(document: dict, **build: object) -> None:
+        classic(**build)(document)
+        document["precision"].update(int8="calibrator")
+
+    world = World(host=GPU_HOST)
+    ran, planned = world.build(recipe(calibrated))
+    steps = {step.id: step for step in planned.steps}
+    cache = steps["calibrate:tensorrt:sm90"]
+    assert cache.action.params == {
+        "runtime": "tensorrt",
+        "gpu": "sm90",
+        "method": "entropy",
+        "batch": 8,
+        "tensors": {"image": {"dtype": "float32", "shape": ["batch", 1, "height", "width"]}},
+    }
+    assert set(cache.action.inputs) == {"model.onnx", "dataset.safetensors"}
+    assert cache.action.toolchain["tensorrt"] == "8.6.0"
+    compiled = steps["compile:tensorrt:sm90:int8"].action
+    assert compiled.inputs["calibration.cache"] == cache.record.outputs["calibration.cache"].digest
+    assert (compiled.params["typing"], compiled.params["calibrator"]) == ("weak", "entropy")
+    assert {"calibrate", "type:int8"}.isdisjoint(ran)
+    ran, _planned = world.build(recipe(lambda d: calibrated(d, optimization_level=5)))
+    assert set(ran) == TRT
+    ran, _planned = world.build(
+        recipe(lambda d: (calibrated(d), d["precision"]["calibration"].update(method="minmax")))
+    )
+    assert set(ran) == {"calibrate:tensorrt:sm90"} | {step for step in TRT if step.endswith("int8")}
+
+
+def test_plugins_enter_the_key_by_their_digest_and_go_where_the_engine_goes():
+    name = "plugin-aaaaaaaaaaaaaaaa.so"
+    library = LocalFile(name, "a" * 64, 10, "/anywhere/plugins/deform.so")
+    files = replace(FILES, plugins={library.digest: library})
+    made = recipe(classic(plugins=[{"file": "plugins/deform.so", "sha256": "a" * 64}]))
+    world = World(host=GPU_HOST)
+    world.build(recipe(classic()))
+    ran, planned = world.build(made, files)
+    assert set(ran) == TRT | {f"fetch:{name}"}
+    steps = {step.id: step for step in planned.steps}
+    for step in TRT:
+        assert name in steps[step].action.inputs
+    moved = replace(files, plugins={library.digest: replace(library, address="/else/where.so")})
+    assert world.build(made, moved)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (classic(refit="stripped"), "stripped plans begin with TensorRT 10.0"),
+        (classic(weight_streaming=True), "weight streaming begins with TensorRT 10.0"),
+        (classic(hardware_compatibility="same-compute-capability"), "begins with TensorRT 10.9"),
+    ],
+)
+def test_what_the_installed_version_cannot_do_fails_when_it_is_planned(change, words: str):
+    world = World(host=GPU_HOST)
+    ran, planned = world.build(recipe(change))
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert words in planned.engines[0].why
+    assert not any(step.startswith("compile") for step in ran)
+    elsewhere = World().plan(recipe(change))
+    assert {engine.state for engine in elsewhere.engines} == {"waiting"}
+
+
+def test_an_installed_version_without_calibrators_says_so():
+    world = World(host=replace(GPU_HOST, runtimes={"tensorrt": "11.4.0.106"}))
+    _ran, planned = world.build(
+        recipe(lambda d: (classic()(d), d["precision"].update(int8="calibrator", build=["int8"])))
+    )
+    assert planned.engines[0].trials[0].verdict.reasons[0].startswith("TensorRT 11.4.0.106 has no calibrators")
+    assert planned.engines[0].given == "fp16"
+
+
 @pytest.mark.parametrize(
     ("policy", "driver", "stale"),
     [

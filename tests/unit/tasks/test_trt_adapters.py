@@ -1,6 +1,7 @@
 """TensorRT without a GPU: adapters against the bindings of real versions, logs, profiles, types, retries.
 
 The bindings are looked for in the folders that ENGINERY_TRT_BINDINGS names (separated by ":"), one for each version:
+    pip install --no-deps --target /tmp/trt8 tensorrt-bindings==8.6.1
     pip install --no-deps --target /tmp/trt10 tensorrt-cu13-bindings==10.16.1.11
     pip install --no-deps --target /tmp/trt11 tensorrt-cu13-bindings==11.4.0.106
 """
@@ -33,12 +34,12 @@ ROOT = Path(__file__).resolve().parents[3]
 PROFILE = {"name": "one", "inputs": {"x": {"min": [1, 1, 8, 8], "opt": [2, 1, 8, 8], "max": [4, 1, 16, 16]}}}
 
 
-@pytest.fixture(scope="module", params=["10", "11"])
+@pytest.fixture(scope="module", params=["8", "10", "11"])
 def bindings(request, tmp_path_factory):
     """What our code finds in the bindings of one major version, as trt_bindings reports it."""
     folders = [Path(name) for name in os.environ.get("ENGINERY_TRT_BINDINGS", "").split(":") if name]
     for folder in folders:
-        if list(folder.glob(f"tensorrt_cu*_bindings-{request.param}.*.dist-info")):
+        if list(folder.glob(f"tensorrt*_bindings-{request.param}.*.dist-info")):
             break
     else:
         pytest.skip(
@@ -47,7 +48,7 @@ def bindings(request, tmp_path_factory):
     if shutil.which("gcc") is None or shutil.which("nm") is None:
         pytest.skip("gcc and nm are needed to stand in for TensorRT's libraries")
     model = tmp_path_factory.mktemp("graph") / "model.onnx"
-    model.write_bytes(cnn().SerializeToString())
+    model.write_bytes(at_opset(cnn(), 17).SerializeToString())
     command = [sys.executable, "-m", "tests.unit.tasks.trt_bindings", str(folder), str(model)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -56,8 +57,36 @@ def bindings(request, tmp_path_factory):
 
 def test_the_adapter_is_chosen_by_what_the_module_has(bindings):
     major = bindings["version"].split(".")[0]
-    expected = {"10": ("StronglyTyped", bindings["strongly_typed"]), "11": ("Typed", 0)}[major]
+    expected = {"8": ("Weak", 1), "10": ("StronglyTyped", bindings["strongly_typed"]), "11": ("Typed", 0)}[major]
     assert (bindings["adapter"], bindings["network_flags"]) == expected
+
+
+def major_of(bindings):
+    return int(bindings["version"].split(".")[0])
+
+
+def test_weak_typing_is_refused_where_it_ended(bindings):
+    if major_of(bindings) < 11:
+        newer = ["fp32", "tf32", "fp16", "bf16", "int8"]
+        expected = {8: [17, ["fp32", "tf32", "fp16", "int8"]], 10: [None, newer]}[major_of(bindings)]
+        assert bindings["weak"] == ["Untyped", 1, *expected]
+        assert bindings["missing for calibration"] == []
+        assert bindings["calibrator"] == [[True, "cache", [], True]] * 2
+    else:
+        for found, member in (("weak", "BuilderFlag.FP16"), ("calibrator", "IInt8EntropyCalibrator2")):
+            kind, message, advice = bindings[found]
+            assert (kind, member in message) == ("version mismatch", True)
+            assert "8.6" in advice
+
+
+def test_options_that_came_or_went_are_refused_naming_the_versions_that_have_them(bindings):
+    gone = {name for name, refused in bindings["sources"].items() if refused is not None}
+    assert gone == (set() if major_of(bindings) < 11 else {"CUBLAS", "CUBLAS_LT", "CUDNN"})
+    assert all("8.6 or 10" in bindings["sources"][name][2] for name in gone)
+    assert bindings["preview"] is (major_of(bindings) < 10)
+    assert (bindings["missing for streaming"] == []) is (major_of(bindings) > 8)
+    assert bindings["dla"] is None
+    assert bindings["creators"]
 
 
 def test_every_member_that_is_used_is_there(bindings):
@@ -70,19 +99,24 @@ def test_every_member_that_is_used_is_there(bindings):
         assert method in bindings["allocator"]  # what is called on a subclass is not a member of the base
     assert bindings["signatures"] == {path: [] for path in bindings["signatures"]}
     assert bindings["members"] == [None] * len(bindings["members"])
-    assert {"FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64", "UINT8", "BOOL"} <= set(bindings["types"])
+    newer = {"BF16", "INT64"} if major_of(bindings) > 8 else set()
+    assert {"FLOAT", "HALF", "INT8", "INT32", "UINT8", "BOOL"} | newer <= set(bindings["types"])
 
 
 def test_every_option_has_its_flag(bindings):
-    assert bindings["flags"] == dict.fromkeys(bindings["flags"])
-    assert bindings["hardware"] == dict.fromkeys(bindings["hardware"])
-    assert bindings["bf16"] is None
+    lacking = {name for name, refused in bindings["flags"].items() if refused is not None}
+    assert lacking == (set() if major_of(bindings) > 8 else {"STRIP_PLAN", "WEIGHT_STREAMING"})
+    assert all("10.0 and later" in bindings["flags"][name][2] for name in lacking)
+    lacking = {name for name, refused in bindings["hardware"].items() if refused is not None}
+    assert lacking == (set() if major_of(bindings) > 8 else {"SAME_COMPUTE_CAPABILITY"})
+    assert (bindings["bf16"] is None) is (major_of(bindings) > 8)
 
 
 def test_loggers_and_progress_monitors_are_of_the_versions_own_types(bindings):
     assert bindings["errors"] == ["words"]
-    assert [0.0, "Building"] in bindings["said"]
-    assert True in bindings["said"]  # a monitor's step says: go on
+    if major_of(bindings) > 8:  # which has no progress monitor: the log reports
+        assert [0.0, "Building"] in bindings["said"]
+        assert True in bindings["said"]  # a monitor's step says: go on
 
 
 def test_a_builder_that_does_not_start_is_no_device(bindings):
@@ -98,6 +132,12 @@ def compile_with_rtx(request: StageRequest) -> StageResult:
 
     facts = Build(tensorrt_rtx, request).compile(lambda: 1 << 30)
     return StageResult({"model.plan": "x", "timing.cache": "x"}, facts)
+
+
+def at_opset(model, opset):
+    del model.opset_import[:]
+    model.opset_import.append(graphs.helper.make_opsetid("", opset))
+    return model
 
 
 class OnRtx:
@@ -287,7 +327,7 @@ def test_only_layers_of_kept_nodes_are_held_in_fp32(tmp_path):
     ]
     network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     module = SimpleNamespace(DataType=SimpleNamespace(FLOAT="FLOAT"))
-    assert Weak().type_flags(module, network, tmp_path / "model.onnx") == ("FP16", "OBEY_PRECISION_CONSTRAINTS")
+    assert Weak().type_flags(module, network, tmp_path / "model.onnx", {}) == ("FP16", "OBEY_PRECISION_CONSTRAINTS")
     assert [layer.precision for layer in layers] == [None, "FLOAT", "FLOAT", None, None]
     assert [layer.types for layer in layers] == [{}, {0: "FLOAT"}, {0: "FLOAT"}, {}, {}]
 

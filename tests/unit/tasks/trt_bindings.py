@@ -18,17 +18,19 @@ from pathlib import Path
 
 # What our code uses of each class, besides enumerations, which it looks up by name.
 MEMBERS = {
-    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network num_DLA_cores",
     "INetworkDefinition": "num_layers get_layer num_inputs get_input num_outputs get_output",
     "ITensor": "name dtype shape is_shape_tensor",
     "IBuilderConfig": "set_flag clear_flag get_flag set_memory_pool_limit get_memory_pool_limit profiling_verbosity "
     "builder_optimization_level max_aux_streams hardware_compatibility_level set_tactic_sources get_tactic_sources "
-    "create_timing_cache set_timing_cache get_timing_cache add_optimization_profile",
+    "create_timing_cache set_timing_cache get_timing_cache add_optimization_profile set_preview_feature "
+    "get_preview_feature default_device_type DLA_core",
     "IOptimizationProfile": "set_shape",
     "ITimingCache": "serialize",
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "code node desc",
-    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed DLA_core",
+    "IPluginRegistry": "load_library",
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_profile_shape "
     "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
@@ -36,6 +38,15 @@ MEMBERS = {
     "EngineInspector": "get_engine_information",
     "ILogger": "log",
 }
+# Of versions that calibrate, and of versions that stream weights.
+CALIBRATION = {
+    "IBuilderConfig": "int8_calibrator set_calibration_profile",
+    "IInt8EntropyCalibrator2": "get_batch get_batch_size read_calibration_cache write_calibration_cache",
+    "IInt8MinMaxCalibrator": "get_batch get_batch_size read_calibration_cache write_calibration_cache",
+    "ILayer": "precision set_output_type",
+}
+STREAMING = {"ICudaEngine": "streamable_weights_size weight_streaming_budget_v2 get_weight_streaming_automatic_budget"}
+SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 SIGNATURES = {
     "IOptimizationProfile.set_shape": ["input", "min", "opt", "max"],
     "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
@@ -53,7 +64,7 @@ def load(folder: Path):
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", package / "tensorrt.so"], text=True, capture_output=True, check=True
     ).stdout
-    names = re.findall(r" U ((?:create|get|init)\w+)$", symbols, re.MULTILINE)
+    names = re.findall(r" U ((?:create|get|init|shutdownProtobuf|_ZN\d+nv)\w+)$", symbols, re.MULTILINE)
     with tempfile.TemporaryDirectory() as made:
         source = Path(made, "stand_ins.c")
         source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in names))
@@ -71,7 +82,7 @@ def report(trt, graph: Path) -> dict:
     """Say what our code finds in a TensorRT module."""
     from tasks.engines import trt_adapter, trt_log
     from tasks.engines.trt import Build
-    from tasks.engines.trt_settings import _FLAGS, _HARDWARE, _REFIT
+    from tasks.engines.trt_settings import _FLAGS, _HARDWARE, _NO_EXTERNAL, _REFIT
     from tasks.errors import BackendError
     from tasks.stage import StageRequest
 
@@ -99,12 +110,15 @@ def report(trt, graph: Path) -> dict:
         "adapter": type(chosen).__name__,
         "network_flags": chosen.network_flags(trt),
         "strongly_typed": 1 << int(getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", 60)),
-        "missing": [
-            f"{name}.{member}"
-            for name, members in MEMBERS.items()
-            for member in members.split()
-            if not hasattr(getattr(trt, name), member)
-        ],
+        "missing": _missing(trt, MEMBERS),
+        "missing for calibration": _missing(trt, CALIBRATION),
+        "missing for streaming": _missing(trt, STREAMING),
+        "creators": [name for name in ("plugin_creator_list", "all_creators") if hasattr(trt.IPluginRegistry, name)],
+        "weak": _weak(trt),
+        "calibrator": _calibrator(trt),
+        "sources": {name: refusal(trt_adapter.named, trt, "TacticSource", name) for name in SOURCES},
+        "preview": hasattr(trt.PreviewFeature, _NO_EXTERNAL),
+        "dla": refusal(trt_adapter.named, trt, "DeviceType", "DLA"),
         "allocator": trt.IOutputAllocator.__doc__,
         "device_memory": [
             name for name in ("device_memory_size", "device_memory_size_v2") if hasattr(trt.ICudaEngine, name)
@@ -137,6 +151,46 @@ def report(trt, graph: Path) -> dict:
         "said": said,
         "build": refusal(Build(trt, request).run, lambda: 1 << 30),
     }
+
+
+def _missing(trt, wanted: dict[str, str]) -> list[str]:
+    return [
+        f"{name}.{member}"
+        for name, members in wanted.items()
+        for member in members.split()
+        if not hasattr(getattr(trt, name, None), member)
+    ]
+
+
+def _weak(trt) -> list:
+    from tasks.engines.trt_adapter import adapter
+    from tasks.errors import BackendError
+
+    try:
+        chosen = adapter(trt, "weak")
+    except BackendError as err:
+        return [err.kind, err.message, err.advice]
+    return [type(chosen).__name__, chosen.network_flags(trt), chosen.opset, list(chosen.precisions)]
+
+
+def _calibrator(trt) -> list:
+    """Make both kinds of our calibrators as the version's own types."""
+    from tasks.engines.trt_calibrate import CALIBRATORS, cache_reader
+    from tasks.errors import BackendError
+
+    try:
+        readers = [cache_reader(trt, method, b"cache") for method in CALIBRATORS]
+    except BackendError as err:
+        return [err.kind, err.message, err.advice]
+    return [
+        [
+            isinstance(reader, getattr(trt, name)),
+            reader.read_calibration_cache().decode(),
+            reader.get_batch(["x"]),
+            reader.asked,
+        ]
+        for name, reader in zip(CALIBRATORS.values(), readers, strict=True)
+    ]
 
 
 def _documentation(trt, path: str) -> str:
