@@ -81,14 +81,14 @@ class Compatibility(Part):
     gpus: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="Compute capabilities (sm89), or cpu.")
     os: str
     arch: str
-    plugins: tuple[Name, ...] = Field(
-        default=(), description="Which of the files are plugin libraries, to be loaded before the plan."
-    )
-    dla_core: int | None = Field(default=None, description="Core of the accelerator that the plan was made for.")
     driver_minimum: str | None = Field(default=None, description="Least driver version, where one is known.")
     device: DeviceFacts | None = Field(
         default=None, description="What a GPU must be like besides; null: any of the compute capability."
     )
+    plugins: tuple[Name, ...] = Field(
+        default=(), description="Which of the files are plugin libraries, to be loaded before the plan."
+    )
+    dla_core: int | None = Field(default=None, description="Core of the accelerator that the plan was made for.")
 
 
 class FileEntry(Part):

@@ -76,6 +76,8 @@ def test_another_version_is_refused_before_anything_else_is_looked_at(version, w
         ("identity.created", "2026-01-02T03:04:05+01:00", "identity.created"),
         ("compatibility.gpus", [], "compatibility.gpus"),
         ("compatibility.os", 7, "compatibility.os"),
+        ("compatibility.plugins", ["plugin-0.so"], "plugin-0.so' is not among the files"),
+        ("compatibility.plugins", ["../plugin.so"], "compatibility.plugins"),
         ("plan", "other.plan", "not among the files"),
         ("files", {}, "not among the files"),
         ("files", {"../model.plan": {"digest": "0" * 64, "size": 1, "media_type": "x"}}, "cannot be the name"),
