@@ -54,6 +54,11 @@ def stated_plugins(recipe: Recipe) -> list[tuple[Key, list[Plugin]]]:
     return found
 
 
+def may_refit(recipe: Recipe) -> bool:
+    """Tell whether engines of some target are to be refitted, so that the structure of graphs has to be known."""
+    return any(target.runtime == "tensorrt" and options_of(recipe, target).refit != "none" for target in recipe.targets)
+
+
 def uses_calibrator(recipe: Recipe, runtime: str, precision: Precision) -> bool:
     """Tell whether int8 ranges of an engine come from TensorRT's calibrator rather than from Q/DQ pairs."""
     return runtime == "tensorrt" and precision == "int8" and recipe.precision.int8 == "calibrator"

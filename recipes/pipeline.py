@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
+from recipes.options import may_refit
 from recipes.schema import Calibration, Dataset, OnnxSource, Options, Precision, Recipe, TorchSource
 from recipes.shapes import parity_cases, profile_shapes, random_cases, trace_shapes
 from recipes.steps import Output, Step, Steps
@@ -233,7 +234,7 @@ class Pipeline:
             "precision": "fp32" if full else precision,
             "keep": [] if full else self.recipe.precision.keep,
             "io": "float32" if full else self.recipe.precision.io,
-            **({"structure": True} if self.recipe.build.refit != "none" else {}),
+            **({"structure": True} if may_refit(self.recipe) else {}),
         }
         # tf32 is a flag of the compiler: its graph is the fp32 one.
         name = "fp32" if full else precision

@@ -424,7 +424,6 @@ OPTIONS = {
     "sparsity": ({"sparsity": True}, {"sparse_weights": True}),
     "tactic_sources": ({"tactic_sources": ["jit-convolutions", "cudnn"]}, {"tactic_sources": ["cudnn", "jit-convolutions"]}),
     "auxiliary_streams": ({"auxiliary_streams": 0}, {"max_aux_streams": 0}),
-    "refit": ({"refit": "weights"}, {"refit": "weights"}),
     "jetson": ({"device_class": "jetson"}, {"workspace": 256 << 20}),
     "workstation": ({"device_class": "workstation"}, {"workspace": 2 << 30}),
     "stated workspace": ({"device_class": "jetson", "workspace": "1GiB"}, {"workspace": 1 << 30}),
