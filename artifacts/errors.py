@@ -4,10 +4,13 @@ ArtifactError
 ├── StoreError             the store cannot be used (network, permission, disk, layout)
 │   ├── NotFoundError      nothing is stored at this path
 │   └── AddressError       what was given is no store's address
-└── IntegrityError         bytes are there but are not what their name or record says
+├── IntegrityError         bytes are there but are not what their name or record says
+└── RefusedError           an engine is whole, but the rules forbid loading it here
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ArtifactError(Exception):
@@ -33,3 +36,11 @@ class AddressError(StoreError):
 
 class IntegrityError(ArtifactError):
     """Stored bytes do not match the digest, size or schema that their reference promises."""
+
+
+class RefusedError(ArtifactError):
+    """An engine may not be loaded here; `reasons` has each rule that it breaks, in words."""
+
+    def __init__(self, engine: str, reasons: Sequence[str], advice: str = "") -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{engine} is not loaded: {'; '.join(reasons)}" + (f" ({advice})" if advice else ""))

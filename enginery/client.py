@@ -1,15 +1,15 @@
-"""What serving code imports: which engine may this host load, and its files, checked, in a local folder.
+"""What serving code imports: which engine may this host load, its files, checked, in a local folder, and a runner of it.
 
-    from enginery.client import pull, resolve
+    from enginery.client import load, pull, resolve
     from artifacts.store import open_store
 
     store = open_store("s3://engines/prod")
     chosen = resolve(store, "digits").best
-    engine = pull(store, chosen, Path("/var/cache/engines"))
-    runtime.deserialize_cuda_engine(engine.plan.read_bytes())
+    with load(pull(store, chosen, Path("/var/cache/engines"))) as engine:
+        logits = engine(image=batch)["logits"]
 
-Imports no framework and no Prefect. A plan is executable code: nothing is handed out before its
-digest is checked.
+Imports no framework and no Prefect. A plan is executable code: nothing is handed out, or to a
+runtime, before its digest is checked.
 """
 
 from __future__ import annotations
@@ -20,19 +20,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from artifacts.catalog import EngineCatalog, EngineId
-from artifacts.errors import IntegrityError, StoreError
+from artifacts.errors import IntegrityError, NotFoundError, RefusedError, StoreError
 from artifacts.files import check_chunks, create_file, file_chunks, make_folders, open_regular, sync_file, sync_folder
 from artifacts.manifest import MANIFEST_NAME, Manifest
-from artifacts.resolve import Request, Resolution
+from artifacts.refs import digest_bytes, require_match
+from artifacts.resolve import Request, Resolution, refusals
 from artifacts.resolve import resolve as choose
 from artifacts.scratch import held_folder, sweep
 from artifacts.store import Store
 from tasks.toolchain import probe_host
 
+if TYPE_CHECKING:
+    from tasks.runner import Runner
+
+# Is given an engine's manifest, and its signature where there is one; raises where they are not to be trusted.
+Trust = Callable[[bytes, bytes | None], None]
+
 _PULLING: Final = ".pulling"
+SIGNATURE_NAME: Final = f"{MANIFEST_NAME}.sig"
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,92 @@ def pull(store: Store, engine: Manifest | EngineId, to: Path) -> PulledEngine:
     except OSError as err:
         raise StoreError(f"{folder}: {err.strerror or err}; free some space, or give another folder") from err
     return PulledEngine(folder, folder / manifest.plan, manifest)
+
+
+def load(
+    engine: PulledEngine | Path | str,
+    *,
+    trust: Trust | None = None,
+    device: int | None = None,
+    graphs: bool = True,
+    threads: int | None = None,
+) -> Runner:
+    """Load a pulled engine into this process, and return what runs it: `load(folder)(image=array)["logits"]`.
+
+    `engine` is its folder, or its plan inside of it. Before a byte of it reaches a runtime: `trust` is asked about the
+    manifest and its signature, every file's digest is compared with the manifest, and the host with what the engine needs.
+    `device` is the index of a CUDA device (default: the first that fits), `graphs` allows CUDA graphs, `threads` bounds the
+    threads of ONNX Runtime. Raises NotFoundError where there is no manifest; IntegrityError for damage; RefusedError where
+    this host may not load it, or its gates did not pass; whatever `trust` raises; and BackendError as the runtime fails.
+    """
+    from tasks.runner import open_runner
+
+    folder = engine.folder if isinstance(engine, PulledEngine) else _engine_folder(Path(engine))
+    manifest = check(folder, trust=trust)
+    reasons = refusals(manifest, Request.of_host(probe_host()), {})
+    if reasons:
+        raise RefusedError(str(manifest.identity), reasons, "enginery resolve says which engine fits here")
+    return open_runner(
+        _plan_bytes(folder, manifest),
+        manifest,
+        device=device,
+        graphs=graphs,
+        threads=threads,
+        host_code=_brings_host_code(manifest),
+    )
+
+
+def check(folder: Path, *, trust: Trust | None = None) -> Manifest:
+    """Return the manifest of a pulled engine after asking `trust` about it and comparing every file with it.
+
+    Raises NotFoundError where there is no manifest, IntegrityError naming the file that is damaged or gone, and whatever
+    `trust` raises.
+    """
+    try:
+        with open_regular(folder / MANIFEST_NAME) as stream:
+            data = stream.read()
+    except StoreError as err:
+        if (folder / MANIFEST_NAME).exists():
+            raise
+        raise NotFoundError(str(folder), MANIFEST_NAME) from err
+    if trust is not None:
+        signature = folder / SIGNATURE_NAME
+        trust(data, signature.read_bytes() if signature.is_file() else None)
+    try:
+        manifest = Manifest.from_bytes(data)
+    except IntegrityError as err:
+        raise IntegrityError(f"{folder / MANIFEST_NAME}: {err}") from err
+    for name, entry in manifest.files.items():
+        try:
+            with open_regular(folder / name) as stream:
+                check_chunks(file_chunks(stream), entry.ref, str(folder / name))
+        except (OSError, StoreError) as err:
+            raise IntegrityError(f"{folder / name}: cannot be read: {err}; pull the engine again") from err
+    return manifest
+
+
+def _engine_folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _plan_bytes(folder: Path, manifest: Manifest) -> Path | bytes:
+    """Return the very bytes that match the digest; the plan's path where a runtime reads other files beside it."""
+    path, entry = folder / manifest.plan, manifest.files[manifest.plan]
+    if any(other.startswith(f"{manifest.plan}.") for other in manifest.files):
+        return path
+    data = path.read_bytes()
+    require_match(str(path), entry.ref, digest_bytes(data), len(data))
+    return data
+
+
+def _brings_host_code(manifest: Manifest) -> bool:
+    """Tell whether the recipe asked for a version-compatible plan, which holds a runtime of its own."""
+    if manifest.compatibility.runtime != "tensorrt":
+        return False
+    import yaml
+
+    build = yaml.safe_load(manifest.provenance.recipe_text).get("build") or {}
+    return bool(build.get("version_compatible"))
 
 
 def _bring(

@@ -3,6 +3,7 @@
 TaskError
 ├── BackendError         a framework's or compiler's; `kind` is one of KINDS
 ├── ModelCodeError       the recipe's own code raised; the message is that code's traceback
+├── CallError            the caller's: what an engine was given (names, types, shapes), or that it is closed
 └── StageCancelledError  nobody's: the build was asked to stop
 (a wrong recipe is `recipes.errors.RecipeError`; a store's faults are in `artifacts.errors`)
 """
@@ -50,6 +51,10 @@ class BackendError(TaskError):
 
 class ModelCodeError(TaskError):
     """The recipe's own code raised; the message is the traceback of that code alone."""
+
+
+class CallError(TaskError, ValueError):
+    """A loaded engine was called with what it does not take, or after it was closed; the engine is fine."""
 
 
 class StageCancelledError(TaskError):

@@ -10,8 +10,9 @@ from typing import Any
 
 from artifacts.cache import blob_path
 from artifacts.manifest import Manifest
-from artifacts.refs import ENGINE_PLAN, ArtifactRef
+from artifacts.refs import ENGINE_PLAN, ONNX, ArtifactRef
 from artifacts.store import Store
+from tasks.toolchain import probe_host
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest-v1.json"
 
@@ -46,3 +47,40 @@ def make_engine(store: Store, folder: Path, content: bytes = b"plan", **names: s
     changes["files"] = {"model.plan": ref.to_json()}
     changes["provenance.key"] = digest("/".join(names.values()))
     return make_manifest(changes)
+
+
+def make_onnx_engine(
+    store: Store, folder: Path, graph: bytes, changes: dict[str, Any] | None = None, **names: str
+) -> Manifest:
+    """Store a graph's blob, and return the manifest of an engine for ONNX Runtime on this host, not published yet.
+
+    By default it is the small network of tests.unit.tasks.small_graphs: x to y, with the golden manifest's profiles.
+    """
+    host = probe_host()
+    version, names = host.runtimes["onnxruntime"], {"build": "fp16-a", **names}
+    document = manifest_document()
+    profiles = [
+        {"name": profile["name"], "inputs": {"x": profile["inputs"]["image"]}} for profile in document["profiles"]
+    ]
+    ref = ArtifactRef(hashlib.sha256(graph).hexdigest(), len(graph), ONNX)
+    source = folder / f"source-{ref.digest}"
+    source.write_bytes(graph)
+    store.put_file(blob_path(ref.digest), source, ref)
+    return make_manifest(
+        {
+            "identity.target": f"onnxruntime-{version}-cpu",
+            **{f"identity.{name}": value for name, value in names.items()},
+            "compatibility.runtime": "onnxruntime",
+            "compatibility.runtime_version": version,
+            "compatibility.gpus": ["cpu"],
+            "compatibility.os": host.os,
+            "compatibility.arch": host.arch,
+            "plan": "model.onnx",
+            "files": {"model.onnx": ref.to_json()},
+            "inputs": {"x": document["inputs"]["image"]},
+            "outputs": {"y": document["outputs"]["logits"]},
+            "profiles": profiles,
+            "provenance.key": digest("/".join(names.values())),
+            **(changes or {}),
+        }
+    )

@@ -7,6 +7,7 @@ an older driver. A device's primary context is used, which is also the one that 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from functools import cache
 from typing import Any, Final
@@ -97,15 +98,22 @@ def find_device(compute_capability: str) -> dict[str, Any]:
 
 
 class Cuda:
-    """One device in use by this thread: its primary context, one stream, and memory that is freed by `close`."""
+    """One device in use by one thread at a time: its primary context, one stream, and memory that `close` frees."""
 
     def __init__(self, index: int = 0) -> None:
         """Retain the device's primary context and make it current. Raises BackendError("no device")."""
+        self.index = index
         self._device = _device(index)
-        _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", self._device))
+        self._context = _call("cuDevicePrimaryCtxRetain", self._device)
+        _call("cuCtxSetCurrent", self._context)
         self._stream = _call("cuStreamCreate", 1)  # CU_STREAM_NON_BLOCKING: the default stream orders nothing here
         self._memory: set[int] = set()
-        self._graphs: list[Any] = []
+        self._pinned: set[int] = set()
+        self._graphs: dict[int, Any] = {}
+
+    def make_current(self) -> None:
+        """Let the calling thread use this device; needed in every thread but the one that made this object."""
+        _call("cuCtxSetCurrent", self._context)
 
     @property
     def stream(self) -> int:
@@ -126,6 +134,30 @@ class Cuda:
         """Free what `allocate` returned."""
         self._memory.remove(address)
         _call("cuMemFree", address)
+
+    def pinned(self, size: int) -> Array:
+        """Return `size` bytes (at least one) of page-locked host memory, which `free_pinned` or `close` frees."""
+        address = int(_call("cuMemAllocHost", max(size, 1)))
+        self._pinned.add(address)
+        memory: Array = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(address))
+        return memory
+
+    def free_pinned(self, memory: Array) -> None:
+        """Free what `pinned` returned; no view of it may be used after."""
+        self._pinned.remove(memory.ctypes.data)
+        _call("cuMemFreeHost", memory.ctypes.data)
+
+    def wait_for(self, stream: int) -> None:
+        """Let what comes next in our stream wait for what another one holds now (1: the legacy default stream)."""
+        event = _call("cuEventCreate", 2)  # CU_EVENT_DISABLE_TIMING
+        _call("cuEventRecord", event, stream)
+        _call("cuStreamWaitEvent", self._stream, event, 0)
+        _call("cuEventDestroy", event)  # freed when it has happened
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy from device to device, in stream order."""
+        if size:
+            _call("cuMemcpyDtoDAsync", target, source, size, self._stream)
 
     def upload(self, address: int, array: Array) -> None:
         """Copy a contiguous array to the device, in stream order; the array must live until `synchronize`."""
@@ -153,23 +185,30 @@ class Cuda:
             ready = _call("cuGraphInstantiate", graph, 0)
         finally:
             _call("cuGraphDestroy", graph)
-        self._graphs.append(ready)
+        self._graphs[id(ready)] = ready
         return ready
 
     def launch(self, graph: Any) -> None:
         """Replay a graph in the stream."""
         _call("cuGraphLaunch", graph, self._stream)
 
+    def drop(self, graph: Any) -> None:
+        """Forget a graph that will not be launched again."""
+        del self._graphs[id(graph)]
+        _call("cuGraphExecDestroy", graph)
+
     def close(self) -> None:
         """Free everything; nothing of this object may be used after."""
         with contextlib.suppress(BackendError):  # after a kernel's fault every call fails, and nothing is left to free
             self.synchronize()
-            for graph in self._graphs:
+            for graph in self._graphs.values():
                 _call("cuGraphExecDestroy", graph)
             for address in sorted(self._memory):
                 _call("cuMemFree", address)
+            for address in sorted(self._pinned):
+                _call("cuMemFreeHost", address)
             _call("cuStreamDestroy", self._stream)
-        self._graphs, self._memory = [], set()
+        self._graphs, self._memory, self._pinned = {}, set(), set()
         with contextlib.suppress(BackendError):
             _call("cuDevicePrimaryCtxRelease", self._device)
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from artifacts.refs import BYTES, ENGINE_PLAN, JSON
 from tasks.engines.cuda import Cuda, driver_version, find_device
-from tasks.engines.trt_adapter import require
+from tasks.engines.trt_adapter import device_memory, require
 from tasks.engines.trt_calibrate import CACHE as CALIBRATION_CACHE
 from tasks.engines.trt_calibrate import cache_reader
 from tasks.engines.trt_log import Log, progress_monitor
@@ -212,12 +212,6 @@ def load_plan(trt: Any, logger: Any, log: Log, path: Path, params: Mapping[str, 
     if engine is None:
         raise log.failure(f"TensorRT {trt.__version__} does not load the plan that it made", since=before)
     return engine
-
-
-def device_memory(engine: Any) -> int:
-    """Return how many bytes of device memory one execution context of an engine needs, besides the weights."""
-    newer = getattr(engine, "device_memory_size_v2", None)  # 10.1 and later; 11 has no other
-    return int(engine.device_memory_size if newer is None else newer)
 
 
 def _smaller(tried: list[int], free_bytes: Callable[[], int]) -> int | None:

@@ -102,3 +102,9 @@ def require(trt: Any, precision: str, opset: int, typing: str = "strong") -> Non
             f"TensorRT {trt.__version__} reads ONNX up to opset {chosen.opset}, the graph has {opset}",
             f"set export.opset to {chosen.opset} (exporter: torchscript), or build with TensorRT 10.0 or later",
         )
+
+
+def device_memory(engine: Any) -> int:
+    """Return how many bytes of device memory one execution context of an engine needs, besides the weights."""
+    newer = getattr(engine, "device_memory_size_v2", None)  # 10.1 and later; 11 has no other
+    return int(engine.device_memory_size if newer is None else newer)

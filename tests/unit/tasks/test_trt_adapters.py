@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from tasks import halves
 from tasks.engines import trt_log
+from tasks.engines.profiles import Profile, choose_profile
 from tasks.engines.trt import LEAST_WORKSPACE, Build, _smaller
-from tasks.engines.trt_run import Profile, _bf16_bits, _widened, as_type, choose_profile
+from tasks.engines.trt_types import as_type, bf16_bits, widened
 from tasks.engines.trt_v8 import Weak, typing_of
 from tasks.errors import KINDS, BackendError
 from tasks.process import Limits, run_stage
@@ -92,6 +93,8 @@ def test_options_that_came_or_went_are_refused_naming_the_versions_that_have_the
 def test_every_member_that_is_used_is_there(bindings):
     assert bindings["missing"] == []
     assert bindings["device_memory"]
+    assert bindings["bare_contexts"]
+    assert bindings["given_memory"]
     for method in (
         "reallocate_output(self, tensor_name, memory, size, alignment)",
         "notify_shape(self, tensor_name, shape)",
@@ -371,15 +374,15 @@ def test_inputs_are_cast_only_where_nothing_is_lost_but_width():
 @given(st.lists(st.floats(width=32), max_size=20))
 def test_bfloat16_is_rounded_as_the_typing_stage_rounds(values):
     array = np.array(values, np.float32)
-    np.testing.assert_array_equal(_bf16_bits(array), halves.round_to_half(array, "bf16"))
+    np.testing.assert_array_equal(bf16_bits(array), halves.round_to_half(array, "bf16"))
     np.testing.assert_array_equal(
-        _widened(_bf16_bits(_widened(_bf16_bits(array), "BF16")), "BF16"), _widened(_bf16_bits(array), "BF16")
+        widened(bf16_bits(widened(bf16_bits(array), "BF16")), "BF16"), widened(bf16_bits(array), "BF16")
     )
 
 
 def test_a_scalar_keeps_its_shape_in_bfloat16():
     assert as_type(np.array(1.5, np.float32), "BF16", "x").shape == ()
-    assert _widened(as_type(np.array(1.5, np.float32), "BF16", "x"), "BF16") == 1.5
+    assert widened(as_type(np.array(1.5, np.float32), "BF16", "x"), "BF16") == 1.5
 
 
 def test_an_operator_that_the_parser_does_not_take_is_named(on_rtx):

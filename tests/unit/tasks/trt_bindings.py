@@ -120,6 +120,11 @@ def report(trt, graph: Path) -> dict:
         "preview": hasattr(trt.PreviewFeature, _NO_EXTERNAL),
         "dla": refusal(trt_adapter.named, trt, "DeviceType", "DLA"),
         "allocator": trt.IOutputAllocator.__doc__,
+        "bare_contexts": hasattr(trt.ICudaEngine, "create_execution_context_without_device_memory")
+        or "USER_MANAGED" in trt.ExecutionContextAllocationStrategy.__members__,
+        "given_memory": [
+            name for name in ("device_memory", "set_device_memory") if hasattr(trt.IExecutionContext, name)
+        ],
         "device_memory": [
             name for name in ("device_memory_size", "device_memory_size_v2") if hasattr(trt.ICudaEngine, name)
         ],
