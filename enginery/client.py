@@ -123,6 +123,7 @@ def load(
         graphs=graphs,
         threads=threads,
         host_code=_brings_host_code(manifest),
+        plugins=[folder / name for name in manifest.compatibility.plugins],
     )
 
 

@@ -24,7 +24,7 @@ from tasks.errors import BackendError, CallError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from artifacts.manifest import Manifest
+    from artifacts.manifest import Compatibility, Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -268,13 +268,15 @@ def open_runner(
     graphs: bool = True,
     threads: int | None = None,
     host_code: bool = False,
+    plugins: Sequence[Path] = (),
 ) -> Runner:
     """Load a plan whose bytes were checked against its manifest, in this process.
 
     `plan` is a file where it has external data beside it. `device` is the index of a CUDA device (None: the first of the
     manifest's compute capability), `graphs` replays shapes that come back as CUDA graphs, `threads` bounds the threads of
-    ONNX Runtime, `host_code` lets a version-compatible plan bring code for the host. Raises BackendError: "no device",
-    "version mismatch", "missing package", "out of memory", "bad data".
+    ONNX Runtime, `host_code` lets a version-compatible plan bring code for the host, `plugins` are libraries of the engine
+    that were checked too. Raises BackendError: "no device", "version mismatch", "missing package", "missing plugin",
+    "out of memory", "bad data".
     """
     runtime = manifest.compatibility.runtime
     if runtime == "onnxruntime":
@@ -284,22 +286,37 @@ def open_runner(
     from tasks.engines.trt_run import PlanRunner, load_runtime
 
     trt = load_runtime(runtime)
-    index = _device(manifest.compatibility.gpus, device)
-    names = [profile.name for profile in manifest.profiles]
-    execution = PlanRunner(plan, None, device=index, host_code=host_code, graphs=graphs, names=names, trt=trt)
+    execution = PlanRunner(
+        plan,
+        None,
+        device=_device(manifest.compatibility, device),
+        host_code=host_code,
+        graphs=graphs,
+        plugins=plugins,
+        dla_core=manifest.compatibility.dla_core,
+        names=[profile.name for profile in manifest.profiles],
+        trt=trt,
+    )
     return Runner(execution, manifest)
 
 
-def _device(gpus: Sequence[str], asked: int | None) -> int:
-    """Return the index of the device to use. Raises BackendError("no device") where it is not one of `gpus`."""
+def _device(needs: Compatibility, asked: int | None) -> int:
+    """Return the index of the device to use: one as the engine was built on before any other of the compute capability.
+
+    Raises BackendError("no device") where there is none.
+    """
     from tasks.engines.cuda import device_count, device_properties
 
     found = {index: device_properties(index) for index in range(device_count())}
-    for index, properties in found.items():
-        if properties["compute_capability"] in gpus and asked in (None, index):
-            return index
+    fitting = [
+        index for index, one in found.items() if one["compute_capability"] in needs.gpus and asked in (None, index)
+    ]
+    if fitting:
+        built_on = needs.device.model_dump(exclude_none=True) if needs.device is not None else {}
+        return max(fitting, key=lambda index: sum(found[index].get(name) == value for name, value in built_on.items()))
     here = ", ".join(f"cuda:{index} {one['name']} ({one['compute_capability']})" for index, one in found.items())
-    wanted = f"cuda:{asked}, which would have to be {' or '.join(gpus)}" if asked is not None else " or ".join(gpus)
+    gpus = " or ".join(needs.gpus)
+    wanted = f"cuda:{asked}, which would have to be {gpus}" if asked is not None else gpus
     raise BackendError("no device", f"no {wanted} is here (found: {here or 'none'})", "choose another device or engine")
 
 

@@ -18,8 +18,8 @@ from tasks.engines.trt_adapter import adapter, require
 from tasks.engines.trt_log import Log, Report
 from tasks.engines.trt_network import add_profiles, parse
 from tasks.engines.trt_plugins import load_plugins, plugin_files
-from tasks.engines.trt_run import as_type
 from tasks.engines.trt_settings import Settings
+from tasks.engines.trt_types import as_type
 from tasks.errors import BackendError
 from tasks.onnx_files import GRAPH, load_graph, opset_of
 from tasks.stage import StageRequest, StageResult
