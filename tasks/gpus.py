@@ -43,29 +43,34 @@ def gpu_held(
     gpus: Sequence[Gpu] | None = None,
     waits: Callable[[], None] = lambda: None,
     give_up: Callable[[], bool] = lambda: False,
-) -> Iterator[dict[str, str]]:
-    """Hold a GPU for a stage that needs one, and yield the variables that show its process that GPU alone.
+) -> Iterator[Gpu | None]:
+    """Hold a GPU for a stage that needs one, and yield it (None where none is needed); its process is to see that alone.
 
     It is one of params["gpu"] (a compute capability) and, where `device` says what it must be like (`Gpu.device`), one that
     is. `gpus` are those of this host, None: ask. `waits` is called once where all are held by others. Raises
     BackendError("no device") where there is no such GPU, StageCancelledError when `give_up` says True while waiting.
     """
     if not needs_gpu(params):
-        yield {}
+        yield None
         return
     there = probe_host().gpus if gpus is None else gpus
-    fitting = [
-        gpu.uuid
+    fitting = {
+        gpu.uuid: gpu
         for gpu in there
         if gpu.compute_capability == params["gpu"] and (device is None or gpu.device() == device)
-    ]
+    }
     if not fitting:
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in there) or "none"
         wanted = params["gpu"] if device is None else f"{device['name']} ({params['gpu']}, as planned)"
         advice = "use a host with an NVIDIA GPU and its driver; `enginery doctor` says what is missing"
         raise BackendError("no device", f"no {wanted} GPU is here (found: {here})", advice)
-    with held(fitting, busy=busy_gpus, waits=waits, give_up=give_up) as uuid:
-        yield {VISIBLE: uuid}
+    with held(list(fitting), busy=busy_gpus, waits=waits, give_up=give_up) as uuid:
+        yield fitting[uuid]
+
+
+def visible(gpu: Gpu | None) -> dict[str, str]:
+    """Return the variables that show a process this GPU alone; none where it needs none."""
+    return {VISIBLE: gpu.uuid} if gpu is not None else {}
 
 
 @contextmanager

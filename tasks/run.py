@@ -10,14 +10,14 @@ import datetime as dt
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from artifacts.cache import ActionCache
 from artifacts.errors import IntegrityError
-from artifacts.host import Gpu
+from artifacts.host import Host
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ONNX, SAFETENSORS, TAR, ArtifactRef, digest_file
 from artifacts.store import Store, open_store
@@ -25,9 +25,11 @@ from recipes.digests import Digests
 from recipes.errors import Fault, RecipeError
 from recipes.files import CodeBundle, DatasetFiles, LocalFile, dataset_members
 from recipes.steps import Step
-from tasks.gpus import gpu_held
+from tasks.gpus import gpu_held, visible
 from tasks.process import Limits, run_stage
 from tasks.progress import Listener, Progress
+from tasks.timing import TIMING_CACHE, combine_in_child, lent_cache
+from tasks.toolchain import probe_host
 
 _MEDIA_TYPES: Final[Mapping[str, str]] = {".onnx": ONNX, ".safetensors": SAFETENSORS, ".tar": TAR}
 
@@ -42,7 +44,7 @@ class StepRunner:
     producer: Mapping[str, Any]
     listen: Listener = lambda _progress: None
     cancel: threading.Event = field(default_factory=threading.Event)
-    gpus: Sequence[Gpu] | None = None  # of this host; None: ask for them when one is needed
+    host: Host | None = None  # this one; None: look
 
     def run(self, step: Step) -> tuple[ActionRecord, bool]:
         """Return the step's record, and whether it was made here rather than found (another builder may be faster).
@@ -98,13 +100,17 @@ class StepRunner:
         output_dir.mkdir()
         params = step.action.params if step.action is not None else {}
         device = step.action.toolchain.get("device") if step.action is not None else None
+        host = self.host or probe_host()
         with gpu_held(
             params,
             device,
-            gpus=self.gpus,
+            gpus=host.gpus,
             waits=lambda: self.listen(Progress(step.id, "progress", None, "waiting for a GPU")),
             give_up=self.cancel.is_set,
-        ) as variables:
+        ) as gpu:
+            loan = lent_cache(self.store, step, gpu, host)
+            if loan is not None and loan.lend(folder / "inputs" / TIMING_CACHE):
+                files = {**files, TIMING_CACHE: folder / "inputs" / TIMING_CACHE}
             result = run_stage(
                 step.stage,
                 params,
@@ -114,15 +120,22 @@ class StepRunner:
                 on_progress=lambda fraction, text: self.listen(Progress(step.id, "progress", fraction, text)),
                 on_log=lambda line: self.listen(Progress(step.id, "log", text=line)),
                 cancel=self.cancel,
-                variables=variables,
+                variables=visible(gpu),
             )
+            facts, made = dict(result.facts), dict(result.outputs)
+            if loan is not None:
+                # Kept in one place for all builds, not as an output of each.
+                made.pop(TIMING_CACHE, None)
+                combine = combine_in_child(folder, self.limits, gpu)
+                loan.take_back(output_dir / TIMING_CACHE, facts["timing_cache"], combine)
+                facts["timing_cache"] = {**facts["timing_cache"], **loan.facts}
         outputs: dict[str, ArtifactRef] = {}
-        for name, media_type in result.outputs.items():
+        for name, media_type in made.items():
             path = output_dir / name
             ref = ArtifactRef(digest_file(path), path.stat().st_size, media_type)
             self.cache.put_blob(path, ref)
             outputs[name] = ref
-        return outputs, dict(result.facts)
+        return outputs, facts
 
     def _fetch_file(self, file: LocalFile, folder: Path) -> ArtifactRef:
         """Bring one file into the store, checked against the digest that was planned with."""

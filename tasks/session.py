@@ -100,7 +100,7 @@ class BuildSession:
             producer={"host": self.host.name, "os": self.host.os},
             listen=self._tell,
             cancel=self._cancelled,
-            gpus=self.host.gpus,
+            host=self.host,
         )
 
     @property

@@ -23,6 +23,7 @@ from tasks.engines.trt_log import Log, progress_monitor
 from tasks.engines.trt_network import add_profiles, parse, signature
 from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.engines.trt_settings import Settings
+from tasks.engines.trt_timing import TIMING_CACHE, TimingCache
 from tasks.engines.trt_weak import nodes_in_fp32
 from tasks.errors import BackendError
 from tasks.onnx_files import GRAPH, load_graph, opset_of
@@ -30,7 +31,6 @@ from tasks.stage import StageRequest, StageResult
 
 PLAN: Final = "model.plan"
 LAYERS: Final = "layers.json"
-TIMING_CACHE: Final = "timing.cache"
 # A build that runs out of memory is tried again with half of the scratch memory, down to this.
 LEAST_WORKSPACE: Final = 64 << 20
 _MAX_WARNINGS: Final = 50
@@ -67,7 +67,7 @@ class Build:
         self._log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
         self._logger = self._log.for_runtime(trt)
         self._typing: str = request.params.get("typing", "strong")
-        self._timing: dict[str, Any] = {"given": TIMING_CACHE in request.inputs, "used": False}
+        self._timing = TimingCache(trt, self._log, request.inputs.get(TIMING_CACHE))
 
     def run(self, free_bytes: Callable[[], int]) -> tuple[dict[str, str], dict[str, Any]]:
         """Compile, load the plan once and list its layers; return outputs and facts.
@@ -82,7 +82,7 @@ class Build:
             outputs[TIMING_CACHE] = BYTES
         return outputs, {
             **facts,
-            "timing_cache": self._timing,
+            "timing_cache": self._timing.facts,
             "warnings": self._log.warnings[:_MAX_WARNINGS],
             "log_lines": self._log.lines,
             "size": (self._request.output_dir / PLAN).stat().st_size,
@@ -128,7 +128,7 @@ class Build:
         settings.apply(params, builder, network, self._request.inputs[GRAPH])
         tried.append(settings.workspace(limit))
         add_profiles(trt, log, builder, network, config, params["profiles"])
-        cache, ranges = self._attach_timing_cache(config), self._attach_calibration(config)
+        cache, ranges = self._timing.attach(config, params), self._attach_calibration(config)
         monitor = progress_monitor(trt, log, self._request.report)
         if monitor is not None:
             config.progress_monitor = monitor
@@ -140,7 +140,7 @@ class Build:
         if plan is None:
             raise log.failure(f"TensorRT {trt.__version__} does not compile the graph", since=before)
         (self._request.output_dir / PLAN).write_bytes(memoryview(plan))
-        self._keep_timing_cache(config)
+        self._timing.keep(config, self._request.output_dir)
         facts = {"settings": settings.applied, **signature(network), "network_layers": network.num_layers}
         if self._typing == "weak":
             keep, int8 = params.get("keep", ()), "calibrator" in params
@@ -158,33 +158,6 @@ class Build:
         reader = cache_reader(self._trt, self._request.params["calibrator"], path.read_bytes())
         config.int8_calibrator = reader
         return reader
-
-    def _attach_timing_cache(self, config: Any) -> Any:
-        """Attach the given timing cache if it was made on such a device by this version, else an empty one.
-
-        A mismatch is never ignored: such a cache "may lead to functional or performance bugs" (ITimingCache.combine).
-        8.6 refuses what it wrote itself where no part of the network went to Myelin, its graph compiler ("Myelin error
-        from unknown graph", seen on an H200; KataGo's issues 739 and 945 report it of 8.5 and 8.6, mended in 10.2).
-        """
-        path, since = self._request.inputs.get(TIMING_CACHE), len(self._log.errors)
-        if path is not None:
-            self._cache_bytes = path.read_bytes()  # kept: nothing says that TensorRT copies them
-            cache = config.create_timing_cache(self._cache_bytes)
-            if cache is not None and config.set_timing_cache(cache, False) and not self._log.errors[since:]:
-                self._timing["used"] = True
-                return cache
-            said = "; ".join(self._log.take_errors(since)) or "made by another version or on another device"
-            self._timing["refused"] = said
-            self._log.warnings.append(f"the timing cache is not used: {said}")
-        cache = config.create_timing_cache(b"")
-        return cache if cache is not None and config.set_timing_cache(cache, False) else None
-
-    def _keep_timing_cache(self, config: Any) -> None:
-        cache = config.get_timing_cache()
-        data = cache.serialize() if cache is not None else None
-        if data is not None:
-            size = (self._request.output_dir / TIMING_CACHE).write_bytes(memoryview(data))
-            self._timing["size"] = size
 
     def _inspect(self) -> dict[str, Any]:
         """Load the plan once, and list its layers. Raises BackendError where TensorRT does not load its own plan."""

@@ -12,11 +12,11 @@ import pytest
 
 from artifacts.cache import ActionCache
 from artifacts.folder import FolderStore
-from artifacts.host import Gpu
+from artifacts.host import Gpu, Host
 from artifacts.keys import Action
 from recipes.steps import Step
 from tasks.errors import BackendError, StageCancelledError
-from tasks.gpus import LOCKS, gpu_held, held
+from tasks.gpus import LOCKS, gpu_held, held, visible
 from tasks.process import Limits, run_stage
 from tasks.run import StepRunner
 
@@ -114,15 +114,17 @@ def gpu(name, **facts):
     )
 
 
-def test_a_stage_gets_a_gpu_that_is_as_planned(monkeypatch):
+def test_a_stage_gets_a_gpu_that_is_as_planned():
     other, slow, slices = gpu("GPU", compute_capability="sm89"), gpu("GPU", sm_count=114), gpu("MIG", mig=True)
     params = {"runtime": "tensorrt", "gpu": "sm90"}
-    with gpu_held(params, slices.device(), gpus=[other, slow, slices]) as variables:
-        assert variables == {"CUDA_VISIBLE_DEVICES": slices.uuid}
-    with gpu_held(params, None, gpus=[other, slow, slices]) as variables:
-        assert variables == {"CUDA_VISIBLE_DEVICES": slow.uuid}
-    with gpu_held({"runtime": "tensorrt-rtx", "gpu": "sm90"}, gpus=[slow]) as variables:
-        assert variables == {}
+    with gpu_held(params, slices.device(), gpus=[other, slow, slices]) as got:
+        assert got is slices
+        assert visible(got) == {"CUDA_VISIBLE_DEVICES": slices.uuid}
+    with gpu_held(params, None, gpus=[other, slow, slices]) as got:
+        assert got is slow
+    with gpu_held({"runtime": "tensorrt-rtx", "gpu": "sm90"}, gpus=[slow]) as got:
+        assert got is None
+        assert visible(got) == {}
     for device, gpus, words in (
         (None, [other], "no sm90 GPU is here (found: H200 (sm89))"),
         (None, [], "found: none"),
@@ -140,7 +142,8 @@ def test_a_stage_gets_a_gpu_that_is_as_planned(monkeypatch):
 def test_cancelling_ends_the_wait_for_a_gpu(tmp_path):
     store, said = FolderStore(tmp_path / "store"), []
     only = gpu("GPU")
-    runner = StepRunner(store, ActionCache(store), Limits(60, 4 << 30), {}, listen=said.append, gpus=[only])
+    host = Host("here", "linux", "x86_64", gpus=(only,))
+    runner = StepRunner(store, ActionCache(store), Limits(60, 4 << 30), {}, listen=said.append, host=host)
     params = {"runtime": "tensorrt", "gpu": "sm90"}
     step = Step("compile:it", "compile", "run", action=Action("compile", 1, params, {}, {"device": only.device()}))
     with gpu_held(params, gpus=[only]):

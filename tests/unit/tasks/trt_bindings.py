@@ -26,7 +26,7 @@ MEMBERS = {
     "create_timing_cache set_timing_cache get_timing_cache add_optimization_profile set_preview_feature "
     "get_preview_feature default_device_type DLA_core",
     "IOptimizationProfile": "set_shape",
-    "ITimingCache": "serialize",
+    "ITimingCache": "serialize combine",
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "code node desc",
     "Runtime": "deserialize_cuda_engine engine_host_code_allowed DLA_core",
@@ -51,6 +51,7 @@ SIGNATURES = {
     "IOptimizationProfile.set_shape": ["input", "min", "opt", "max"],
     "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
     "IBuilderConfig.create_timing_cache": ["serialized_timing_cache"],
+    "ITimingCache.combine": ["input_cache", "ignore_mismatch"],
     "OnnxParser.parse_from_file": ["model"],
     "IExecutionContext.set_optimization_profile_async": ["profile_index", "stream_handle"],
 }

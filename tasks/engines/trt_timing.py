@@ -1,0 +1,132 @@
+"""TensorRT's timing cache: what kernels took on this device, given to a build and taken from it.
+
+A cache is of one TensorRT version and one kind of device; a mismatch is never ignored: such a cache "may lead to functional or
+performance bugs" (ITimingCache.combine). 8.6 refuses some of what it wrote itself, in another process ("Myelin error from
+unknown graph", seen on an H200; KataGo's issues 739 and 945 report it of 8.5 and 8.6, mended in 10.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.refs import BYTES
+from tasks.engines.trt_log import Log
+from tasks.errors import BackendError
+from tasks.stage import StageRequest, StageResult
+
+TIMING_CACHE: Final = "timing.cache"
+_OTHER: Final = "made by another version or on another device"
+# 8.6 says as an error that it does not use a cache; TensorRT-RTX 1.7, whose code is that of 10 and 11, as a warning, and goes
+# on with an empty one. (Strings of the libraries; seen with both.)
+_REFUSED: Final = re.compile(
+    r"timing cache will not be used|deserialize timing cache|incoming (cache|ITimingCache)|Timing cache header mismatch"
+)
+
+
+class TimingCache:
+    """The timing cache of one build: the one that was given, or an empty one.
+
+    `facts`: given; used, or what was said when it was `refused`; size_before and size_after in bytes; reloads, whether what
+    is kept loads again.
+    """
+
+    def __init__(self, trt: Any, log: Log, given: Path | None) -> None:
+        self._trt, self._log = trt, log
+        # Kept: nothing says that TensorRT copies the bytes.
+        self._data = given.read_bytes() if given is not None else None
+        self.facts: dict[str, Any] = {"given": given is not None, "used": False}
+        if self._data is not None:
+            self.facts["size_before"] = len(self._data)
+
+    def attach(self, config: Any, params: Mapping[str, Any]) -> Any:
+        """Give the cache to a builder configuration, and return it: it has to live until the build is done.
+
+        At optimisation level 0 the builder takes none ("should not be enabled in fastBuild mode", 8.6).
+        """
+        if params.get("optimization_level") == 0:
+            self.facts["refused"] = "optimisation level 0 takes no timing cache"
+            return None
+        if self._data is not None:
+            cache, refused = self._set(config, self._data)
+            if refused is None:
+                self.facts["used"] = True
+                return cache
+            self.facts["refused"], self._data = refused, None
+            self._log.warnings.append(f"the timing cache is not used: {refused}")
+        return self._set(config, b"")[0]
+
+    def keep(self, config: Any, folder: Path) -> None:
+        """Write what was given and what this build measured, if it can be loaded again."""
+        cache = config.get_timing_cache()
+        data = cache.serialize() if cache is not None else None
+        if data is None:
+            return
+        written = bytes(memoryview(data))
+        refused = _refusal(self._log, lambda: config.create_timing_cache(written) is not None)
+        self.facts |= {"size_after": len(written), "reloads": refused is None}
+        if refused is not None:
+            self.facts["reload_refused"] = refused
+        (folder / TIMING_CACHE).write_bytes(written)
+
+    def _set(self, config: Any, data: bytes) -> tuple[Any, str | None]:
+        """Return a cache of these bytes that the configuration uses from now on, and why it does not use it, if so."""
+        cache = None
+
+        def take() -> bool:
+            nonlocal cache
+            cache = config.create_timing_cache(data)
+            return cache is not None and config.set_timing_cache(cache, False)
+
+        refused = _refusal(self._log, take)
+        return cache, refused
+
+
+def merge(request: StageRequest) -> StageResult:
+    """Merge the inputs "base.cache" and "more.cache" to "timing.cache"; where both know something, the base is believed.
+
+    Facts: refused, what TensorRT said where the two are not of one version and device; then there is no output.
+    """
+    import tensorrt as trt
+
+    refused = merge_with(trt, request.inputs["base.cache"], request.inputs["more.cache"], request.output_dir)
+    return StageResult({TIMING_CACHE: BYTES} if refused is None else {}, {"refused": refused})
+
+
+def merge_with(trt: Any, base: Path, more: Path, folder: Path) -> str | None:
+    """Merge two cache files with one TensorRT module into "timing.cache" in a folder; return why not, or None.
+
+    Raises BackendError("no device") where TensorRT does not start.
+    """
+    log = Log(lambda _fraction, _text: None)
+    logger = log.for_runtime(trt)
+    try:
+        config = trt.Builder(logger).create_builder_config()
+    except TypeError as err:  # "pybind11::init(): factory function returned nullptr"
+        raise log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
+    data, caches = [base.read_bytes(), more.read_bytes()], list[Any]()
+
+    def combine() -> bool:
+        caches.extend(config.create_timing_cache(one) for one in data)
+        return None not in caches and bool(caches[0].combine(caches[1], False))
+
+    refused = _refusal(log, combine)
+    if refused is not None:
+        return refused
+    merged = caches[0].serialize()
+    if merged is None:
+        raise BackendError("crash", "TensorRT does not serialise the merged timing cache", "please report it")
+    (folder / TIMING_CACHE).write_bytes(memoryview(merged))
+    return None
+
+
+def _refusal(log: Log, attempt: Callable[[], bool]) -> str | None:
+    """Return why an attempt to use a cache failed, or None; what it logged of that is taken out of the log."""
+    errors, warnings = len(log.errors), len(log.warnings)
+    done = attempt()
+    new = log.warnings[warnings:]
+    log.warnings[warnings:] = [words for words in new if not _REFUSED.search(words)]
+    said = [*log.take_errors(errors), *(words for words in new if _REFUSED.search(words))]
+    return None if done and not said else "; ".join(said) or _OTHER
