@@ -62,6 +62,48 @@ def test_all_missing_files_are_told_at_once_with_near_names(tmp_path):
     ]
 
 
+def with_plugins(folder, *stated):
+    """The recipe with a classic target that names plugin libraries, whose files are ELF by their first bytes."""
+    write_project(folder)
+    (folder / "plugins").mkdir(exist_ok=True)
+    (folder / "plugins/one.so").write_bytes(b"\x7fELF one")
+    (folder / "plugins/text.so").write_bytes(b"no library")
+    listed = ", ".join(f"{{file: {file}, sha256: {digest}}}" for file, digest in stated)
+    return changed(
+        "  - {runtime: onnxruntime, precision: [fp32, int8]}",
+        f"  - {{runtime: tensorrt, gpus: [sm90], build: {{plugins: [{listed}]}}}}",
+    )
+
+
+def test_plugins_are_named_by_their_digest_and_their_paths_enter_nothing(tmp_path):
+    digest, remote = sha256(b"\x7fELF one"), "a" * 64
+    text = with_plugins(tmp_path, ("plugins/one.so", digest), ("s3://bucket/two.so", remote))
+    plugins = gather(load_text(tmp_path, text)).plugins
+    assert set(plugins) == {digest, remote}
+    assert plugins[digest].name == f"plugin-{digest[:16]}.so"
+    assert (plugins[digest].size, Path(plugins[digest].address)) == (8, tmp_path / "plugins/one.so")
+    assert (plugins[remote].size, plugins[remote].address) == (-1, "s3://bucket/two.so")
+
+
+@pytest.mark.parametrize(
+    ("file", "digest", "words"),
+    [
+        ("plugins/one.so", "f" * 64, f"sha256: plugins/one.so: expected {'f' * 64}, found"),
+        ("plugins/tow.so", "f" * 64, "file: plugins/tow.so: no such file"),
+        ("plugins/text.so", sha256(b"no library"), "file: plugins/text.so is no shared library"),
+    ],
+)
+def test_a_plugin_that_is_not_what_the_recipe_names_is_refused(tmp_path, file, digest, words):
+    (found,) = faults(tmp_path, with_plugins(tmp_path, (file, digest)))
+    assert found.startswith(f"recipe.yaml:25: targets[1].build.plugins[0].{words}")
+
+
+def test_a_plugin_without_a_digest_is_refused(tmp_path):
+    text = with_plugins(tmp_path, ("plugins/one.so", "0" * 64)).replace(f", sha256: {'0' * 64}", "")
+    (found,) = faults(tmp_path, text)
+    assert found.endswith("targets[1].build.plugins[0].sha256: is required, and missing")
+
+
 def test_a_digest_that_differs_stops(tmp_path):
     path = write_project(tmp_path)
     good, bad = sha256(b"weights"), "f" * 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,9 @@ from artifacts.catalog import EngineCatalog
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu
-from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
+from artifacts.records import ActionRecord
+from artifacts.refs import BYTES, ENGINE_PLAN, ArtifactRef, digest_bytes
+from recipes.files import LocalFile
 from recipes.loader import load
 from tasks.publish import is_published, publish_engine
 from tasks.session import BuildSession
@@ -82,6 +85,59 @@ class Builder(World):
 @pytest.fixture
 def builder(tmp_path):
     return Builder(folder=tmp_path)
+
+
+class Gpu90(Builder):
+    """The simulated build on a host with a GPU, whose classic engines need a plugin library."""
+
+    plugin = "plugin-aaaaaaaaaaaaaaaa.so"
+
+    def plan(self, made, files=FILES, targets=()):
+        library = LocalFile(self.plugin, "a" * 64, 6, "plugins/a.so")
+        return super().plan(made, replace(files, plugins={library.digest: library}), targets)
+
+    def run(self, step):
+        if step.id != f"fetch:{self.plugin}":
+            return super().run(step)
+        self.built.append(step.id)
+        ref = ArtifactRef(digest_bytes(b"plugin"), 6, BYTES)
+        (self.folder / "blob").write_bytes(b"plugin")
+        self.store.put_file(blob_path(ref.digest), self.folder / "blob", ref)
+        return ActionRecord(step.action.preimage(), {self.plugin: ref}, {}, seconds=1.0)
+
+
+def test_plugin_libraries_are_published_beside_the_plan_and_named(tmp_path):
+    gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30)
+    options = {"plugins": [{"file": "plugins/a.so", "sha256": "a" * 64}]}
+    targets = json.dumps([{"runtime": "tensorrt", "gpus": ["sm90"], "precision": ["fp16"], "build": options}])
+    text = RECIPE[: RECIPE.index("targets:")] + f"targets: {targets}\n"
+    host = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(gpu,), driver="570.86.15")
+    builder = Gpu90(folder=tmp_path, text=text, host=host)
+    builder.build_all()
+    manifest = builder.manifests()["sm90", "fp16"]
+    assert manifest.plan == "model.plan"
+    assert manifest.compatibility.plugins == (Gpu90.plugin,)
+    assert manifest.files[Gpu90.plugin].digest == digest_bytes(b"plugin")
+    assert (tmp_path / "store" / "engines" / str(manifest.identity) / Gpu90.plugin).read_bytes() == b"plugin"
+
+
+def test_an_engine_that_was_calibrated_by_tensorrt_says_on_what(tmp_path):
+    gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30)
+    text = RECIPE[: RECIPE.index("targets:")].replace("build: [int8, fp16]", "build: [int8]\n  int8: calibrator")
+    host = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(gpu,), driver="570.86.15")
+    facts = {
+        "calibrate:tensorrt:sm90": {"samples": 256, "method": "entropy"},
+        "compile:tensorrt:sm90:int8": {"kept": ["stem/conv"]},
+    }
+    builder = Builder(
+        folder=tmp_path, text=f"{text}targets: [{{runtime: tensorrt, gpus: [sm90]}}]\n", host=host, facts=facts
+    )
+    builder.build_all()
+    manifest = builder.manifests()["sm90", "int8"]
+    assert (manifest.calibration.samples, manifest.calibration.method) == (256, "entropy")
+    assert manifest.precision.kept == ("stem/conv",)
+    assert manifest.precision.io == "float32"
+    assert "calibrate:tensorrt:sm90" in {step.id for step in manifest.provenance.steps}
 
 
 def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
