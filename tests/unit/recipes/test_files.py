@@ -95,7 +95,7 @@ def test_plugins_are_named_by_their_digest_and_their_paths_enter_nothing(tmp_pat
 )
 def test_a_plugin_that_is_not_what_the_recipe_names_is_refused(tmp_path, file, digest, words):
     (found,) = faults(tmp_path, with_plugins(tmp_path, (file, digest)))
-    assert found.startswith(f"recipe.yaml:25: targets[1].build.plugins[0].{words}")
+    assert found.startswith(f"recipe.yaml:26: targets[1].build.plugins[0].{words}")
 
 
 def test_a_plugin_without_a_digest_is_refused(tmp_path):

@@ -109,7 +109,7 @@ class Gpu90(Builder):
 def test_plugin_libraries_are_published_beside_the_plan_and_named(tmp_path):
     gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30)
     options = {"plugins": [{"file": "plugins/a.so", "sha256": "a" * 64}]}
-    targets = json.dumps([{"runtime": "tensorrt", "gpus": ["sm90"], "precision": ["fp16"], "build": options}])
+    targets = json.dumps([{"runtime": "tensorrt", "gpus": ["sm90"], "build": options}])
     text = RECIPE[: RECIPE.index("targets:")] + f"targets: {targets}\n"
     host = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(gpu,), driver="570.86.15")
     builder = Gpu90(folder=tmp_path, text=text, host=host)
@@ -123,7 +123,7 @@ def test_plugin_libraries_are_published_beside_the_plan_and_named(tmp_path):
 
 def test_an_engine_that_was_calibrated_by_tensorrt_says_on_what(tmp_path):
     gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 150 << 30)
-    text = RECIPE[: RECIPE.index("targets:")].replace("build: [int8, fp16]", "build: [int8]\n  int8: calibrator")
+    text = RECIPE[: RECIPE.index("targets:")].replace("build: [int8, fp16]", "build: [int8, fp16]\n  int8: calibrator")
     host = replace(HOST, runtimes={"tensorrt": "8.6.0"}, gpus=(gpu,), driver="570.86.15")
     facts = {
         "calibrate:tensorrt:sm90": {"samples": 256, "method": "entropy"},
