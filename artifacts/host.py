@@ -55,7 +55,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Host:
-    """A machine: operating system, architecture, driver, GPUs, and the full version of every installed runtime."""
+    """A machine: operating system, architecture, driver, GPUs, and the full version of every installed runtime.
+
+    `cpu` is the processor's model and how many of its threads this process may use: what times on it depend on.
+    """
 
     name: str
     os: str
@@ -64,6 +67,7 @@ class Host:
     cuda: str | None = None
     gpus: tuple[Gpu, ...] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)
+    cpu: str | None = None
 
     @property
     def driver_branch(self) -> str | None:
@@ -88,7 +92,14 @@ class Host:
             raise TypeError("runtimes are not names with versions")
         gpus = tuple(_gpu_from_json(gpu) for gpu in value.get("gpus", ()))
         return cls(
-            value["name"], value["os"], value["arch"], value.get("driver"), value.get("cuda"), gpus, dict(runtimes)
+            value["name"],
+            value["os"],
+            value["arch"],
+            value.get("driver"),
+            value.get("cuda"),
+            gpus,
+            dict(runtimes),
+            value.get("cpu"),
         )
 
     def gpu(self, compute_capability: str) -> Gpu | None:

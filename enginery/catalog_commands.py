@@ -33,7 +33,7 @@ from enginery.output import (
 )
 
 if TYPE_CHECKING:
-    from artifacts.catalog import EngineCatalog
+    from artifacts.catalog import EngineCatalog, EngineId
     from artifacts.resolve import Request, Resolution
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or its file.")]
@@ -59,7 +59,7 @@ def list_engines(
     """
     from enginery.catalog_tables import engine_json, print_engines
 
-    catalog = _catalog(store)
+    catalog = open_catalog(store)
     name = _recipe_name(recipe) if recipe is not None else None
     manifests = catalog.manifests(name)
     if as_json:
@@ -84,17 +84,10 @@ def show(
     """
     from enginery.catalog_tables import print_engine
 
-    catalog = _catalog(store)
-    found = catalog.find(engine)
-    if len(found) > 1:
-        names = "\n".join(f"  {match}" for match in found)
-        stop(WRONG, f"{engine!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
-    if not found:
-        near = catalog.near(engine)
-        hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
-        stop(FAILED, f"no engine {engine!r} in {catalog.store.uri}; {hint}")
-    data = catalog.manifest_bytes(found[0])
-    manifest = catalog.read_manifest(found[0], data)
+    catalog = open_catalog(store)
+    found = the_engine(catalog, engine)
+    data = catalog.manifest_bytes(found)
+    manifest = catalog.read_manifest(found, data)
     if as_json:
         print_json(json.loads(data))
     else:
@@ -121,7 +114,7 @@ def resolve(
 
     Example: enginery resolve digits --gpu sm89 --runtime tensorrt-rtx==1.7.1.116 --shape image=64x1x8x8
     """
-    catalog = _catalog(store)
+    catalog = open_catalog(store)
     request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
     resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json)
     if resolution.best is None:
@@ -151,7 +144,7 @@ def pull(
     """
     from enginery import client
 
-    catalog = _catalog(store)
+    catalog = open_catalog(store)
     request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
     resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json, quiet=True)
     if resolution.best is None:
@@ -169,6 +162,19 @@ def pull(
     else:
         note(f"{resolution.best.identity}: {len(pulled.manifest.files)} file(s), checked")
         typer.echo(pulled.plan)
+
+
+def the_engine(catalog: EngineCatalog, name: str) -> EngineId:
+    """Return the one engine that a name can mean; end the command where there is none, or more than one."""
+    found = catalog.find(name)
+    if len(found) > 1:
+        names = "\n".join(f"  {match}" for match in found)
+        stop(WRONG, f"{name!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
+    if not found:
+        near = catalog.near(name)
+        hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
+        stop(FAILED, f"no engine {name!r} in {catalog.store.uri}; {hint}")
+    return found[0]
 
 
 def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bool, quiet: bool = False) -> Resolution:
@@ -190,7 +196,8 @@ def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bo
     return resolution
 
 
-def _catalog(store: str) -> EngineCatalog:
+def open_catalog(store: str) -> EngineCatalog:
+    """Open the catalog of a store, whose warnings go to stderr."""
     from artifacts.catalog import EngineCatalog
     from artifacts.store import open_store
 

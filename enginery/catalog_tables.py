@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime as dt
 from typing import TYPE_CHECKING, Any
 
+from artifacts.timings import timing_summary
 from enginery.output import console
 from enginery.rows import print_table
-from enginery.tables import size_text
+from enginery.tables import size_text, timing_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,6 +36,7 @@ def engine_json(manifest: Manifest) -> dict[str, Any]:
         "size": manifest.size,
         "parity": measured.parity.model_dump() if measured.parity is not None else None,
         "metric": measured.metric.model_dump() if measured.metric is not None else None,
+        "benchmark": _timing(manifest),
         "executed": manifest.verification.engine.executed,
     }
 
@@ -66,8 +68,10 @@ def print_engines(manifests: Sequence[Manifest]) -> None:
     out = console()
     metrics = {measured.metric.name for measured in map(_best_measured, manifests) if measured.metric is not None}
     metric = metrics.pop() if len(metrics) == 1 else "metric"
-    table = plain_table(out, "engine", "precision", "size", metric, "parity (rel. L2)", "executed", "age")
-    for manifest in manifests:
+    timings = [_timing(manifest) for manifest in manifests]
+    columns = ["p50 ms", "faster than"] if any(timings) else []
+    table = plain_table(out, "engine", "precision", "size", metric, "parity (rel. L2)", *columns, "executed", "age")
+    for manifest, timing in zip(manifests, timings, strict=True):
         measured = _best_measured(manifest)
         asked, given = manifest.precision.asked, manifest.precision.given
         add_row(
@@ -77,6 +81,7 @@ def print_engines(manifests: Sequence[Manifest]) -> None:
             size_text(manifest.size),
             _figure(measured.metric.value if measured.metric is not None else None, ".4f"),
             _figure(measured.parity.relative_l2 if measured.parity is not None else None, ".1e"),
+            *(timing_cells(timing) if columns else ()),
             "yes" if manifest.verification.engine.executed else "no",
             age_text(manifest.identity.created),
         )
@@ -124,6 +129,7 @@ def print_engine(manifest: Manifest) -> None:
         rows.append(("calibration", f"sha256 {manifest.calibration.digest}{samples}{method}"))
     rows.append(("graph", _measured_text(manifest.verification.graph)))
     rows.append(("engine itself", _measured_text(manifest.verification.engine)))
+    rows += [("timed", line) for line in _timed_lines(manifest)]
     rows.append(("gates", "passed" if manifest.verification.passed else "not passed"))
     commit = "not in git"
     if origin.git is not None:
@@ -203,6 +209,28 @@ def _measured_text(measured: Measured) -> str:
         value, source = _figure(measured.metric.value, ".4f"), _figure(measured.metric.source, ".4f")
         text += f"; {measured.metric.name} {value} (source {source})"
     return text
+
+
+def _timing(manifest: Manifest) -> dict[str, Any] | None:
+    return timing_summary(manifest.benchmark.model_dump()) if manifest.benchmark is not None else None
+
+
+def _timed_lines(manifest: Manifest) -> list[str]:
+    """Return one line for every way in which each case was timed, and one for each thing it was compared with."""
+    timed = manifest.benchmark
+    if timed is None:
+        return ["not measured"]
+    lines = [
+        f"{case.name}{' CUDA graph' if case.graph else ''}: p50 {case.latency_ms.p50:.3f} ms, p90 {case.latency_ms.p90:.3f}, "
+        f"p99 {case.latency_ms.p99:.3f}, with copies {case.end_to_end_ms.p50:.3f}; {case.throughput:.0f} samples/s"
+        f"{'' if case.steady else '; not steady'}"
+        for case in timed.cases
+    ]
+    for other in timed.compared:
+        ratios = ", ".join(f"{ratio:.2f}x at {case}" for case, ratio in other.ratios.items())
+        error = other.error.partition("\n")[0] if other.error is not None else None
+        lines.append(f"{other.name}: {error or f'the engine is faster by {ratios}'}")
+    return lines
 
 
 def _axes(shape: Sequence[int | str | None] | None) -> str:

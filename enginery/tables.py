@@ -37,8 +37,10 @@ def print_build(document: dict[str, Any]) -> None:
         stages.add_row(step["stage"], step["subject"], step["state"], seconds, _brief(why))
     print_rows(stages)
     metric = next((engine["metric_name"] for engine in document["engines"] if engine["metric_name"]), "metric")
+    timed = any(engine.get("benchmark") for engine in document["engines"])
+    columns = ("p50 ms", "faster than") if timed else ()
     engines = Rows(
-        ("runtime", "GPU", "precision", "size", metric, "source", "parity (rel. L2)", "executed", "published")
+        ("runtime", "GPU", "precision", "size", metric, "source", "parity (rel. L2)", *columns, "executed", "published")
     )
     for engine in document["engines"]:
         asked, given = engine["precision"]["asked"], engine["precision"]["given"]
@@ -50,6 +52,7 @@ def print_build(document: dict[str, Any]) -> None:
             _figure(engine["metric"], ".4f"),
             _figure(engine["source_metric"], ".4f"),
             _figure(engine["parity"], ".1e"),
+            *(timing_cells(engine.get("benchmark")) if timed else ()),
             "yes" if engine["executed"] else "no",
             engine["path"]
             if engine["state"] == "cached" and engine["path"]
@@ -59,6 +62,14 @@ def print_build(document: dict[str, Any]) -> None:
     say(f"store: {document['store']}")
     if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
         say("executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.")
+
+
+def timing_cells(timing: dict[str, Any] | None) -> tuple[str, str]:
+    """Return the p50 latency of the first case that was timed, and how many times faster than what it was compared with."""
+    if timing is None:
+        return "-", "-"
+    ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in timing["ratios"].items())
+    return f"{timing['p50_ms']:.3f} ({timing['case']})", ratios or "-"
 
 
 def size_text(size: int | None) -> str:

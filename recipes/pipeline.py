@@ -7,14 +7,14 @@ fetch > export > simplify > calibrate > type > verify
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
 from recipes.options import may_refit
-from recipes.schema import Calibration, Dataset, OnnxSource, Options, Precision, Recipe, TorchSource
-from recipes.shapes import parity_cases, profile_shapes, random_cases, trace_shapes
+from recipes.schema import Benchmark, Calibration, Dataset, OnnxSource, Options, Precision, Recipe, TorchSource
+from recipes.shapes import benchmark_cases, parity_cases, profile_shapes, random_cases, trace_shapes
 from recipes.steps import Output, Step, Steps
 
 DEFAULT_OPSET: Final = 18
@@ -282,9 +282,43 @@ class Pipeline:
         inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
+    def benchmark(
+        self,
+        step_id: str,
+        engine: Sequence[Output],
+        gate: Step,
+        *,
+        executor: Mapping[str, Any],
+        device: Mapping[str, Any],
+        compare: Sequence[str],
+    ) -> Step:
+        """Time an engine that passed `gate`, and beside it the source (`compare`), in one run on one device.
 
-def graph_files(step: Step, name: str = "model.onnx") -> list[Output]:
+        `executor` has the parameters of what runs the engine, `device` what it runs with and on. What is compared enters
+        only where it is asked for: the source's files in a folder `source`, its simplified graph in a folder `graph`.
+        """
+        asked = self.recipe.benchmark or Benchmark.model_construct()
+        params: dict[str, Any] = {
+            **executor,
+            "cases": benchmark_cases(self.recipe),
+            "tensors": self.tensors,
+            "input_seed": 2,
+            "seconds": asked.seconds,
+            "compare": list(compare),
+        }
+        inputs, toolchain = list(engine), {**self.versions("numpy"), **device}
+        if "onnxruntime" in compare:
+            inputs += graph_files(self.simplify, folder="graph")
+            toolchain |= self.versions("onnxruntime", "onnxruntime-gpu")
+        if any(name.startswith("torch") for name in compare):
+            params["source"] = self._source_params()
+            inputs += [replace(output, folder="source") for output in self._source_files]
+            toolchain |= self._source_toolchain("torch")
+        return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain, gates=[gate])
+
+
+def graph_files(step: Step, name: str = "model.onnx", folder: str = "") -> list[Output]:
     """Return the files of the graph (or plan) that a step makes: one, and its external data where it has any."""
     data = f"{name}.data"
     has_data = step.record is not None and data in step.record.outputs
-    return [Output(step, name), *([Output(step, data)] if has_data else [])]
+    return [Output(step, name, folder), *([Output(step, data, folder)] if has_data else [])]

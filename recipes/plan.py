@@ -43,6 +43,7 @@ class EnginePlan:
     compile: Step | None = None
     verify: Step | None = None
     engine_verify: Step | None = None
+    benchmark: Step | None = None
     publish: Step | None = None
     refitted_from: Base | None = None
 

@@ -106,6 +106,7 @@ class _Engines:
                 engine = replace(engine, engine_verify=self._execute(engine, precision, again=bool(reasons)))
                 verdict = self._verdict(graph, source) and self._verdict(engine.engine_verify or graph, precision)
                 if verdict is None or verdict.passed:
+                    engine = replace(engine, benchmark=self._benchmark(engine))
                     return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))), target)
                 reasons.append(f"compiled: what was refitted does not pass: {', '.join(verdict.reasons)}")
             trials.append(Trial(precision, verdict))
@@ -238,15 +239,43 @@ class _Engines:
             "engine",
             engine.compile,
             plan_name=PLAN_NAMES[engine.runtime],
-            executor={
-                "executor": engine.runtime,
-                "gpu": engine.gpu,
-                "version_compatible": engine.options.version_compatible,
-                **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
-            },
+            executor=self._executor(engine),
             plugins=self.pipeline.plugins(engine.options),
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
         )
+
+    def _benchmark(self, engine: EnginePlan) -> Step | None:
+        """Time an engine that was executed here, where the recipe asks for it."""
+        asked = self.pipeline.recipe.benchmark
+        if asked is None or engine.compile is None or engine.engine_verify is None:
+            return None
+        gpu = self.host.gpu(engine.gpu)  # also where the engine may run on others: a time is that of one device
+        on_gpu = {**self._device(engine), "device": gpu.device() if gpu is not None else None}
+        device = on_gpu if engine.runtime == "tensorrt" else {"cpu": self.host.cpu, "os": self.host.os}
+        return self.pipeline.benchmark(
+            f"benchmark:{engine.runtime}:{engine.gpu}:{engine.given}",
+            self._engine_files(engine, engine.compile),
+            engine.engine_verify,
+            executor=self._executor(engine),
+            device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **device},
+            compare=asked.compare,
+        )
+
+    def _engine_files(self, engine: EnginePlan, compiled: Step) -> list[Output]:
+        """Return what a runtime loads: the plan, and its libraries of plugins."""
+        plugins = self.pipeline.plugins(engine.options) if engine.runtime == "tensorrt" else ()
+        return [*graph_files(compiled, PLAN_NAMES[engine.runtime]), *plugins]
+
+    def _executor(self, engine: EnginePlan) -> dict[str, Any]:
+        """Return the parameters of what runs an engine itself."""
+        if engine.runtime == "onnxruntime":
+            return {"executor": "onnxruntime", "gpu": "cpu"}
+        return {
+            "executor": engine.runtime,
+            "gpu": engine.gpu,
+            "version_compatible": engine.options.version_compatible,
+            **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
+        }
 
     def _published(self, engine: EnginePlan, target: Target) -> EnginePlan:
         """Publish a compiled engine; everything that its manifest states enters the key, but for times and names."""
@@ -286,19 +315,22 @@ class _Engines:
             "executed": False,
             "reason": f"{engine.runtime} engines for {engine.gpu} do not run on this host",
         }
+        measured = {
+            "typed": self.pipeline.typed(engine.typed or engine.given).facts,
+            "graph": engine.verify.facts,
+            "engine": executed.facts if executed is not None else not_executed,
+        }
+        inputs, timed = self._engine_files(engine, engine.compile), engine.benchmark
+        if timed is not None:
+            # Which measurement it is enters the key, and not what was found, as that is never the same twice.
+            measured["benchmark"] = {"key": timed.action.key} if timed.record and timed.action else None
+            inputs += _listings(engine.compile, timed)
         step = self.pipeline.steps.add(
             f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
             params=params,
-            inputs=[
-                *graph_files(engine.compile, PLAN_NAMES[engine.runtime]),
-                *(self.pipeline.plugins(engine.options) if engine.runtime == "tensorrt" else ()),
-            ],
-            gates=[engine.verify] if executed is None else [engine.verify, executed],
-            measured={
-                "typed": self.pipeline.typed(engine.typed or engine.given).facts,
-                "graph": engine.verify.facts,
-                "engine": executed.facts if executed is not None else not_executed,
-            },
+            inputs=inputs,
+            gates=[gate for gate in (engine.verify, executed, timed) if gate is not None],
+            measured=measured,
         )
         state: Literal["cached", "run", "failed"] = "run"
         if step.state == "cached":
@@ -306,6 +338,12 @@ class _Engines:
         elif step.state in ("failed", "blocked"):
             state = "failed"
         return replace(engine, state=state, why="; ".join(step.why), publish=step)
+
+
+def _listings(compiled: Step, timed: Step) -> list[Output]:
+    """Return what is published beside a plan that was timed: its layers, and how long each of them took."""
+    listings = [Output(compiled, "layers.json"), Output(timed, "profile.json")]
+    return [listing for listing in listings if listing.ref is not None]
 
 
 def _metric_gate(recipe: Recipe) -> dict[str, Any] | None:

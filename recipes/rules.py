@@ -10,6 +10,7 @@ from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
 from recipes.options import stated_plugins
 from recipes.schema import GPUS, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
+from recipes.shapes import batch_axis
 from recipes.targets import check_targets, refusal
 
 Found = Iterator[tuple[Key, str]]
@@ -35,7 +36,8 @@ _INTEGERS: Final = {
 def check(recipe: Recipe) -> list[tuple[Key, str]]:
     """Return every broken rule as (path, message), in the order of the schema."""
     rules: tuple[Callable[[Recipe], Found], ...] = (
-        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, check_targets, _plugins, _publish,
+        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins,
+        _publish,
     )  # fmt: skip
     return [found for rule in rules for found in rule(recipe)]
 
@@ -320,6 +322,28 @@ def _plugins(recipe: Recipe) -> Found:
             yield from _path((*at, index, "file"), plugin.file, remote=True)
             if plugin.sha256 in (other.sha256 for other in plugins[:index]):
                 yield (*at, index, "sha256"), "the same library is named twice"
+
+
+def _benchmark(recipe: Recipe) -> Found:
+    asked = recipe.benchmark
+    if asked is None:
+        return
+    if not isinstance(recipe.source, TorchSource):
+        for index, name in enumerate(asked.compare):
+            if name.startswith("torch"):
+                yield ("benchmark", "compare", index), f"{name} needs a torch source, and this one is ONNX"
+    if asked.batches is None:
+        return
+    axis = batch_axis(recipe)
+    if axis is None:
+        what = "the inputs share no dynamic axis that they begin with, so there is no batch to change: leave it out"
+        yield ("benchmark", "batches"), what
+        return
+    ranges = [profile[axis] for profile in recipe.profiles.values() if axis in profile]
+    for index, size in enumerate(asked.batches):
+        if ranges and not any(low <= size <= high for low, _opt, high in ranges):
+            spans = ", ".join(f"{low} to {high}" for low, _opt, high in ranges)
+            yield ("benchmark", "batches", index), f"no profile admits {axis} {size} (they span {spans})"
 
 
 def _publish(recipe: Recipe) -> Found:

@@ -22,6 +22,7 @@ DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
+Contender = Literal["torch", "torch-fp16", "torch-compile", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
 DeviceClass = Literal["data-center", "workstation", "jetson"]
 TacticSource = Literal["cublas", "cublas-lt", "cudnn", "edge-mask-convolutions", "jit-convolutions"]
@@ -307,6 +308,29 @@ class Build(Options):
     memory: str = Field(default="16GiB", pattern=SIZE_PATTERN, description="Memory limit of each stage's process.")
 
 
+class Benchmark(Model):
+    """How fast the engine is, measured where it can be executed, beside what people would use instead."""
+
+    batches: list[Extent] | None = Field(
+        default=None,
+        min_length=1,
+        description="Sizes of the batch axis, each measured in every profile that admits it; default: opt of each.",
+    )
+    compare: list[Contender] = Field(
+        default_factory=list, description="What is measured beside the engine in the same run, where it is installed."
+    )
+    seconds: float = Field(
+        default=5.0, gt=0, le=600, description="Time limit of measuring one shape in one way, warm-up included."
+    )
+
+    @field_validator("batches", "compare")
+    @classmethod
+    def _unique(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError("the same one is named twice")
+        return value
+
+
 class Publish(Model):
     """Where engines go besides the store that the build uses."""
 
@@ -335,6 +359,7 @@ class Recipe(Model):
     acceptance: Acceptance = Field(default_factory=Acceptance, description="What must hold before publishing.")
     targets: list[Target] = Field(min_length=1, description="What engines are built for.")
     build: Build = Field(default_factory=Build, description="Options and limits of the build.")
+    benchmark: Benchmark | None = Field(default=None, description="Whether speed is measured; default: it is not.")
     driver: Literal["ignore", "branch", "exact"] = Field(default="branch", description="Which driver changes rebuild.")
     publish: Publish = Field(default_factory=Publish, description="Where engines go.")
 

@@ -91,6 +91,36 @@ def trace_shapes(recipe: Recipe) -> dict[str, Shape]:
     return {name: tensor_shape(tensor, extents) for name, tensor in recipe.inputs.items()}
 
 
+def batch_axis(recipe: Recipe) -> str | None:
+    """Return the dynamic axis that all inputs begin with, or None where they do not share one."""
+    first = {tensor.shape[0] if tensor.shape else None for tensor in recipe.inputs.values()}
+    axis = first.pop() if len(first) == 1 else None
+    return axis if isinstance(axis, str) else None
+
+
+def benchmark_cases(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the shapes that speed is measured at: `[{"name", "profile", "batch", "shapes": {input: [...]}}]`.
+
+    They are opt of every profile, with the batch axis at each of the recipe's `benchmark.batches` that the profile
+    admits, where it states any. `batch` is how many samples one run takes: the extent of the batch axis, or else of the
+    first axis of the first input.
+    """
+    axis = batch_axis(recipe)
+    wanted = recipe.benchmark.batches if recipe.benchmark is not None else None
+    cases: list[dict[str, Any]] = []
+    for name, ranges in sorted(recipe.profiles.items()) or [("static", {})]:
+        best = {key: opt for key, (_low, opt, _high) in ranges.items()}
+        low, opt, high = ranges[axis] if axis is not None else (0, 0, 0)
+        sizes = [opt] if axis is None or wanted is None else [size for size in wanted if low <= size <= high]
+        for size in sizes:
+            extents = best | ({axis: size} if axis is not None else {})
+            shapes = {key: tensor_shape(tensor, extents) for key, tensor in recipe.inputs.items()}
+            first = next(iter(shapes.values()))
+            batch = size if axis is not None else (first[0] if first else 1)
+            cases.append({"name": f"{name}/{batch}", "profile": name, "batch": batch, "shapes": shapes})
+    return cases
+
+
 def axis_names(tensor: Tensor) -> dict[str, str]:
     """Return the tensor's dynamic axes as JSON: position (a decimal string) -> name."""
     return {str(position): axis for position, axis in enumerate(tensor.shape) if isinstance(axis, str)}

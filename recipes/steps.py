@@ -33,6 +33,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "compile": 1,
     "refit": 1,
     "verify": 2,
+    "benchmark": 1,
     "publish": 1,
 }
 
@@ -74,15 +75,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Output:
-    """A file that a step makes (or will make), under the name it has among the inputs of the next."""
+    """A file that a step makes (or will make); `folder` is where the next step has it, beside files of its name."""
 
     step: Step
     name: str
+    folder: str = ""
 
     @property
     def ref(self) -> ArtifactRef | None:
         """The file's reference, or None before the step has run."""
         return self.step.record.outputs.get(self.name) if self.step.record is not None else None
+
+    @property
+    def placed(self) -> str:
+        """The name of the file among the inputs of the next step."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 class Steps:
@@ -129,7 +136,7 @@ class Steps:
         needs = [output.step for output in sources]
         waits = tuple(dict.fromkeys(source.id for source in (*needs, *gates) if source.record is None))
         failed = [source for source in (*needs, *gates) if source.state in ("failed", "blocked")]
-        refs = {output.name: ref for output in sources if (ref := output.ref) is not None}
+        refs = {output.placed: ref for output in sources if (ref := output.ref) is not None}
         digests = {name: ref.digest for name, ref in refs.items()} | dict(local[1] if local else {})
         known = all(source.record is not None for source in needs)
         if measured is not None:

@@ -5,5 +5,5 @@ Enters: a `Step` of a plan, and a store. Leaves: an action record whose blobs ar
 Map: `stage` (what a stage's code gets and returns), `child` (the process it runs in), `process`
 (starting, bounding and classifying that process), `run` (a step to its record), `cache` (where
 Prefect's task states meet action records), `toolchain` (what is installed here), and the stages:
-`fetch`, `sources/`, `simplify`, `calibrate`, `precision`, `engines/`, `verify`, `publish`.
+`fetch`, `sources/`, `simplify`, `calibrate`, `precision`, `engines/`, `verify`, `benchmark/`, `publish`.
 """

@@ -13,6 +13,7 @@ from artifacts import manifest as m
 from artifacts.host import Host
 from recipes.gates import judge
 from recipes.plan import EnginePlan
+from recipes.planner import PLAN_NAMES
 from recipes.refitting import PLAN
 from recipes.schema import Precision, Recipe
 from recipes.steps import Step
@@ -63,7 +64,7 @@ def engine_manifest(
             plugins=tuple(sorted(name for name in step.inputs if name.startswith("plugin-"))),
             dla_core=params.get("dla_core"),
         ),
-        plan=min(step.inputs, key=len),
+        plan=PLAN_NAMES[engine.runtime],
         files={
             name: m.FileEntry(digest=ref.digest, size=ref.size, media_type=ref.media_type)
             for name, ref in step.inputs.items()
@@ -81,6 +82,7 @@ def engine_manifest(
         ),
         calibration=_calibration(params["calibration"], next(iter(_calibrations(used)), None)),
         verification=_verification(params, recipe, engine.given),
+        benchmark=_benchmark(engine.benchmark),
         provenance=m.Provenance(
             key=key,
             recipe_digest=loaded.digest,
@@ -111,7 +113,7 @@ def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
         if step.record is not None:
             for ref in step.record.outputs.values():
                 makers.setdefault(ref.digest, step)
-    own = (engine.compile, engine.verify, engine.engine_verify)
+    own = (engine.compile, engine.verify, engine.engine_verify, engine.benchmark)
     names = [
         "export",
         "simplify",
@@ -190,6 +192,12 @@ def _verification(params: Mapping[str, Any], recipe: Recipe, given: Precision) -
         graph=_read(m.Measured, measured["graph"]),
         engine=_read(m.Measured, measured["engine"]),
     )
+
+
+def _benchmark(step: Step | None) -> m.BenchmarkFacts | None:
+    if step is None or step.record is None:
+        return None
+    return _read(m.BenchmarkFacts, {**step.record.facts, "key": step.record.key})
 
 
 def _step_facts(step: Step, built: Collection[str]) -> m.StepFacts:

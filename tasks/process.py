@@ -63,13 +63,14 @@ def run_stage(
     cancel: threading.Event | None = None,
     entry: str | None = None,
     variables: Mapping[str, str] | None = None,
+    python: str | None = None,
 ) -> StageResult:
     """Run a stage in a process of its own and return its result, whose output files have been checked to exist.
 
     `output_dir` is an empty folder; everything the stage prints goes to `on_log` line by line and to the file
     `<output_dir>.log` beside it. Both callbacks are called from this thread, which must live as long as the stage:
     the kernel ends the child when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). `entry` runs another
-    function than the stage's own; `variables` are environment variables besides this process's own. Raises BackendError, ModelCodeError and RecipeError as the stage does;
+    function than the stage's own; `variables` are environment variables besides this process's own, `python` another interpreter than this one. Raises BackendError, ModelCodeError and RecipeError as the stage does;
     BackendError("time-out" | "out of memory" | "disk full" | "crash") for what happened to the process;
     StageCancelledError.
     """
@@ -90,7 +91,7 @@ def run_stage(
             scratch.mkdir()
             pipes = Pipes(output_dir.with_name(f"{output_dir.name}.log"), on_log)
             held.callback(pipes.close)
-            process = _start(request, pipes, scratch, limits, variables or {})
+            process = _start(request, pipes, scratch, limits, variables or {}, python or sys.executable)
         except OSError as err:
             raise _not_started(err) from err
         child = _Child(process, stage, limits, pipes)
@@ -100,9 +101,14 @@ def run_stage(
 
 
 def _start(
-    request: Mapping[str, Any], pipes: Pipes, scratch: Path, limits: Limits, variables: Mapping[str, str]
+    request: Mapping[str, Any],
+    pipes: Pipes,
+    scratch: Path,
+    limits: Limits,
+    variables: Mapping[str, str],
+    python: str,
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-u", "-X", "faulthandler", "-m", "tasks.child", str(pipes.report_end), str(os.getpid())]
+    command = [python, "-u", "-X", "faulthandler", "-m", "tasks.child", str(pipes.report_end), str(os.getpid())]
     with tempfile.TemporaryFile(dir=scratch) as message:
         message.write(json.dumps(request).encode())
         message.seek(0)
@@ -113,7 +119,7 @@ def _start(
             stderr=pipes.log_end,
             pass_fds=(pipes.report_end,),
             cwd=scratch,
-            env={**_environment(scratch, limits.threads), **variables},
+            env={**_environment(scratch, limits.threads), **_foreign(scratch, python), **variables},
             start_new_session=True,
         )
     pipes.close_child_ends()
@@ -138,6 +144,17 @@ def _environment(scratch: Path, threads: int | None) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "TMPDIR": str(scratch),
     }
+
+
+def _foreign(scratch: Path, python: str) -> dict[str, str]:
+    """Return what another interpreter than this one needs: our modules, and none of the packages that lie beside them."""
+    if python == sys.executable:
+        return {}
+    path = scratch / "modules"
+    path.mkdir()
+    for package in ("artifacts", "recipes", "tasks"):
+        (path / package).symlink_to(_ROOT / package, target_is_directory=True)
+    return {"PYTHONPATH": str(path)}
 
 
 class _Child:

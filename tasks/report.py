@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from artifacts.timings import timing_summary
 from recipes.gates import telling_parity
 from recipes.plan import EnginePlan, Plan
 from recipes.steps import Step
@@ -82,6 +83,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
         "metric": metric.get("value"),
         "source_metric": metric.get("source"),
         "metric_name": metric.get("name"),
+        "benchmark": timing_summary(engine.benchmark.facts) if engine.benchmark is not None else None,
         "executed": engine.engine_verify is not None and engine.engine_verify.record is not None,
         "path": published.get("path"),
         "build": published.get("build"),

@@ -21,6 +21,7 @@ STAGES: Final[Mapping[str, str]] = {
     "type": "tasks.precision:run",
     "compile": "tasks.engines:run",
     "verify": "tasks.verify:run",
+    "benchmark": "tasks.benchmark.stage:run",
 }
 
 

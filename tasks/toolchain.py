@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
+import os
 import platform
 from functools import cache
 from importlib import metadata
@@ -49,7 +52,21 @@ def probe_host() -> Host:
         cuda=cuda,
         gpus=gpus,
         runtimes={runtime: found for runtime, found in installed.items() if found is not None},
+        cpu=cpu_name(),
     )
+
+
+def cpu_name() -> str:
+    """Return the processor's model, and how many of its threads this process may use."""
+    told: dict[str, str] = {}
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+        for line in itertools.islice(lines, 64):  # one processor's; the others are as it is
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
+    # Arm's kernels tell no model name, but these two parts of one.
+    parts = " ".join(told[name] for name in ("CPU implementer", "CPU part") if name in told)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{told.get('model name') or parts or platform.machine()}, {threads} threads"
 
 
 def _distribution_version(name: str) -> str | None:

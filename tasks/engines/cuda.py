@@ -110,6 +110,7 @@ class Cuda:
         self._memory: set[int] = set()
         self._pinned: set[int] = set()
         self._graphs: dict[int, Any] = {}
+        self._events: list[Any] = []
 
     def make_current(self) -> None:
         """Let the calling thread use this device; needed in every thread but the one that made this object."""
@@ -197,18 +198,34 @@ class Cuda:
         del self._graphs[id(graph)]
         _call("cuGraphExecDestroy", graph)
 
+    def event(self) -> Any:
+        """Return an event: a moment of the stream, as the device's own clock has it."""
+        made = _call("cuEventCreate", 0)
+        self._events.append(made)
+        return made
+
+    def record(self, event: Any) -> None:
+        """Let the event be the moment when the stream gets here."""
+        _call("cuEventRecord", event, self._stream)
+
+    def elapsed_ms(self, first: Any, last: Any) -> float:
+        """Return the milliseconds between two recorded events that are over (resolution about 0.5 us)."""
+        return float(_call("cuEventElapsedTime", first, last))
+
     def close(self) -> None:
         """Free everything; nothing of this object may be used after."""
         with contextlib.suppress(BackendError):  # after a kernel's fault every call fails, and nothing is left to free
             self.synchronize()
             for graph in self._graphs.values():
                 _call("cuGraphExecDestroy", graph)
+            for event in self._events:
+                _call("cuEventDestroy", event)
             for address in sorted(self._memory):
                 _call("cuMemFree", address)
             for address in sorted(self._pinned):
                 _call("cuMemFreeHost", address)
             _call("cuStreamDestroy", self._stream)
-        self._graphs, self._memory, self._pinned = {}, set(), set()
+        self._graphs, self._events, self._memory, self._pinned = {}, [], set(), set()
         with contextlib.suppress(BackendError):
             _call("cuDevicePrimaryCtxRelease", self._device)
 

@@ -45,12 +45,7 @@ class SlotPool:
         if own is not None:
             own.used = self._calls
             return own, True
-        base = self._base.get(profile)
-        if base is None:
-            base = self._new(profile)
-            if base is None:
-                raise self.loaded.log.failure(f"profile {profile} cannot be used", otherwise="bad profile")
-            self._base[profile] = base
+        base = self.base(profile)
         if not self._graphs or self._one_shape or not self._shares_profiles:
             return base, self._graphs
         self._seen[key] += 1
@@ -67,6 +62,16 @@ class SlotPool:
         own.used = self._calls
         self._own[key] = own
         return own, True
+
+    def base(self, profile: int) -> Slot:
+        """Return the slot of a profile that any shape may use. Raises BackendError."""
+        base = self._base.get(profile)
+        if base is None:
+            base = self._new(profile)
+            if base is None:
+                raise self.loaded.log.failure(f"profile {profile} cannot be used", otherwise="bad profile")
+            self._base[profile] = base
+        return base
 
     def _has_room(self) -> bool:
         """Make room for one more slot, where the one that rested longest has rested long enough."""

@@ -14,6 +14,7 @@ from artifacts.refs import digest_bytes
 from tasks.engines.cuda import Cuda, find_device
 from tasks.engines.device_arrays import on_device
 from tasks.engines.profiles import Profile, choose_profile
+from tasks.engines.trt_bound import Bound
 from tasks.engines.trt_log import Log
 from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.engines.trt_pool import SlotPool
@@ -124,14 +125,25 @@ class PlanRunner:
         outputs come back as float32. Raises BackendError: "bad data" for missing inputs or types that do not fit,
         "bad profile" for shapes, "out of memory", "crash".
         """
+        feeds = self.typed(arrays, where)
+        shapes = {name: feed.shape for name, feed in feeds.items()}
+        return self.run(feeds, choose_profile(self.profiles, shapes, where).index, {}, where)
+
+    def typed(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
+        """Return every input in the plan's own type and order, as a call casts them; errors as of a call."""
         missing = sorted(set(self.inputs) - set(arrays))
         if missing:
             raise BackendError("bad data", f"{where}: no input {', '.join(missing)}", "give every input of the plan")
-        feeds: dict[str, Feed] = {
-            name: as_type(arrays[name], kind, f"{where}, input {name}") for name, kind in self.inputs.items()
-        }
-        shapes = {name: feed.shape for name, feed in feeds.items()}
-        return self.run(feeds, choose_profile(self.profiles, shapes, where).index, {}, where)
+        return {name: as_type(arrays[name], kind, f"{where}, input {name}") for name, kind in self.inputs.items()}
+
+    def bind(self, arrays: Mapping[str, Array], where: str = "this call", *, graph: bool = False) -> Bound:
+        """Copy inputs to the device and bind them to the plan, to be run there again and again; errors as of a call.
+
+        It holds until the plan is called or bound again on the same profile.
+        """
+        feeds = self.typed(arrays, where)
+        profile = choose_profile(self.profiles, {name: feed.shape for name, feed in feeds.items()}, where).index
+        return Bound(self._cuda, self._open.base(profile), feeds, self._open.loaded.on_host, where, graph=graph)
 
     def adopt(self, value: object, where: str) -> Feed | None:
         """Return a view of an array that lies on a GPU, usable in this plan's stream; None for any other value."""
@@ -163,11 +175,11 @@ class PlanRunner:
         self._cuda.close()
 
 
-def runner_for(request: StageRequest) -> PlanRunner:
+def runner_for(request: StageRequest, *, graphs: bool = False) -> PlanRunner:
     """Return the runner of a stage's input "model.plan", which the stage's parent has checked.
 
-    params: `gpu` (where given, the device must be of it), `version_compatible`, `dla_core`, and `executor`, which says whose
-    plan it is; inputs "plugin-*" are libraries.
+    `graphs` as of PlanRunner. params: `gpu` (where given, the device must be of it), `version_compatible`, `dla_core`, and
+    `executor`, which says whose plan it is; inputs "plugin-*" are libraries.
     """
     gpu = request.params.get("gpu")
     device = find_device(gpu)["index"] if gpu is not None else 0
@@ -178,6 +190,7 @@ def runner_for(request: StageRequest) -> PlanRunner:
         None,
         device=device,
         host_code=host_code,
+        graphs=graphs,
         plugins=plugin_files(request.inputs),
         dla_core=request.params.get("dla_core"),
         trt=trt,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,7 +19,7 @@ import numpy as np
 from tasks.engines.cuda import Cuda
 from tasks.engines.device_arrays import DeviceArray
 from tasks.engines.trt_log import Log
-from tasks.engines.trt_types import DTYPES, Array
+from tasks.engines.trt_types import DTYPES, Array, type_name
 from tasks.errors import BackendError, CallError
 
 # The first runs of a shape must not be captured: TensorRT may still allocate and load in them.
@@ -109,6 +110,46 @@ class Slot:
                 np.copyto(target, view)  # type: ignore[arg-type]  # as above
                 found[name] = target
         return {name: found[name] if name in found else out[name] for name in self._loaded.outputs}
+
+    def bind(self, feeds: Mapping[str, Feed], where: str) -> dict[str, DeviceArray]:
+        """Set shapes and addresses for `start`, and return where the outputs will be whose shapes do not depend on data."""
+        self._key = None
+        self._arrange(feeds, {}, where)
+        self._plain_out.extend(self._staged_out)  # not even these are copied by `start`
+        self._staged_out.clear()
+        kinds = self._loaded.kinds
+        return {
+            name: DeviceArray(
+                self._buffers[name][0],
+                shape,
+                type_name(kinds[name]),
+                math.prod(shape) * self._loaded.itemsize(name),
+                self._loaded.cuda.index,
+                self,
+            )
+            for name, shape in self._shapes.items()
+        }
+
+    def start(self, where: str, *, graph: bool) -> bool:
+        """Start one run on what is bound, without waiting for it; return whether it replayed a graph."""
+        for name in self._unknown:
+            self._allocators[name].shape = None
+        self._launch(where, graph=graph and self._capturable and not self._unknown and not self._loaded.on_host)
+        return self._graph is not None
+
+    def profile(self, where: str, runs: int) -> dict[str, float]:
+        """Return the mean milliseconds of each layer over `runs` runs on what is bound, in order of execution.
+
+        TensorRT's own profiler tells them; it stays attached and slows every later run. A CUDA graph cannot be profiled.
+        Names that two layers share are told apart by ` #2`.
+        """
+        profiler = _profiler(self._loaded.trt)
+        self._context.profiler = profiler
+        for _ in range(runs):
+            self.start(where, graph=False)
+            self._loaded.cuda.synchronize()
+            profiler.end_run()
+        return {name: sum(times) / len(times) for name, times in profiler.times.items()}
 
     def close(self) -> None:
         """Free context, graph and buffers; nothing may be running."""
@@ -279,6 +320,26 @@ class Slot:
 def _mark(value: Feed) -> Any:
     """Return what a captured graph depends on: of what is on the device, also where it is."""
     return (value.shape, value.address) if isinstance(value, DeviceArray) else value.shape
+
+
+def _profiler(trt: Any) -> Any:
+    """Return an IProfiler that gathers milliseconds by layer; `end_run` ends a run, so that names repeat."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]  # its type is known only at run time
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+            self._seen: Counter[str] = Counter()
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self._seen[layer_name] += 1
+            count = self._seen[layer_name]
+            self.times.setdefault(layer_name if count == 1 else f"{layer_name} #{count}", []).append(ms)
+
+        def end_run(self) -> None:
+            self._seen.clear()
+
+    return Profiler()
 
 
 def _allocator(trt: Any, cuda: Cuda, address: int, size: int) -> Any:

@@ -35,7 +35,7 @@ EXTRAS = (
     "tensorrt_rtx", "torch", "transformers",
 )  # fmt: skip
 # Loaded only in the process of a stage whose source is PyTorch: subclasses of torch's classes need it at the top.
-NEED_TORCH = ["tasks.sources.torch_source", "tasks.torch_module", "tasks.tracing"]
+NEED_TORCH = ["tasks.benchmark.torch_candidate", "tasks.sources.torch_source", "tasks.torch_module", "tasks.tracing"]
 
 _IMPORT_WITHOUT = """
 import importlib, json, sys

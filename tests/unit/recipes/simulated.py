@@ -36,6 +36,7 @@ OUTPUTS = {
     "fetch:plugin-aaaaaaaaaaaaaaaa.so": ["plugin-aaaaaaaaaaaaaaaa.so"],
     "fetch:labelled": ["dataset.safetensors"],
     "verify": [],
+    "benchmark": [],
     "publish": [],
 }
 GOOD = {

@@ -644,3 +644,56 @@ def test_a_fallback_that_the_target_cannot_have_is_not_tried():
     assert planned.engines[0].state == "failed"
     assert "fp32: TensorRT-RTX does not compile fp32 for sm75" in planned.engines[0].why
     assert "type:fp32" not in ran
+
+
+def timed(document):
+    document["benchmark"] = {"batches": [1], "compare": ["torch", "onnxruntime"], "seconds": 1.0}
+
+
+def test_only_engines_that_are_executed_are_timed_and_before_they_are_published():
+    ran, planned = World().build(recipe(timed))
+    order = {step: index for index, step in enumerate(ran)}
+    names = [step for step in ran if step.startswith("benchmark:")]
+    assert sorted(names) == ["benchmark:onnxruntime:cpu:fp32", "benchmark:onnxruntime:cpu:int8"]
+    for name in names:
+        engine = name.partition(":")[2]
+        assert order[f"verify:{engine}"] < order[name] < order[f"publish:{engine}"]
+    assert planned.fresh
+
+
+def test_a_benchmark_depends_on_the_engine_the_processor_and_what_it_is_compared_with():
+    world = World(host=replace(HOST, cpu="a"))
+    world.build(recipe(timed))
+    step = next(step for step in world.plan(recipe(timed)).steps if step.id == "benchmark:onnxruntime:cpu:fp32")
+    assert set(step.inputs) == {
+        "model.onnx", "graph/model.onnx", "source/code.tar", "source/weights.safetensors",
+    }  # fmt: skip
+    world.host = replace(HOST, cpu="b")
+    ran, _planned = world.build(recipe(timed))
+    assert set(ran) == {
+        f"{stage}:onnxruntime:cpu:{precision}" for stage in ("benchmark", "publish") for precision in ("fp32", "int8")
+    }
+    world.versions["torch"] = "2.14.0"
+    ran, _planned = world.build(recipe(timed))
+    assert {step for step in ran if step.startswith("benchmark")} == {
+        "benchmark:onnxruntime:cpu:fp32",
+        "benchmark:onnxruntime:cpu:int8",
+    }
+
+
+def test_other_figures_of_the_same_measurement_publish_nothing_again():
+    world = World()
+    world.build(recipe(timed))
+    lost = [key for key in world.records if key[0] == "benchmark"]
+    for key in lost:
+        del world.records[key]
+    world.facts["benchmark"] = {"other": "figures"}
+    ran, planned = world.build(recipe(timed))
+    assert sorted(ran) == ["benchmark:onnxruntime:cpu:fp32", "benchmark:onnxruntime:cpu:int8"]
+    assert planned.fresh
+
+
+def test_asking_for_a_benchmark_changes_no_other_key(built):
+    ran, _planned = built.build(recipe(timed))
+    assert {step.partition(":")[0] for step in ran} == {"benchmark", "publish"}
+    assert all("onnxruntime" in step for step in ran)

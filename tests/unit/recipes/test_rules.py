@@ -120,6 +120,10 @@ BROKEN = {
     "drop in points": (lambda d: d["acceptance"]["metric"].update(max_drop=1.0), "acceptance.metric.max_drop: a drop of 1 is all there is, so anything would pass; one point is 0.01"),
     "drop of 2": (lambda d: d["acceptance"]["metric"].update(max_drop=2.0), "acceptance.metric.max_drop: top1 is a fraction between 0 and 1, found 2; write 0.02"),
     "negative floor": (lambda d: d["acceptance"]["metric"].update(floor=-1.0), "acceptance.metric.floor: top1 is a fraction between 0 and 1, found -1"),
+    # benchmark
+    "torch of onnx": (lambda d: onnx(d) or d.update(benchmark={"compare": ["onnxruntime", "torch-compile"]}), "benchmark.compare[1]: torch-compile needs a torch source, and this one is ONNX"),
+    "batch outside": (lambda d: d.update(benchmark={"batches": [1, 512]}), "benchmark.batches[1]: no profile admits batch 512 (they span 1 to 4, 1 to 256)"),
+    "no batch axis": (lambda d: static(d) or d.update(benchmark={"batches": [1]}), "benchmark.batches: the inputs share no dynamic axis that they begin with, so there is no batch to change: leave it out"),
     # targets
     "gpu missing": (lambda d: d["targets"][0].pop("gpus"), "targets[0]: gpus is required for tensorrt-rtx, and missing (allowed: sm75, sm80, sm86, sm89, sm120, sm121)"),
     "gpu unknown": (lambda d: d["targets"][0].update(gpus=["sm88"]), "targets[0].gpus[0]: tensorrt-rtx does not build for 'sm88' (did you mean 'sm"),

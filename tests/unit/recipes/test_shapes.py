@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes.schema import Recipe
-from recipes.shapes import axis_names, parity_cases, profile_shapes, random_cases, tensor_shape, trace_shapes
+from recipes.shapes import (
+    axis_names,
+    batch_axis,
+    benchmark_cases,
+    parity_cases,
+    profile_shapes,
+    random_cases,
+    tensor_shape,
+    trace_shapes,
+)
 from tests.unit.recipes.recipe_text import recipe
 
 
@@ -108,3 +117,32 @@ def test_cases_lie_inside_a_profile_and_key_order_means_nothing(profiles, seed, 
         assert ranges["h"][0] <= h <= ranges["h"][2]
     shapes = [case["shapes"] for case in parity_cases(plain)]
     assert all(shapes.count(shape) == 1 for shape in shapes)
+
+
+def test_speed_is_measured_at_opt_of_every_profile(tmp_path):
+    assert benchmark_cases(recipe(tmp_path)) == [
+        {"name": "bulk/64", "profile": "bulk", "batch": 64, "shapes": {"image": [64, 1, 8, 8]}},
+        {"name": "online/1", "profile": "online", "batch": 1, "shapes": {"image": [1, 1, 8, 8]}},
+    ]
+
+
+def test_batches_are_measured_in_the_profiles_that_admit_them(tmp_path):
+    made = recipe(tmp_path, lambda d: d.update(benchmark={"batches": [2, 16]}))
+    assert [(case["name"], case["batch"], case["shapes"]["image"][0]) for case in benchmark_cases(made)] == [
+        ("bulk/2", 2, 2),
+        ("bulk/16", 16, 16),
+        ("online/2", 2, 2),
+    ]
+
+
+def test_without_a_batch_axis_the_first_extent_counts_the_samples(tmp_path):
+    assert batch_axis(static(tmp_path)) is None
+    assert benchmark_cases(static(tmp_path)) == [
+        {"name": "static/2", "profile": "static", "batch": 2, "shapes": {"image": [2, 3]}}
+    ]
+
+
+def test_inputs_that_begin_with_different_axes_share_no_batch(tmp_path):
+    made = recipe(tmp_path, lambda d: d["inputs"].update(mask={"shape": ["height", "batch"]}))
+    assert batch_axis(made) is None
+    assert {case["shapes"]["mask"][1] for case in benchmark_cases(made)} == {1, 64}
