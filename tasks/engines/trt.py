@@ -10,7 +10,8 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,7 +46,8 @@ def compile_plan(request: StageRequest) -> StageResult:
     the graph is untyped, and lowered by flags), keep (globs of nodes that stay fp32 then) and calibrator (the method that
     the input "calibration.cache" was found by). Inputs "plugin-*" are libraries, loaded first. The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
     inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
-    driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, inputs, outputs,
+    driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, phases
+    (seconds of start, build and inspect, of which the rest is reading and checking), inputs, outputs,
     plugins, kept (with weak typing), warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
     """
     import tensorrt as trt
@@ -67,6 +69,7 @@ class Build:
         self._log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
         self._logger = self._log.for_runtime(trt)
         self._typing: str = request.params.get("typing", "strong")
+        self._phases: dict[str, float] = {}
         self._timing = TimingCache(trt, self._log, request.inputs.get(TIMING_CACHE))
 
     def run(self, free_bytes: Callable[[], int]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -76,13 +79,15 @@ class Build:
         """
         plugins = load_plugins(self._trt, plugin_files(self._request.inputs))
         facts = {**self.compile(free_bytes), "plugins": plugins}
-        facts["layers"] = self._inspect()
+        with self._phase("inspect"):
+            facts["layers"] = self._inspect()
         outputs = {PLAN: ENGINE_PLAN, LAYERS: JSON}
         if (self._request.output_dir / TIMING_CACHE).exists():
             outputs[TIMING_CACHE] = BYTES
         return outputs, {
             **facts,
             "timing_cache": self._timing.facts,
+            "phases": {name: round(seconds, 3) for name, seconds in self._phases.items()},
             "warnings": self._log.warnings[:_MAX_WARNINGS],
             "log_lines": self._log.lines,
             "size": (self._request.output_dir / PLAN).stat().st_size,
@@ -118,10 +123,12 @@ class Build:
 
     def _attempt(self, limit: int | None, tried: list[int]) -> dict[str, Any]:
         trt, log, params = self._trt, self._log, self._request.params
+        begun = time.monotonic()
         try:
             builder = trt.Builder(self._logger)
         except TypeError as err:  # "pybind11::init(): factory function returned nullptr"
             raise log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
+        self._phases["start"] = time.monotonic() - begun  # TensorRT loads its kernels
         network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH], self._typing)
         config = builder.create_builder_config()
         settings = Settings(trt, log, config)
@@ -134,7 +141,8 @@ class Build:
             config.progress_monitor = monitor
         self._request.report(0.0 if monitor is not None else None, "compiling")
         before = len(log.errors)
-        plan = builder.build_serialized_network(network, config)
+        with self._phase("build"):
+            plan = builder.build_serialized_network(network, config)
         if ranges is not None and ranges.asked:
             raise log.failure("the calibration cache is not of this graph", kind="bad data", since=before)
         if plan is None:
@@ -149,6 +157,13 @@ class Build:
         del plan, monitor, cache, config, ranges, parser, network, builder
         self._log.warnings += [f"logged as an error, and built all the same: {words}" for words in log.take_errors(0)]
         return facts
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Time a part of the work; of a part that is tried again, the last time counts."""
+        begun = time.monotonic()
+        yield
+        self._phases[name] = time.monotonic() - begun
 
     def _attach_calibration(self, config: Any) -> Any:
         """Give the builder the int8 ranges that were calibrated, where there are any."""

@@ -54,7 +54,7 @@ def typing_of(graph: Path) -> tuple[tuple[str, ...], frozenset[str]]:
     """Return the flags that a typed ONNX file needs, and the names of the nodes that compute in fp32 beside half ones."""
     import onnx
 
-    model = load_graph(graph)
+    model = load_graph(graph, weights=False)
     types = tensor_types(model)
     half = onnx.TensorProto.FLOAT16 in types.values()
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
