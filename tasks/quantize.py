@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from tasks.errors import BackendError
 from tasks.graphs import fresh_names, hoist_constants
@@ -40,20 +42,54 @@ class Quantized:
 
 
 def activations(model: onnx.ModelProto) -> list[str]:
-    """Return the tensors that quantisation may put a pair on: what Conv, MatMul and Gemm take, weights excepted.
+    """Return the tensors that quantisation may put a pair on: what Conv, MatMul and Gemm take, and `residuals`.
 
-    Sorted. Biases stay fp32, and so do outputs. Constant nodes must have been hoisted (`graphs.hoist_constants`).
+    Sorted, weights excepted. Biases stay fp32, and so do outputs. Constant nodes must have been hoisted
+    (`graphs.hoist_constants`).
     """
     weights = {tensor.name for tensor in model.graph.initializer}
-    return sorted(
-        {
-            name
-            for node in model.graph.node
-            if node.op_type in OPERATORS and node.domain in ("", "ai.onnx")
-            for name in node.input[:2]
-            if name and name not in weights
-        }
-    )
+    taken = {
+        name
+        for node in model.graph.node
+        if node.op_type in OPERATORS and node.domain in ("", "ai.onnx")
+        for name in node.input[:2]
+        if name and name not in weights
+    }
+    return sorted(taken | {residual.tensor for residual in residuals(model)})
+
+
+@dataclass(frozen=True)
+class Residual:
+    """An Add of a Conv's result (`conv` names the node) and another tensor, the residual."""
+
+    add: str
+    conv: str
+    tensor: str
+
+
+def residuals(model: onnx.ModelProto) -> list[Residual]:
+    """Find sums that a compiler runs inside of an int8 convolution, if what is added to its result is int8 too.
+
+    NVIDIA, TensorRT developer guide, "Q/DQ layer-placement recommendations": quantise the residual input of an element-wise
+    addition, not the output of the convolution that it is fused with. Where both are convolutions' results, the residual
+    is the one whose input others read as well (the shortcut of a ResNet's first block), else the second.
+    """
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    readers.update(value.name for value in model.graph.output)
+    convolutions = {node.output[0]: node for node in model.graph.node if node.op_type == "Conv"}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type != "Add" or constants.intersection(node.input) or node.input[0] == node.input[1]:
+            continue
+        alone = [name for name in node.input if name in convolutions and readers[name] == 1]
+        if not alone:
+            continue
+        # Of two, the convolution whose input nothing else reads goes on with the sum.
+        conv = min(alone, key=lambda name: readers[convolutions[name].input[0]] > 1)
+        other = node.input[1] if conv == node.input[0] else node.input[0]
+        found.append(Residual(node.name, convolutions[conv].name, other))
+    return found
 
 
 def zero_range(low: float, high: float) -> bool:
@@ -98,10 +134,12 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
     betas = {node.name: attribute.f for node in candidates for attribute in node.attribute if attribute.name == "beta"}
     outputs = [value.name for value in model.graph.output]
     known = {name for node in model.graph.node for name in node.output}
+    sums = [one for one in residuals(model) if one.conv in nodes and one.tensor not in zero]
     model = _with_pairs(model, ranges, exclude=sorted(keep | constant))
     _restore_betas(model, betas)
     _restore_outputs(model, outputs, known)
     _restore_exact_inputs(model, keep | constant, known)
+    _quantize_residuals(model, sums, ranges)
     return Quantized(model, nodes, tuple(sorted(constant)))
 
 
@@ -181,6 +219,34 @@ def _restore_exact_inputs(model: onnx.ModelProto, exact: set[str], known: set[st
         if node.name in exact:
             for index, name in enumerate(node.input):
                 node.input[index] = pairs.get(name, name)
+
+
+def _quantize_residuals(
+    model: onnx.ModelProto, sums: Sequence[Residual], ranges: Mapping[str, tuple[float, float]]
+) -> None:
+    """Give the residuals that no other pair reached one of their own."""
+    wanted = {one.add: one.tensor for one in sums}
+    fresh = fresh_names(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        tensor = wanted.get(node.name)
+        if tensor is not None and tensor in node.input:  # else it reads the pair that another reader has
+            low, high = ranges[tensor]
+            bound = np.float32(max(abs(low), abs(high)))
+            scale, zero = fresh(f"{tensor}_residual_scale"), fresh(f"{tensor}_residual_zero")
+            levels, rounded = fresh(f"{tensor}_residual_levels"), fresh(f"{tensor}_residual")
+            model.graph.initializer.append(numpy_helper.from_array(bound / np.float32(127.5), scale))
+            model.graph.initializer.append(numpy_helper.from_array(np.int8(0), zero))
+            pair = (("QuantizeLinear", tensor, levels), ("DequantizeLinear", levels, rounded))
+            nodes += [
+                onnx.helper.make_node(kind, [source, scale, zero], [made], name=fresh(f"{made}_{kind}"))
+                for kind, source, made in pair
+            ]
+            node.input[list(node.input).index(tensor)] = rounded
+        nodes.append(node)
+    copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copied)
 
 
 def _pairs(model: onnx.ModelProto, known: set[str]) -> dict[str, str]:
