@@ -64,6 +64,8 @@ def compile_plan(request: StageRequest) -> StageResult:
 class Build:
     """One compilation with one TensorRT module, on the current CUDA device."""
 
+    settings: type[Settings] = Settings
+
     def __init__(self, trt: Any, request: StageRequest) -> None:
         self._trt, self._request = trt, request
         self._log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
@@ -131,7 +133,7 @@ class Build:
         self._phases["start"] = time.monotonic() - begun  # TensorRT loads its kernels
         network, parser = parse(trt, self._logger, log, builder, self._request.inputs[GRAPH], self._typing)
         config = builder.create_builder_config()
-        settings = Settings(trt, log, config)
+        settings = self.settings(trt, log, config)
         settings.apply(params, builder, network, self._request.inputs[GRAPH])
         tried.append(settings.workspace(limit))
         add_profiles(trt, log, builder, network, config, params["profiles"])
