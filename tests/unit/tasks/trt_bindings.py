@@ -34,9 +34,10 @@ MEMBERS = {
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_profile_shape "
     "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector",
     "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
-    "set_output_allocator get_max_output_size execute_async_v3 engine",
+    "set_output_allocator get_max_output_size execute_async_v3 engine profiler",
     "EngineInspector": "get_engine_information",
     "ILogger": "log",
+    "IProfiler": "report_layer_time",
 }
 # Of versions that calibrate, and of versions that stream weights.
 CALIBRATION = {
