@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from recipes.nodes import Key
-from recipes.schema import QUANTIZED, DeviceClass, Options, Plugin, Precision, Recipe, Target, size_bytes
+from recipes.schema import DeviceClass, Options, Plugin, Precision, Recipe, Target, size_bytes
 
 # Scratch memory that a tactic may ask for, which the engine needs again wherever it runs. A data-centre GPU serves nothing
 # else, so the compiler's own default holds (all of its memory). A workstation's has 8 GiB and more, and draws a desktop. A
@@ -61,7 +61,7 @@ def may_refit(recipe: Recipe) -> bool:
 
 def uses_calibrator(recipe: Recipe, runtime: str, precision: Precision) -> bool:
     """Tell whether int8 ranges of an engine come from TensorRT's calibrator rather than from Q/DQ pairs."""
-    return runtime == "tensorrt" and precision in QUANTIZED and recipe.precision.int8 == "calibrator"
+    return runtime == "tensorrt" and precision == "int8" and recipe.precision.int8 == "calibrator"
 
 
 def refusals(options: Options, runtime: str, gpu: str, version: str | None) -> Found:
@@ -170,6 +170,11 @@ def _in_version(options: Options, numbers: tuple[int, ...], version: str) -> Fou
         yield "hardware_compatibility", f"same-compute-capability begins with TensorRT 10.9, {asks}"
     if options.refit == "stripped" and numbers < (10,):
         yield "refit", f"stripped plans begin with TensorRT 10.0, {asks} (allowed: none, weights)"
+    if options.refit != "none" and numbers < (9,):  # strings of libnvinfer.so.8.6.0
+        if options.version_compatible:
+            yield "refit", f"TensorRT 8.6 does not refit version-compatible plans, {asks}: leave one of the two out"
+        if options.dla is not None:
+            yield "refit", f"TensorRT 8.6 does not refit what runs on the DLA, {asks}: leave one of the two out"
     if options.weight_streaming and numbers < (10,):
         yield "weight_streaming", f"weight streaming begins with TensorRT 10.0, {asks}"
     if options.typing == "weak" and numbers >= (11,):

@@ -210,7 +210,7 @@ class BuildSession:
         record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
         kept = self._cache.put_record(record)
         if engine.compile is not None and engine.compile.stage == "compile" and engine.compile.record is not None:
-            self._offer_refit(engine.compile.record, record.facts["path"])
+            self._offer_refit(engine.compile.record, record.facts["path"].removeprefix("engines/"))
         self._tell(Progress(step.id, "done", seconds=record.seconds))
         # Built even where an earlier record counts: what it had published was gone, and is there again.
         return kept, True

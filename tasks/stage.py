@@ -20,6 +20,7 @@ STAGES: Final[Mapping[str, str]] = {
     "calibrate": "tasks.calibrate:run",
     "type": "tasks.precision:run",
     "compile": "tasks.engines:run",
+    "refit": "tasks.engines.trt_refit:run",
     "verify": "tasks.verify:run",
     "benchmark": "tasks.benchmark.stage:run",
 }

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from artifacts.refs import BYTES, ENGINE_PLAN, JSON
+from artifacts.refs import BYTES, ENGINE_PLAN, JSON, SAFETENSORS
 from tasks.engines.cuda import Cuda, driver_version, find_device
 from tasks.engines.trt_adapter import device_memory, require
 from tasks.engines.trt_calibrate import CACHE as CALIBRATION_CACHE
@@ -26,6 +26,15 @@ from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.engines.trt_settings import Settings
 from tasks.engines.trt_timing import TIMING_CACHE, TimingCache
 from tasks.engines.trt_weak import nodes_in_fp32
+from tasks.engines.trt_weights import (
+    REFIT,
+    NotRefittableError,
+    Slot,
+    Source,
+    finds_by_name,
+    network_sources,
+    refittable,
+)
 from tasks.errors import BackendError
 from tasks.onnx_files import GRAPH, load_graph, opset_of
 from tasks.stage import StageRequest, StageResult
@@ -45,7 +54,8 @@ def compile_plan(request: StageRequest) -> StageResult:
     refit ("weights" or "stripped"), weight_streaming, tactic_sources (names), dla {core, gpu_fallback}; typing ("weak":
     the graph is untyped, and lowered by flags), keep (globs of nodes that stay fp32 then) and calibrator (the method that
     the input "calibration.cache" was found by). Inputs "plugin-*" are libraries, loaded first. The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
-    inspector's listing) and "timing.cache" (what was given and what this build measured). Facts: runtime_version, device,
+    inspector's listing), "timing.cache" (what was given and what this build measured) and, where new weights can be put into
+    the plan, "refit.safetensors". Facts: refit {structure, weights, constants, fixed} or {refused}, runtime_version, device,
     driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, phases
     (seconds of start, build and inspect, of which the rest is reading and checking), inputs, outputs,
     plugins, kept (with weak typing), warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
@@ -72,6 +82,8 @@ class Build:
         self._logger = self._log.for_runtime(trt)
         self._typing: str = request.params.get("typing", "strong")
         self._phases: dict[str, float] = {}
+        self._refit = request.params.get("refit", "none")
+        self._sources: dict[Slot, Source | None] | None = None
         self._timing = TimingCache(trt, self._log, request.inputs.get(TIMING_CACHE))
 
     def run(self, free_bytes: Callable[[], int]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -82,8 +94,12 @@ class Build:
         plugins = load_plugins(self._trt, plugin_files(self._request.inputs))
         facts = {**self.compile(free_bytes), "plugins": plugins}
         with self._phase("inspect"):
-            facts["layers"] = self._inspect()
+            engine = self._load()
+            facts["layers"] = self._inspect(engine)
         outputs = {PLAN: ENGINE_PLAN, LAYERS: JSON}
+        if self._refit != "none":
+            facts["refit"] = self._offer(engine)
+            outputs |= {REFIT: SAFETENSORS} if "structure" in facts["refit"] else {}
         if (self._request.output_dir / TIMING_CACHE).exists():
             outputs[TIMING_CACHE] = BYTES
         return outputs, {
@@ -151,6 +167,8 @@ class Build:
             raise log.failure(f"TensorRT {trt.__version__} does not compile the graph", since=before)
         (self._request.output_dir / PLAN).write_bytes(memoryview(plan))
         self._timing.keep(config, self._request.output_dir)
+        if self._refit != "none" and not finds_by_name(trt):
+            self._sources = network_sources(trt, self._logger, log, builder, network, self._request.inputs[GRAPH])
         facts = {"settings": settings.applied, **signature(network), "network_layers": network.num_layers}
         if self._typing == "weak":
             keep, int8 = params.get("keep", ()), "calibrator" in params
@@ -176,11 +194,28 @@ class Build:
         config.int8_calibrator = reader
         return reader
 
-    def _inspect(self) -> dict[str, Any]:
-        """Load the plan once, and list its layers. Raises BackendError where TensorRT does not load its own plan."""
-        trt = self._trt
+    def _load(self) -> Any:
+        """Load the plan once. Raises BackendError where TensorRT does not load its own plan."""
         self._request.report(None, "loading the plan")
-        engine = load_plan(trt, self._logger, self._log, self._request.output_dir / PLAN, self._request.params)
+        return load_plan(self._trt, self._logger, self._log, self._request.output_dir / PLAN, self._request.params)
+
+    def _offer(self, engine: Any) -> dict[str, Any]:
+        """Write down how the plan is refitted. Raises BackendError for a stripped one that cannot be: it is of no use."""
+        from tasks.structure import structure_digest
+
+        graph = self._request.inputs[GRAPH]
+        try:
+            found = refittable(self._trt, engine, self._logger, self._sources, graph)
+        except NotRefittableError as err:
+            if self._refit == "stripped":
+                raise BackendError("rejected setting", f"refit: {err}", "set build.refit to none or weights") from err
+            return {"refused": str(err)}
+        found.write(self._request.output_dir)
+        return {"structure": structure_digest(load_graph(graph)), **found.facts()}
+
+    def _inspect(self, engine: Any) -> dict[str, Any]:
+        """List the layers of the plan."""
+        trt = self._trt
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         listing = json.loads(text, strict=False)  # 8.6 separates names of fused ONNX nodes with a bare U+001E
         canonical = json.dumps(listing, sort_keys=True, separators=(",", ":")) + "\n"

@@ -79,7 +79,6 @@ BROKEN = {
     "absolute data include": (lambda d: d["precision"].update(calibration={"data": "d.py:load", "include": ["/x"]}), "precision.calibration.include[0]: '/x' is absolute"),
     # precision
     "int8 without data": (lambda d: d["precision"].pop("calibration"), "precision.build: int8 needs precision.calibration: data that its ranges are found on"),
-    "int8-fp16 without data": (lambda d: d["precision"].update(build=["int8-fp16"], fallback={}, calibration=None) or d["targets"].pop(), "precision.build: int8-fp16 needs precision.calibration: data that its ranges are found on"),
     "int8 of a target": (lambda d: d["precision"].update(build=["fp16"], fallback={}, calibration=None), "targets: int8 needs precision.calibration: data that its ranges are found on"),
     "fallback to itself": (lambda d: d["precision"].update(fallback={"fp16": ["fp16"]}), "precision.fallback.fp16[0]: fp16 is in this chain already"),
     "fallback twice": (lambda d: d["precision"].update(fallback={"int8": ["fp16", "fp16"]}), "precision.fallback.int8[1]: fp16 is in this chain already"),
@@ -136,8 +135,8 @@ BROKEN = {
     "gpu of onnxruntime": (lambda d: d["targets"][1].update(gpus=["cuda"]), "targets[1].gpus[0]: onnxruntime does not build for 'cuda' (allowed: cpu)"),
     "gpu twice": (lambda d: d["targets"][0].update(gpus=["sm89", "sm89"]), "targets[0].gpus[1]: tensorrt-rtx for sm89 is asked for above already"),
     "target twice": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm120", "sm89"]}), "targets[2].gpus[1]: tensorrt-rtx for sm89 is asked for by targets[0] already"),
-    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16)"),
-    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16), and precision.build asks for it: state this target's own precision"),
+    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8)"),
+    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8), and precision.build asks for it: state this target's own precision"),
     "precision twice": (lambda d: d["targets"][1].update(precision=["fp32", "fp32"]), "targets[1].precision[1]: fp32 is named twice"),
     "turing fp32": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm75"], "precision": ["fp16", "fp32"]}), "targets[2].precision[1]: TensorRT-RTX does not compile fp32 for sm75 (Turing); allowed: fp16"),
     "turing int8": (lambda d: d["targets"][0].update(gpus=["sm75"]), "targets[0]: TensorRT-RTX does not compile int8 for sm75 (Turing); allowed: fp16, and precision.build asks for it"),
@@ -154,6 +153,8 @@ BROKEN = {
     "ampere+ with turing": (lambda d: target(d, gpus=["sm75"]) or d.update(build={"hardware_compatibility": "ampere+"}), "build.hardware_compatibility: ampere+ leaves out sm75 (Turing), which is a target"),
     "same capability before 10.9": (lambda d: target(d, version="10.8.0.43") or d.update(build={"hardware_compatibility": "same-compute-capability"}), "build.hardware_compatibility: same-compute-capability begins with TensorRT 10.9, and a target asks for 10.8.0.43"),
     "stripped before 10": (lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"refit": "stripped"})], "build.refit: stripped plans begin with TensorRT 10.0, and a target asks for 8.6.1.6 (allowed: none, weights)"),
+    "refit of lean plans of 8.6": (lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"refit": "weights", "version_compatible": True})], "build.refit: TensorRT 8.6 does not refit version-compatible plans, and a target asks for 8.6.1.6: leave one of the two out"),
+    "refit of a DLA of 8.6": (lambda d: [target(d, version="8.6.1.6", gpus=["sm87"], precision=["fp16"]), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"refit": "weights", "dla": {"core": 0}})], "build.refit: TensorRT 8.6 does not refit what runs on the DLA, and a target asks for 8.6.1.6: leave one of the two out"),
     "weak on 11": (lambda d: [target(d, version="11.4.0.106"), d.update(build={"typing": "weak"})], "build.typing: weak typing ended with TensorRT 10, and a target asks for 11.4.0.106 (allowed: strong)"),
     "weak on RTX": (lambda d: d.update(build={"typing": "weak"}), "build.typing: TensorRT-RTX knows strongly typed networks only (weak: TensorRT 8.6, or 10)"),
     "weak with native io": (lambda d: [target(d, build={"typing": "weak"}), d["precision"].update(io="native")], "precision.io: native is the typed graph's own type, and build.typing: weak compiles the fp32 graph"),
@@ -246,10 +247,7 @@ def test_every_combination_that_runtimes_offer_is_known():
     for runtime, gpus in GPUS.items():
         for precision in PRECISIONS[runtime]:
             assert any(refusal(runtime, gpu, precision) is None for gpu in gpus)
-    assert (
-        refusal("onnxruntime", "cpu", "tf32")
-        == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8, int8-fp16)"
-    )
+    assert refusal("onnxruntime", "cpu", "tf32") == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8)"
     assert refusal("tensorrt", "sm75", "fp32") is None
     assert refusal("tensorrt", "sm89", "bf16", "10.16.1.11") is None
 

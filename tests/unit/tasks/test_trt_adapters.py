@@ -68,8 +68,8 @@ def major_of(bindings):
 
 def test_weak_typing_is_refused_where_it_ended(bindings):
     if major_of(bindings) < 11:
-        newer = ["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"]
-        expected = {8: [17, ["fp32", "tf32", "fp16", "int8", "int8-fp16"]], 10: [None, newer]}[major_of(bindings)]
+        newer = ["fp32", "tf32", "fp16", "bf16", "int8"]
+        expected = {8: [17, ["fp32", "tf32", "fp16", "int8"]], 10: [None, newer]}[major_of(bindings)]
         assert bindings["weak"] == ["Untyped", 1, *expected]
         assert bindings["missing for calibration"] == []
         assert bindings["calibrator"] == [[True, "cache", [], True]] * 2
@@ -86,6 +86,8 @@ def test_options_that_came_or_went_are_refused_naming_the_versions_that_have_the
     assert all("8.6 or 10" in bindings["sources"][name][2] for name in gone)
     assert bindings["preview"] is (major_of(bindings) < 10)
     assert (bindings["missing for streaming"] == []) is (major_of(bindings) > 8)
+    assert (bindings["missing for refitting"] == []) is (major_of(bindings) > 8)
+    assert (bindings["missing for fully connected"] == []) is (major_of(bindings) == 8)
     assert bindings["dla"] is None
     assert bindings["creators"]
 

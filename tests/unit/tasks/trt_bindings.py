@@ -32,12 +32,16 @@ MEMBERS = {
     "Runtime": "deserialize_cuda_engine engine_host_code_allowed DLA_core",
     "IPluginRegistry": "load_library",
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_profile_shape "
-    "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector",
+    "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector serialize",
     "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
-    "set_output_allocator get_max_output_size execute_async_v3 engine profiler",
+    "set_output_allocator get_max_output_size execute_async_v3 engine",
     "EngineInspector": "get_engine_information",
+    "Refitter": "get_all get_all_weights get_missing set_weights refit_cuda_engine max_threads",
+    "IConvolutionLayer": "kernel bias",
+    "IDeconvolutionLayer": "kernel bias",
+    "IScaleLayer": "shift scale",
+    "IConstantLayer": "weights",
     "ILogger": "log",
-    "IProfiler": "report_layer_time",
 }
 # Of versions that calibrate, and of versions that stream weights.
 CALIBRATION = {
@@ -46,6 +50,14 @@ CALIBRATION = {
     "IInt8MinMaxCalibrator": "get_batch get_batch_size read_calibration_cache write_calibration_cache",
     "ILayer": "precision set_output_type",
 }
+# Of versions that refit from ONNX files, and of the one that has this layer.
+REFITTING = {
+    "OnnxParserRefitter": "refit_from_file num_errors get_error",
+    "ICudaEngine": "create_serialization_config serialize_with_config",
+    "ISerializationConfig": "clear_flag",
+    "SerializationFlag": "EXCLUDE_WEIGHTS",
+}
+FULLY_CONNECTED = {"IFullyConnectedLayer": "kernel bias", "LayerType": "FULLY_CONNECTED"}
 STREAMING = {"ICudaEngine": "streamable_weights_size weight_streaming_budget_v2 get_weight_streaming_automatic_budget"}
 SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 SIGNATURES = {
@@ -115,6 +127,8 @@ def report(trt, graph: Path) -> dict:
         "missing": _missing(trt, MEMBERS),
         "missing for calibration": _missing(trt, CALIBRATION),
         "missing for streaming": _missing(trt, STREAMING),
+        "missing for refitting": _missing(trt, REFITTING),
+        "missing for fully connected": _missing(trt, FULLY_CONNECTED),
         "creators": [name for name in ("plugin_creator_list", "all_creators") if hasattr(trt.IPluginRegistry, name)],
         "weak": _weak(trt),
         "calibrator": _calibrator(trt),
@@ -150,6 +164,7 @@ def report(trt, graph: Path) -> dict:
                 ("TensorIOMode", "INPUT"),
                 ("TensorLocation", "HOST"),
                 ("TacticSource", "JIT_CONVOLUTIONS"),
+                ("WeightsRole", "KERNEL"),
             ]
         ],
         "types": sorted(set(trt.DataType.__members__)),
