@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from recipes.schema import Acceptance, Parity, Precision
+from recipes.schema import QUANTIZED, Acceptance, Parity, Precision
 
 # Default bounds on the distance to the fp32 source. Relative L2 is |y - x| / |x| over all elements of an output.
 # fp32: NVIDIA's Polygraphy compares with rtol = atol = 1e-5, and export parity of 1e-5 is what users of OCR encoders
@@ -25,6 +25,7 @@ DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
     "fp16": Parity.model_construct(relative_l2=1e-2, cosine=0.999),
     "bf16": Parity.model_construct(relative_l2=8e-2, cosine=0.99),
     "int8": Parity.model_construct(relative_l2=0.25, cosine=0.97),
+    "int8-fp16": Parity.model_construct(relative_l2=0.25, cosine=0.97),
 }
 
 
@@ -56,7 +57,7 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
         return Verdict(passed=False, reasons=(f"not executed: {facts.get('reason', 'no reason recorded')}",))
     reasons: list[str] = []
     bounds, data = parity_bounds(acceptance, precision), facts.get("data")
-    places = [("", facts["parity"], precision != "int8" or data is None)]
+    places = [("", facts["parity"], precision not in QUANTIZED or data is None)]
     places += [(" on the labelled data", data, True)] if data is not None else []
     for where, parity, bounded in places:
         if parity["non_finite"]:
@@ -81,7 +82,7 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
 
 def telling_parity(facts: Mapping[str, Any], precision: Precision) -> Mapping[str, Any] | None:
     """Return the parity to show for a precision: of int8 that on the labelled data, where its bounds hold (`judge`)."""
-    found: Mapping[str, Any] | None = facts.get("data") if precision == "int8" else None
+    found: Mapping[str, Any] | None = facts.get("data") if precision in QUANTIZED else None
     return found if found is not None else facts.get("parity")
 
 

@@ -13,7 +13,17 @@ from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
 from recipes.options import may_refit
-from recipes.schema import Benchmark, Calibration, Dataset, OnnxSource, Options, Precision, Recipe, TorchSource
+from recipes.schema import (
+    QUANTIZED,
+    Benchmark,
+    Calibration,
+    Dataset,
+    OnnxSource,
+    Options,
+    Precision,
+    Recipe,
+    TorchSource,
+)
 from recipes.shapes import benchmark_cases, parity_cases, profile_shapes, random_cases, trace_shapes
 from recipes.steps import Output, Step, Steps
 
@@ -227,7 +237,7 @@ class Pipeline:
         """Write the precision into the graph."""
         inputs = graph_files(self.simplify)
         spec, files = self.recipe.precision.calibration, self.files.calibration
-        if precision == "int8" and spec is not None and files is not None:
+        if precision in QUANTIZED and spec is not None and files is not None:
             inputs.append(self.calibrate(spec, files))
         full = precision in ("fp32", "tf32")
         params = {

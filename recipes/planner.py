@@ -18,9 +18,9 @@ from recipes.options import calibrator_refusal, compile_params, options_of, refu
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import Options, Precision, Recipe, Target
+from recipes.schema import QUANTIZED, Precision, Recipe, Target
 from recipes.steps import Lookup, Output, Step, Steps
-from recipes.targets import refusal
+from recipes.targets import lowers_beside_pairs, refusal
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
 RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
@@ -87,13 +87,13 @@ class _Engines:
         trials: list[Trial] = []
         for precision in (asked, *recipe.precision.fallback.get(asked, ())):
             refused = refusal(target.runtime, gpu, precision, version or None)
-            if refused is None and precision == "int8" and recipe.precision.int8 == "calibrator":
+            if refused is None and precision in QUANTIZED and recipe.precision.int8 == "calibrator":
                 refused = calibrator_refusal(options, target.runtime, version or None)
             if refused is not None:
                 trials.append(Trial(precision, Verdict(passed=False, reasons=(refused,))))
                 continue
             # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
-            source = self._typed(options, target.runtime, precision)
+            source = self._typed(base, precision)
             typed = self.pipeline.typed(source)
             graph = self.pipeline.verify(f"verify:{source}", "graph", typed, tf32=source == "tf32")
             verdict = self._verdict(graph, source)
@@ -113,12 +113,15 @@ class _Engines:
         tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
         return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
 
-    def _typed(self, options: Options, runtime: str, precision: Precision) -> Precision:
-        """Return the precision of the graph that the compiler gets: fp32 where it is to lower the graph itself."""
-        if uses_calibrator(self.pipeline.recipe, runtime, precision):
+    def _typed(self, engine: EnginePlan, precision: Precision) -> Precision:
+        """Return the precision of the graph that the compiler gets: a higher one where it is to lower the graph itself."""
+        if uses_calibrator(self.pipeline.recipe, engine.runtime, precision):
             return "fp32"
-        weak = runtime == "tensorrt" and options.typing == "weak" and precision not in ("int8", "tf32")
-        return "fp32" if weak else precision
+        weak = engine.runtime == "tensorrt" and engine.options.typing == "weak"
+        if precision == "int8-fp16":
+            # Half Q/DQ pairs begin with opset 19, of which 8.6 reads 17: it gets the int8 graph, and lowers the rest of it.
+            return "int8" if weak or lowers_beside_pairs(engine.runtime, engine.runtime_version) else precision
+        return "fp32" if weak and precision not in ("int8", "tf32") else precision
 
     def _portable_gates(self) -> list[Step]:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""
@@ -170,6 +173,8 @@ class _Engines:
             params["precision"] = precision
             inputs += self.pipeline.plugins(engine.options)
             calibrator = uses_calibrator(self.pipeline.recipe, engine.runtime, precision)
+            if precision == "int8-fp16" and engine.typed == "int8":
+                params |= {"keep": self.pipeline.recipe.precision.keep} if self.pipeline.recipe.precision.keep else {}
             if calibrator or engine.options.typing == "weak":
                 keep = self.pipeline.recipe.precision.keep
                 params |= {"typing": "weak", **({"keep": keep} if keep and precision not in ("fp32", "tf32") else {})}
@@ -305,7 +310,7 @@ class _Engines:
                 "parity": dict(parity_bounds(recipe.acceptance, engine.given)),
                 "metric": _metric_gate(recipe),
             },
-            "calibration": self.pipeline.calibration_digest() if engine.given == "int8" else None,
+            "calibration": self.pipeline.calibration_digest() if engine.given in QUANTIZED else None,
             "to": recipe.publish.to,
             **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         }

@@ -9,7 +9,7 @@ from typing import Final
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
 from recipes.options import stated_plugins
-from recipes.schema import GPUS, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
+from recipes.schema import GPUS, QUANTIZED, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
 from recipes.shapes import batch_axis
 from recipes.targets import check_targets, refusal
 
@@ -26,7 +26,7 @@ INT8_FLOOR: Final = 13
 
 # How much of fp32 a precision keeps: a fallback has to lead upwards. fp16 and bf16 trade range for digits, so either
 # may follow the other.
-_RANK: Final[dict[Precision, int]] = {"int8": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3}
+_RANK: Final[dict[Precision, int]] = {"int8": 0, "int8-fp16": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3}
 _INTEGERS: Final = {
     "int64": (-(1 << 63), (1 << 63) - 1), "int32": (-(1 << 31), (1 << 31) - 1),
     "uint8": (0, 255), "int8": (-128, 127), "bool": (0, 1),
@@ -180,12 +180,13 @@ def _precision(recipe: Recipe) -> Found:
                 yield (*at, index), f"{other} is lower than {before}; a fallback leads to a higher precision"
             elif places and all(refusal(target.runtime, gpu, other, target.version) for target, gpu in places):
                 yield (*at, index), f"no target can be built in {other}"
-    if "int8" in asked and plan.calibration is None:
-        at = ("precision", "build") if "int8" in plan.build else ("targets",)
-        yield at, "int8 needs precision.calibration: data that its ranges are found on"
-    if plan.int8 == "calibrator" and "int8" not in asked:
+    quantized = [precision for precision in asked if precision in QUANTIZED]
+    if quantized and plan.calibration is None:
+        at = ("precision", "build") if set(quantized) & set(plan.build) else ("targets",)
+        yield at, f"{quantized[0]} needs precision.calibration: data that its ranges are found on"
+    if plan.int8 == "calibrator" and not quantized:
         yield ("precision", "int8"), f"has no effect: nothing is built in int8 (built: {', '.join(asked)})"
-    if "int8" in asked and recipe.export.opset is not None and recipe.export.opset < INT8_FLOOR:
+    if quantized and recipe.export.opset is not None and recipe.export.opset < INT8_FLOOR:
         what = f"int8 needs opset {INT8_FLOOR} or later (scales for each channel), found {recipe.export.opset}"
         yield ("export", "opset"), what
     lowered = {*asked, *(other for precision in asked for other in plan.fallback.get(precision, ()))} - {"fp32", "tf32"}

@@ -20,7 +20,7 @@ CODE_PATTERN: Final = r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$"
 SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(MiB|GiB)$"
 DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Contender = Literal["torch", "torch-fp16", "torch-compile", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
@@ -41,10 +41,12 @@ GPUS: Final[dict[str, tuple[str, ...]]] = {
     "onnxruntime": ("cpu",),
 }
 PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
-    "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16", "int8"),
-    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8"),
-    "onnxruntime": ("fp32", "fp16", "int8"),
+    "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"),
+    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"),
+    "onnxruntime": ("fp32", "fp16", "int8", "int8-fp16"),
 }
+# Those that need calibrated ranges: Q/DQ pairs in an fp32 graph, or in a half one.
+QUANTIZED: Final[tuple[Precision, ...]] = ("int8", "int8-fp16")
 
 
 class Model(BaseModel):

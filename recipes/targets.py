@@ -12,7 +12,7 @@ from typing import Final
 
 from recipes.nodes import Key, near
 from recipes.options import calibrator_refusal, options_of, place_of, refusals, version_numbers
-from recipes.schema import GPUS, PRECISIONS, Precision, Recipe, Target
+from recipes.schema import GPUS, PRECISIONS, QUANTIZED, Precision, Recipe, Target
 
 Found = Iterator[tuple[Key, str]]
 
@@ -57,6 +57,12 @@ def refusal(runtime: str, gpu: str, precision: Precision, version: str | None = 
     if runtime == "tensorrt" and major is not None and major < 10 and precision == "bf16":
         return f"TensorRT {version} has no bf16; it begins with TensorRT 10"
     return None
+
+
+def lowers_beside_pairs(runtime: str, version: str | None) -> bool:
+    """Tell whether int8-fp16 is an int8 graph whose rest the compiler may lower: TensorRT 8.6, which reads no later one."""
+    major = _major(version)
+    return runtime == "tensorrt" and major is not None and major < 10
 
 
 def opset_ceiling(target: Target) -> int | None:
@@ -137,7 +143,7 @@ def _check_options(recipe: Recipe) -> Found:
                     yield where, why
         asked = target.precision if target.precision is not None else recipe.precision.build
         refused = calibrator_refusal(options, target.runtime, target.version)
-        if "int8" in asked and recipe.precision.int8 == "calibrator" and refused is not None:
+        if not set(QUANTIZED).isdisjoint(asked) and recipe.precision.int8 == "calibrator" and refused is not None:
             yield ("precision", "int8"), refused
         if options.typing == "weak" and target.runtime == "tensorrt" and recipe.precision.io == "native":
             yield (

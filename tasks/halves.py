@@ -30,6 +30,7 @@ Half = Literal["fp16", "bf16"]
 ELEM_TYPES: Final[Mapping[Half, int]] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _LARGEST: Final[Mapping[Half, float]] = {"fp16": 65504.0, "bf16": float.fromhex("0x1.fep127")}
 _SMALLEST: Final[Mapping[Half, float]] = {"fp16": 2.0**-24, "bf16": 2.0**-133}
+_NORMAL: Final[Mapping[Half, float]] = {"fp16": 2.0**-14, "bf16": 2.0**-126}
 _SCHEMA_NAMES: Final[Mapping[Half, str]] = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 _FLOAT: Final = TensorProto.FLOAT
 # Constants at least this large stand for infinity (attention masks: -1e9, the least float32) and may be saturated;
@@ -64,6 +65,7 @@ _FULL_OPERATORS: Final = frozenset(
         "OptionalGetElement",
     ]
 )
+_PAIRS: Final = frozenset(["QuantizeLinear", "DequantizeLinear"])
 _WEIGHTED: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "LSTM", "GRU", "RNN", "DeformConv"])
 _INTEGERS: Final = frozenset(
     getattr(TensorProto, name) for name in ["INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"]
@@ -81,14 +83,16 @@ class Typed:
     counted: int = 0
 
 
-def to_half(model: onnx.ModelProto, half: Half, keep: set[str], *, native: bool) -> Typed:
+def to_half(model: onnx.ModelProto, half: Half, keep: set[str], *, native: bool, quantized: bool = False) -> Typed:
     """Return the graph with float32 tensors typed as `half`, topologically sorted, names of inputs and outputs kept.
 
     `keep` names nodes that compute in fp32. Float graph inputs and outputs stay float32 with a Cast behind or before
-    them, unless `native`. Node names must be unique (`graphs.name_nodes`). The model given is changed.
+    them, unless `native`. Node names must be unique (`graphs.name_nodes`). The model given is changed. With `quantized`
+    Q/DQ pairs take and give halves too, so that no cast comes between a pair and what it belongs to; their scales become
+    halves, but for those too small to be one. ONNX has that from opset 19 on.
     """
     hoist_constants(model)
-    writer = _Writer(model, half, keep, native=native)
+    writer = _Writer(model, half, keep, native=native, quantized=quantized)
     return writer.write()
 
 
@@ -105,8 +109,9 @@ def round_to_half(values: Array, half: Half) -> Array:
 class _Writer:
     """One conversion; nodes are written in their order, each cast just before the first node that reads it."""
 
-    def __init__(self, model: onnx.ModelProto, half: Half, keep: set[str], *, native: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, half: Half, keep: set[str], *, native: bool, quantized: bool) -> None:
         self.model, self.half, self.keep, self.native = model, half, keep, native
+        self.full = _FULL_OPERATORS - _PAIRS if quantized else _FULL_OPERATORS
         self.elem = ELEM_TYPES[half]
         self.types = tensor_types(model)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == _FLOAT}
@@ -123,6 +128,8 @@ class _Writer:
             for name, tensor in self.weights.items()
             if name not in self.saturated and _out_of_range(array_of(tensor), half).any()
         }
+        if quantized:
+            self.overflowing |= self._tiny_scales()
         self.counted = _counted(model, self.types, self.weights)
 
     def write(self) -> Typed:
@@ -182,7 +189,7 @@ class _Writer:
     def _signature(self, node: onnx.NodeProto) -> tuple[list[int], list[int]]:
         """Return the float type that each input is wanted in, and each output has."""
         full = [_FLOAT] * len(node.input), [_FLOAT] * len(node.output)
-        if node.name in self.keep or node.op_type in _FULL_OPERATORS or node.domain not in ("", "ai.onnx"):
+        if node.name in self.keep or node.op_type in self.full or node.domain not in ("", "ai.onnx"):
             return full
         if node.name in self.counted:
             self.result.counted += 1
@@ -272,6 +279,11 @@ class _Writer:
         if node.op_type == "ConstantOfShape" and not node.attribute:
             zero = _tensor("", np.zeros(1, np.float32), elem, self.half)
             node.attribute.append(helper.make_attribute("value", zero))
+
+    def _tiny_scales(self) -> set[str]:
+        """Find scales of Q/DQ pairs that are no normal halves: rounded, they would be far off, or zero."""
+        scales = {node.input[1] for node in self.model.graph.node if node.op_type in _PAIRS} & set(self.weights)
+        return {name for name in scales if np.abs(array_of(self.weights[name])).min() < _NORMAL[self.half]}
 
     def _saturated(self) -> set[str]:
         """Find the constants that stand for infinity: one value, too large for half, and at least 1e6."""

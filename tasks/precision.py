@@ -1,6 +1,7 @@
 """The `type` stage: a precision written into the graph, so that no compiler has to be told.
 
-fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `quantize`.
+fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `quantize`, and int8-fp16 is both: int8 pairs, and
+halves everywhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tasks.structure import structure_digest
 # bfloat16 reached Conv, pooling and GridSample in ONNX opset 22; TensorRT-RTX parses it.
 _BF16_OPSET: Final = 22
 _BF16_IR: Final = 10
+# QuantizeLinear and DequantizeLinear take halves, and have half scales, from there on.
+_PAIRS_OPSET: Final = 19
 
 
 def run(request: StageRequest) -> StageResult:
@@ -52,15 +55,20 @@ def run(request: StageRequest) -> StageResult:
     keep = matching_nodes(model, params["keep"])
     facts["kept"] = sorted(keep)
     request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
-    if precision == "int8":
+    pairs = precision in ("int8", "int8-fp16")
+    if pairs:
+        if precision == "int8-fp16":
+            model = _raised(model, _PAIRS_OPSET, precision)
         result = quantize.quantize(model, quantize.read_ranges(inputs["ranges.json"]), keep)
         model = result.model
         facts |= {"quantized": len(result.nodes), "constant": list(result.constant)}
-    else:
+    if precision != "int8":
         half: halves.Half = "bf16" if precision == "bf16" else "fp16"
         if half == "bf16":
-            model = _for_bf16(model)
-        typed = halves.to_half(model, half, keep, native=params["io"] == "native")
+            model = _raised(model, _BF16_OPSET, precision)
+            model.ir_version = max(model.ir_version, _BF16_IR)
+        name_nodes(model)
+        typed = halves.to_half(model, half, keep, native=params["io"] == "native", quantized=pairs)
         model = typed.model
         facts |= {
             "casts": typed.casts,
@@ -91,16 +99,17 @@ def _structure(model: onnx.ModelProto, params: Mapping[str, Any]) -> dict[str, A
     return {"structure": structure_digest(model)} if params.get("structure") else {}
 
 
-def _for_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
-    if opset_of(model) < _BF16_OPSET:
-        try:
-            model = onnx.version_converter.convert_version(model, _BF16_OPSET)
-        except Exception as err:  # the C++ converter raises bare RuntimeErrors, and asserts
-            raise BackendError(
-                "unsupported operator",
-                f"bf16 needs ONNX opset {_BF16_OPSET}, and the graph (opset {opset_of(model)}) cannot be raised to it: {err}",
-                "set export.opset to 18 or more, or build fp16",
-            ) from err
-        name_nodes(model)  # the converter may add nodes without names
-    model.ir_version = max(model.ir_version, _BF16_IR)
-    return model
+def _raised(model: onnx.ModelProto, opset: int, precision: str) -> onnx.ModelProto:
+    """Return the graph at `opset`, or as it is where it is there already."""
+    if opset_of(model) >= opset:
+        return model
+    try:
+        raised = onnx.version_converter.convert_version(model, opset)
+    except Exception as err:  # the C++ converter raises bare RuntimeErrors, and asserts
+        raise BackendError(
+            "unsupported operator",
+            f"{precision} needs ONNX opset {opset}, and the graph (opset {opset_of(model)}) cannot be raised to it: {err}",
+            "set export.opset to 18 or more, or build fp16",
+        ) from err
+    name_nodes(raised)  # the converter may add nodes without names
+    return raised

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from tasks.engines.trt_weak import hold_fp32
+from tasks.engines.trt_weak import hold_fp32, nodes_in_fp32
 from tasks.graphs import tensor_types
 from tasks.onnx_files import load_graph
 
@@ -29,7 +29,7 @@ class Weak:
     """8.6: EXPLICIT_BATCH networks, FP16 and INT8 flags."""
 
     opset: int | None = 17
-    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "int8")
+    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "int8", "int8-fp16")
 
     def network_flags(self, trt: Any) -> int:
         """Return EXPLICIT_BATCH, which parsed ONNX needs."""
@@ -43,10 +43,12 @@ class Weak:
     def type_flags(self, trt: Any, network: Any, graph: Path, params: Mapping[str, Any]) -> tuple[str, ...]:
         """Return FP16 where the graph has half tensors, INT8 where it has Q/DQ pairs; constrain fp32 beside half.
 
-        With the FP16 flag alone, the builder would also run in half what the graph keeps in fp32.
+        With the FP16 flag alone, the builder would also run in half what the graph keeps in fp32. Of int8-fp16 that is what
+        is wanted, but for the nodes of params["keep"]: halves beside the pairs of its fp32 graph.
         """
-        del params
         flags, kept = typing_of(graph)
+        if params.get("precision") == "int8-fp16":
+            flags, kept = ("FP16", "INT8"), nodes_in_fp32(graph, params.get("keep", ()), int8=False)
         return (*flags, *hold_fp32(trt, network, kept))
 
 

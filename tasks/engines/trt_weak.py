@@ -16,7 +16,14 @@ import numpy as np
 from tasks.graphs import matching_nodes
 from tasks.onnx_files import load_graph
 
-_FLAGS: Final = {"fp32": (), "tf32": (), "fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8",)}
+_FLAGS: Final = {
+    "fp32": (),
+    "tf32": (),
+    "fp16": ("FP16",),
+    "bf16": ("BF16",),
+    "int8": ("INT8",),
+    "int8-fp16": ("FP16", "INT8"),
+}
 _FROM_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\]")
 # Which axis of a constant second input counts the channels that each have a scale, by operator.
 _CHANNEL_AXES: Final = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
@@ -28,7 +35,7 @@ class Untyped:
     def __init__(self, trt: Any) -> None:
         newer = hasattr(trt.BuilderFlag, "BF16")
         self.opset: int | None = None if newer else 17
-        self.precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", *(("bf16",) if newer else ()), "int8")
+        self.precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", *(("bf16",) if newer else ()), "int8", "int8-fp16")
 
     def network_flags(self, trt: Any) -> int:
         """Return EXPLICIT_BATCH, which 8.6 needs and 10 ignores."""

@@ -2,6 +2,9 @@
 
 import pytest
 
+from tests.gpu.compiling import Compiler
+from tests.unit.tasks.small_graphs import cnn
+
 
 @pytest.fixture(scope="session")
 def device():
@@ -15,3 +18,38 @@ def device():
         return device_properties()
     except BackendError as err:
         pytest.skip(f"no CUDA device: {err.message}")
+
+
+@pytest.fixture(scope="module")
+def trt(device):
+    import tensorrt
+
+    return tensorrt
+
+
+@pytest.fixture
+def compiler(device, tmp_path):
+    return Compiler(device["compute_capability"], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def plan(device, tmp_path_factory):
+    """The small convolutional network in fp32, with two profiles: its plan and facts."""
+    compile_once = Compiler(device["compute_capability"], tmp_path_factory.mktemp("plan"))
+    result, output = compile_once(cnn())
+    return output / "model.plan", result.facts, compile_once.progress
+
+
+@pytest.fixture
+def load(trt):
+    from tasks.engines.trt_run import PlanRunner
+
+    runners = []
+
+    def loaded(path, *, digest=None, **options):
+        runners.append(PlanRunner(path, digest, **options))
+        return runners[-1]
+
+    yield loaded
+    for runner in runners:
+        runner.close()

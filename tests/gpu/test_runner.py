@@ -15,7 +15,7 @@ from tasks.engines.cuda import Cuda
 from tasks.errors import CallError
 from tasks.toolchain import probe_host
 from tests.engines import digest, make_manifest
-from tests.gpu.test_trt import PROFILES, Compiler
+from tests.gpu.compiling import PROFILES, Compiler
 from tests.unit.tasks.small_graphs import cnn, evaluate, images
 
 pytestmark = pytest.mark.gpu

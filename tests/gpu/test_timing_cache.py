@@ -7,8 +7,8 @@ import pytest
 
 from artifacts.store import open_store
 from tasks.timing import TIMING_CACHE
+from tests.gpu.compiling import LIMITS, Compiler
 from tests.gpu.recipes import write_recipe
-from tests.gpu.test_trt import LIMITS, Compiler
 from tests.integration.building import build
 from tests.unit.tasks.small_graphs import cnn
 

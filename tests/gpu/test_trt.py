@@ -1,7 +1,6 @@
 """Classic TensorRT on a GPU: compiled in child processes as a build does, executed, compared, and made to fail."""
 
 import json
-import sys
 
 import numpy as np
 import onnx
@@ -11,111 +10,15 @@ from onnx import TensorProto
 from artifacts.refs import digest_bytes
 from tasks import halves
 from tasks.errors import BackendError
-from tasks.process import Limits, run_stage
 from tests.contract import graphs
+from tests.gpu.compiling import OPSET, VECTOR, at_opset, relative
 from tests.unit.tasks.small_graphs import cnn, evaluate, graph, images, node
 
 pytestmark = pytest.mark.gpu
 
-OPSET = 17  # what every version from 8.6 on reads
-LIMITS = Limits(timeout_s=150, memory_bytes=64 << 30)
-PROFILES = [
-    {"name": "online", "inputs": {"x": {"min": [1, 1, 8, 8], "opt": [1, 1, 8, 8], "max": [4, 1, 16, 16]}}},
-    {"name": "bulk", "inputs": {"x": {"min": [1, 1, 8, 8], "opt": [64, 1, 8, 8], "max": [128, 1, 8, 8]}}},
-]
-VECTOR = [{"name": "static", "inputs": {"x": {"min": [1, 4], "opt": [2, 4], "max": [8, 4]}}}]
-
 
 def is_weak(trt):
     return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-
-
-@pytest.fixture(scope="module")
-def trt(device):
-    import tensorrt
-
-    return tensorrt
-
-
-def at_opset(model, opset=OPSET):
-    del model.opset_import[:]
-    model.opset_import.append(onnx.helper.make_opsetid("", opset))
-    return model
-
-
-class Compiler:
-    def __init__(self, gpu, folder):
-        self.gpu, self.folder, self.count, self.progress = gpu, folder, 0, []
-
-    def __call__(self, model, cache=None, *, keep_opset=False, **params):
-        self.count += 1
-        folder = self.folder / str(self.count)
-        output = folder / "out"
-        output.mkdir(parents=True)
-        (folder / "model.onnx").write_bytes((model if keep_opset else at_opset(model)).SerializeToString())
-        inputs = {"model.onnx": folder / "model.onnx"}
-        if cache is not None:
-            (folder / "timing.cache").write_bytes(cache)
-            inputs["timing.cache"] = folder / "timing.cache"
-        asked = {
-            "runtime": "tensorrt",
-            "gpu": self.gpu,
-            "precision": "fp32",
-            "tf32": False,
-            "profiles": PROFILES,
-            "workspace": 256 << 20,
-            "optimization_level": 1,  # these graphs are small, and the tests need not wait for the fastest kernels
-            "hardware_compatibility": "none",
-            "version_compatible": False,
-        }
-        result = run_stage(
-            "compile",
-            asked | params,
-            inputs,
-            output,
-            limits=LIMITS,
-            on_progress=lambda *said: self.progress.append(said),
-        )
-        return result, output
-
-    def refuse(self, model, **params):
-        with pytest.raises(BackendError) as caught:
-            self(model, **params)
-        assert str(self.folder) not in str(caught.value)
-        sys.stdout.write(f"{caught.value}\n")
-        return caught.value
-
-
-@pytest.fixture
-def compiler(device, tmp_path):
-    return Compiler(device["compute_capability"], tmp_path)
-
-
-@pytest.fixture(scope="module")
-def plan(device, tmp_path_factory):
-    """The small convolutional network in fp32, with two profiles: its plan and facts."""
-    compile_once = Compiler(device["compute_capability"], tmp_path_factory.mktemp("plan"))
-    result, output = compile_once(cnn())
-    return output / "model.plan", result.facts, compile_once.progress
-
-
-@pytest.fixture
-def load(trt):
-    from tasks.engines.trt_run import PlanRunner
-
-    runners = []
-
-    def loaded(path, *, digest=None, **options):
-        runners.append(PlanRunner(path, digest, **options))
-        return runners[-1]
-
-    yield loaded
-    for runner in runners:
-        runner.close()
-
-
-def relative(expected, found):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def test_facts_say_what_was_built_and_on_what(plan, trt, device):

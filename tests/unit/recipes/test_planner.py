@@ -697,3 +697,24 @@ def test_asking_for_a_benchmark_changes_no_other_key(built):
     ran, _planned = built.build(recipe(timed))
     assert {step.partition(":")[0] for step in ran} == {"benchmark", "publish"}
     assert all("onnxruntime" in step for step in ran)
+
+
+@pytest.mark.parametrize(("version", "graph"), [("8.6.0", "int8"), ("10.16.1.11", "int8-fp16")])
+def test_mixed_int8_is_typed_where_the_compiler_reads_half_pairs(version, graph):
+    """TensorRT 8.6 reads no opset that has them: it gets the int8 graph, and may lower the rest of it."""
+    gpu = Gpu("NVIDIA H200", "GPU-1", "sm90", 1)
+    world = World(host=replace(HOST, gpus=(gpu,), runtimes={"tensorrt": version}))
+    made = recipe(
+        lambda d: d.update(
+            precision=d["precision"] | {"build": ["int8-fp16"], "fallback": {}, "keep": ["/head/*"]},
+            targets=[{"runtime": "tensorrt", "gpus": ["sm90"]}],
+        )
+    )
+    ran, planned = world.build(made)
+    assert {step for step in ran if step.startswith("type:")} == {f"type:{graph}"}
+    (engine,) = planned.engines
+    assert (engine.state, engine.given, engine.typed) == ("cached", "int8-fp16", graph)
+    params = engine.compile.action.params
+    assert params["precision"] == "int8-fp16"
+    assert params.get("keep") == (["/head/*"] if graph == "int8" else None)
+    assert engine.publish.action.params["calibration"] is not None

@@ -79,6 +79,7 @@ BROKEN = {
     "absolute data include": (lambda d: d["precision"].update(calibration={"data": "d.py:load", "include": ["/x"]}), "precision.calibration.include[0]: '/x' is absolute"),
     # precision
     "int8 without data": (lambda d: d["precision"].pop("calibration"), "precision.build: int8 needs precision.calibration: data that its ranges are found on"),
+    "int8-fp16 without data": (lambda d: d["precision"].update(build=["int8-fp16"], fallback={}, calibration=None) or d["targets"].pop(), "precision.build: int8-fp16 needs precision.calibration: data that its ranges are found on"),
     "int8 of a target": (lambda d: d["precision"].update(build=["fp16"], fallback={}, calibration=None), "targets: int8 needs precision.calibration: data that its ranges are found on"),
     "fallback to itself": (lambda d: d["precision"].update(fallback={"fp16": ["fp16"]}), "precision.fallback.fp16[0]: fp16 is in this chain already"),
     "fallback twice": (lambda d: d["precision"].update(fallback={"int8": ["fp16", "fp16"]}), "precision.fallback.int8[1]: fp16 is in this chain already"),
@@ -135,8 +136,8 @@ BROKEN = {
     "gpu of onnxruntime": (lambda d: d["targets"][1].update(gpus=["cuda"]), "targets[1].gpus[0]: onnxruntime does not build for 'cuda' (allowed: cpu)"),
     "gpu twice": (lambda d: d["targets"][0].update(gpus=["sm89", "sm89"]), "targets[0].gpus[1]: tensorrt-rtx for sm89 is asked for above already"),
     "target twice": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm120", "sm89"]}), "targets[2].gpus[1]: tensorrt-rtx for sm89 is asked for by targets[0] already"),
-    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8)"),
-    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8), and precision.build asks for it: state this target's own precision"),
+    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16)"),
+    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16), and precision.build asks for it: state this target's own precision"),
     "precision twice": (lambda d: d["targets"][1].update(precision=["fp32", "fp32"]), "targets[1].precision[1]: fp32 is named twice"),
     "turing fp32": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm75"], "precision": ["fp16", "fp32"]}), "targets[2].precision[1]: TensorRT-RTX does not compile fp32 for sm75 (Turing); allowed: fp16"),
     "turing int8": (lambda d: d["targets"][0].update(gpus=["sm75"]), "targets[0]: TensorRT-RTX does not compile int8 for sm75 (Turing); allowed: fp16, and precision.build asks for it"),
@@ -247,7 +248,10 @@ def test_every_combination_that_runtimes_offer_is_known():
     for runtime, gpus in GPUS.items():
         for precision in PRECISIONS[runtime]:
             assert any(refusal(runtime, gpu, precision) is None for gpu in gpus)
-    assert refusal("onnxruntime", "cpu", "tf32") == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8)"
+    assert (
+        refusal("onnxruntime", "cpu", "tf32")
+        == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8, int8-fp16)"
+    )
     assert refusal("tensorrt", "sm75", "fp32") is None
     assert refusal("tensorrt", "sm89", "bf16", "10.16.1.11") is None
 

@@ -19,6 +19,7 @@ from tasks.emulate import emulated
 from tasks.errors import BackendError
 from tasks.graphs import array_of
 from tasks.halves import round_to_half
+from tasks.process import Limits, run_stage
 from tasks.references import save_arrays
 from tasks.stage import StageRequest
 from tests.unit.tasks.small_graphs import TENSORS, cnn, evaluate, graph, images, node, stage
@@ -138,9 +139,74 @@ def test_a_glob_that_matches_nothing_names_near_misses(tmp_path):
     assert "'stem/*'" not in caught.value.message
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
+def test_int8_fp16_has_half_pairs_and_no_cast_between_them_and_what_they_belong_to(tmp_path):
+    model, facts = typed(tmp_path, cnn(), "int8-fp16", ranges_json=ranges_of(tmp_path, cnn()))
+    assert model.opset_import[0].version >= 19
+    assert facts["quantized"] == 3
+    assert facts["casts"] == 2  # at the input and the output of the graph
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for entry in model.graph.node:
+        if entry.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert types[entry.input[1]] == TensorProto.FLOAT16
+        if entry.op_type in ("Conv", "Gemm"):
+            assert {producer(model, name).op_type for name in entry.input[:2]} == {"DequantizeLinear"}
+            assert types[entry.input[2]] == TensorProto.FLOAT16
+
+
+def test_int8_fp16_is_as_far_from_fp32_as_int8(tmp_path):
+    ranges, x = ranges_of(tmp_path, cnn()), images(seed=7)
+    reference = evaluate(cnn(), {"x": x})
+    whole, _facts = typed(tmp_path, cnn(), "int8", ranges_json=ranges)
+    mixed, _facts = typed(tmp_path, cnn(), "int8-fp16", ranges_json=ranges)
+    alone, both = (parity_of(tmp_path, model, reference, x)["relative_l2"] for model in (whole, mixed))
+    assert 1e-3 < both < 1.5 * alone
+    # The emulation that verifies the graph, and ONNX Runtime's own kernels for half pairs.
+    emulation = evaluate(emulated(onnx.ModelProto.FromString(mixed.SerializeToString())), {"x": x})["y"]
+    assert np.linalg.norm(emulation - evaluate(mixed, {"x": x})["y"]) < 5e-3 * np.linalg.norm(emulation)
+
+
+def test_what_int8_fp16_keeps_stays_fp32_and_out_of_the_pairs(tmp_path):
+    model, facts = typed(tmp_path, cnn(), "int8-fp16", keep=["body/*"], ranges_json=ranges_of(tmp_path, cnn()))
+    assert facts["kept"]
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kept = [entry for entry in model.graph.node if entry.name in facts["kept"] and entry.op_type == "Conv"]
+    assert kept
+    assert all(types[entry.input[1]] == TensorProto.FLOAT for entry in kept)
+
+
+def test_scales_too_small_for_a_half_stay_fp32(tmp_path):
+    tiny = np.full((4, 4), 1e-4, np.float32)  # scales of 8e-7: as halves they would be 25 % off
+    model = graph([node("MatMul", ["x", "w"], ["m"], "m"), node("Relu", ["m"], ["y"])], {"w": tiny})
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    mixed, facts = typed(tmp_path, model, "int8-fp16", ranges_json=ranges_of(tmp_path, model, x))
+    assert facts["overflowing"] == ["w_scale"]
+    found = parity_of(tmp_path, mixed, evaluate(model, {"x": x}), x)
+    assert found["relative_l2"] < 0.02
+
+
+@pytest.mark.parametrize(("runtime", "gpu"), [("tensorrt-rtx", "sm89"), ("onnxruntime", "cpu")])
+def test_int8_fp16_compiles(tmp_path, runtime, gpu):
+    mixed, _facts = typed(tmp_path, cnn(), "int8-fp16", ranges_json=ranges_of(tmp_path, cnn()))
+    onnx.save(mixed, tmp_path / "model.onnx")
+    output = tmp_path / "compiled"
+    output.mkdir()
+    shapes = {"x": {"min": [1, 1, 8, 8], "opt": [4, 1, 8, 8], "max": [8, 1, 8, 8]}}
+    options = {
+        "tf32": False, "profiles": [{"name": "p", "inputs": shapes}], "workspace": None, "optimization_level": None,
+        "hardware_compatibility": "none", "version_compatible": False,
+    }  # fmt: skip
+    params = {"runtime": runtime, "gpu": gpu, **(options if gpu != "cpu" else {})}
+    result = run_stage("compile", params, {"model.onnx": tmp_path / "model.onnx"}, output, limits=Limits(120, 8 << 30))
+    assert result.outputs
+    if gpu == "cpu":
+        x = images(4)
+        compiled = evaluate(onnx.load(output / "model.onnx"), {"x": x})["y"]
+        np.testing.assert_allclose(compiled, evaluate(mixed, {"x": x})["y"], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8", "int8-fp16"])
 def test_typing_twice_gives_the_same_bytes(tmp_path, kind):
-    extra = {"ranges_json": ranges_of(tmp_path, cnn())} if kind == "int8" else {}
+    extra = {"ranges_json": ranges_of(tmp_path, cnn())} if kind.startswith("int8") else {}
     first, _facts = typed(tmp_path, cnn(), kind, keep=["body/*"], **extra)
     second, _facts = typed(tmp_path, cnn(), kind, keep=["body/*"], **extra)
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)

@@ -68,8 +68,8 @@ def major_of(bindings):
 
 def test_weak_typing_is_refused_where_it_ended(bindings):
     if major_of(bindings) < 11:
-        newer = ["fp32", "tf32", "fp16", "bf16", "int8"]
-        expected = {8: [17, ["fp32", "tf32", "fp16", "int8"]], 10: [None, newer]}[major_of(bindings)]
+        newer = ["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"]
+        expected = {8: [17, ["fp32", "tf32", "fp16", "int8", "int8-fp16"]], 10: [None, newer]}[major_of(bindings)]
         assert bindings["weak"] == ["Untyped", 1, *expected]
         assert bindings["missing for calibration"] == []
         assert bindings["calibrator"] == [[True, "cache", [], True]] * 2

@@ -34,7 +34,7 @@ MEMBERS = {
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_profile_shape "
     "num_optimization_profiles get_tensor_location create_execution_context create_engine_inspector serialize",
     "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
-    "set_output_allocator get_max_output_size execute_async_v3 engine",
+    "set_output_allocator get_max_output_size execute_async_v3 engine profiler",
     "EngineInspector": "get_engine_information",
     "Refitter": "get_all get_all_weights get_missing set_weights refit_cuda_engine max_threads",
     "IConvolutionLayer": "kernel bias",
@@ -42,6 +42,7 @@ MEMBERS = {
     "IScaleLayer": "shift scale",
     "IConstantLayer": "weights",
     "ILogger": "log",
+    "IProfiler": "report_layer_time",
 }
 # Of versions that calibrate, and of versions that stream weights.
 CALIBRATION = {
