@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
-from recipes.options import may_refit
+from recipes.options import may_refit, stated_plugins
 from recipes.schema import (
     QUANTIZED,
     Benchmark,
@@ -193,6 +193,7 @@ class Pipeline:
             "cases": [*parity_cases(self.recipe)[:1], *random_cases(self.recipe, RANDOM_CASES)],
             "tensors": self.tensors,
             "input_seed": 1,
+            **self._custom,
         }
         packages = ("onnx", "onnxruntime", *(() if simplifier == "none" else (simplifier,)))
         return self.steps.add(
@@ -202,6 +203,11 @@ class Pipeline:
     def calibration_data(self, spec: Calibration, files: DatasetFiles) -> Output:
         """Bring the samples that int8 ranges are found on."""
         return self._dataset("calibration", spec, files, None)
+
+    @property
+    def _custom(self) -> dict[str, Any]:
+        """Say to stages that run graphs in ONNX Runtime that it may lack operators, where some target has plugins."""
+        return {"plugins": True} if any(plugins for _at, plugins in stated_plugins(self.recipe)) else {}
 
     def plugins(self, options: Options) -> list[Output]:
         """Bring the libraries of plugins that the options name, checked against their digests."""
@@ -276,6 +282,7 @@ class Pipeline:
             "metric": None,
             "tensors": self.interface,
             **({"tf32": True} if tf32 else {}),
+            **(self._custom if subject == "graph" else {}),
             **(executor or {}),
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")

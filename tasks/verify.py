@@ -40,11 +40,18 @@ def run(request: StageRequest) -> StageResult:
     (worst of all cases and outputs), cases, metric, `data` (as parity, of the outputs on the metric's data: real inputs
     overflow and clip where seeded ones do not, and the reverse; null without a metric), and `emulated` where halves were.
     A measure that is NaN or infinite is null.
+    With params["plugins"], a graph with operators that ONNX Runtime lacks is not executed: facts executed, reason, plugin.
     Raises BackendError: "wrong result" where outputs or shapes differ from the reference's, "bad data" for files that do
     not fit, and by its kind where ONNX Runtime fails.
     """
     params = request.params
-    graph = _subject(request)
+    try:
+        graph = _subject(request)
+    except BackendError as err:
+        if err.kind != "unsupported operator" or not params.get("plugins"):
+            raise
+        reason = f"it needs plugins, which ONNX Runtime has not: {err.message}"
+        return StageResult({}, {"executed": False, "reason": reason, "plugin": True})
     if graph is None:
         return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
     cases = _parity(request, graph)

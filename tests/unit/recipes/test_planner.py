@@ -514,14 +514,40 @@ def test_plugins_enter_the_key_by_their_digest_and_go_where_the_engine_goes():
     files = replace(FILES, plugins={library.digest: library})
     made = recipe(classic(plugins=[{"file": "plugins/deform.so", "sha256": "a" * 64}]))
     world = World(host=GPU_HOST)
-    world.build(recipe(classic()))
     ran, planned = world.build(made, files)
-    assert set(ran) == TRT | {f"fetch:{name}"}
+    assert set(ran) >= TRT | {f"fetch:{name}"}
     steps = {step.id: step for step in planned.steps}
     for step in TRT:
         assert name in steps[step].action.inputs
     moved = replace(files, plugins={library.digest: replace(library, address="/else/where.so")})
     assert world.build(made, moved)[0] == []
+    newer = replace(files, plugins={"b" * 64: replace(library, digest="b" * 64)})
+    ran, _planned = world.build(recipe(classic(plugins=[{"file": "plugins/deform.so", "sha256": "b" * 64}])), newer)
+    assert set(ran) == TRT | {f"fetch:{name}"}
+
+
+def test_a_graph_that_only_plugins_can_run_is_judged_when_its_engine_is_executed():
+    library = LocalFile("plugin-aaaaaaaaaaaaaaaa.so", "a" * 64, 10, "a.so")
+    files = replace(FILES, plugins={library.digest: library})
+    options = {"plugins": [{"file": "a.so", "sha256": "a" * 64}]}
+    unknown = {"executed": False, "reason": "it needs plugins", "plugin": True}
+    facts = {f"verify:{graph}": unknown for graph in ("export", "simplify", "fp16", "fp32", "int8")}
+    world = World(host=GPU_HOST, facts=facts | {"verify:tensorrt:sm90:int8": failing(relative_l2=0.9)})
+    _ran, planned = world.build(recipe(classic(**options)), files)
+    assert [(engine.asked, engine.given) for engine in planned.engines] == [("int8", "fp16"), ("fp16", "fp16")]
+    steps = {step.id: step.action for step in planned.steps}
+    assert steps["verify:export"].params["plugins"] is steps["simplify"].params["plugins"] is True
+    assert "plugins" not in steps["verify:tensorrt:sm90:fp16"].params
+
+    def portable(document: dict) -> None:
+        classic()(document)
+        document["targets"] = [{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}, *document["targets"]]
+        document["targets"][1]["build"] = options
+
+    elsewhere = World(facts=facts)  # no GPU: nothing was executed, so nothing passes
+    _ran, planned = elsewhere.build(recipe(portable), files, targets=("tensorrt-rtx",))
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert "not executed: it needs plugins" in planned.engines[0].why
 
 
 @pytest.mark.parametrize(

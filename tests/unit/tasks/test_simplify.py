@@ -81,6 +81,21 @@ def test_none_copies_the_graph_and_still_runs_it(tmp_path):
         simplified(tmp_path, "none", foldable(), cases)
 
 
+def test_a_graph_that_only_a_plugin_can_run_is_copied_and_not_run(tmp_path):
+    model = foldable()
+    model.graph.node[-1].domain = "acme"
+    model.opset_import.append(helper.make_opsetid("acme", 1))
+    folder = fresh(tmp_path, "in")
+    onnx.save(model, folder / "model.onnx")
+    params = {"simplifier": "none", "profiles": [], "cases": CASES, "tensors": IMAGE, "input_seed": 1}
+    with pytest.raises(BackendError):
+        run(request("simplify", params, {"model.onnx": folder / "model.onnx"}, tmp_path))
+    asked = request("simplify", params | {"plugins": True}, {"model.onnx": folder / "model.onnx"}, tmp_path)
+    facts = run(asked).facts
+    assert (facts["checked"], facts["max_abs"]) == ([], None)
+    assert onnx.load(asked.output_dir / "model.onnx") == model
+
+
 @pytest.mark.parametrize("simplifier", ["onnxsim", "onnxslim", "none"])
 def test_external_data_stays_beside_the_graph(tmp_path, simplifier):
     graph = helper.make_graph(

@@ -101,6 +101,27 @@ def test_a_graph_that_does_not_run_is_an_error_with_its_words(tmp_path):
     assert caught.value.kind == "crash"
 
 
+def test_a_graph_that_only_a_plugin_can_run_is_not_executed_where_the_recipe_names_plugins(tmp_path):
+    from tests.contract import graphs
+
+    arrays = {"online/min/in/x": np.ones((1, 3, 8, 8), np.float32), "online/min/out/y": np.ones(1, np.float32)}
+    with pytest.raises(BackendError) as caught:
+        run(tmp_path, graphs.unknown_operator("acme"), arrays)
+    assert caught.value.kind == "unsupported operator"
+    result, output = stage(
+        verify.run,
+        tmp_path,
+        PARAMS | {"plugins": True},
+        model_onnx=graphs.unknown_operator("acme"),
+        reference_safetensors=arrays,
+    )
+    assert (result.facts["executed"], result.facts["plugin"]) == (False, True)
+    assert "acme" in result.facts["reason"]
+    assert not (output / "report.json").exists()
+    facts, _report = run(tmp_path, cnn(), reference(cnn(), online_min=images(1)), PARAMS | {"plugins": True})
+    assert facts["executed"] is True  # what ONNX Runtime can run is measured all the same
+
+
 def test_an_unknown_executor_executes_nothing(tmp_path):
     params = PARAMS | {"executor": "abacus"}
     result, output = stage(verify.run, tmp_path, params, model_onnx=cnn())
