@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.gpu.test_trt import PROFILES, Compiler
+from tests.gpu.compiling import PROFILES, Compiler
 from tests.unit.tasks.bundles import tensor
 from tests.unit.tasks.small_graphs import cnn, images
 

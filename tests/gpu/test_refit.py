@@ -17,10 +17,9 @@ from artifacts.manifest import Manifest
 from tasks import halves
 from tasks.engines.trt_weights import Refittable
 from tasks.errors import BackendError
-from tasks.process import run_stage
 from tasks.structure import structure_digest
+from tests.gpu.compiling import VECTOR, at_opset, relative
 from tests.gpu.recipes import write_recipe
-from tests.gpu.test_trt import LIMITS, PROFILES, VECTOR, at_opset, relative
 from tests.integration.building import RECIPES, environment
 from tests.unit.tasks.small_graphs import cnn, evaluate, graph, images, node
 
@@ -30,42 +29,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
 
 
-@pytest.fixture(scope="module")
-def trt(device):
-    import tensorrt
-
-    return tensorrt
-
-
 @pytest.fixture
-def work(device, tmp_path):
-    """Compile and refit models as a build does, in processes of their own; results and folders of what they wrote."""
-    asked = {
-        "runtime": "tensorrt",
-        "gpu": device["compute_capability"],
-        "precision": "fp32",
-        "tf32": False,
-        "profiles": PROFILES,
-        "workspace": 256 << 20,
-        "optimization_level": 1,
-        "hardware_compatibility": "none",
-        "version_compatible": False,
-        "refit": "weights",
-    }
-    count = iter(range(100))
+def work(compiler):
+    """Compile and refit models as a build does, in processes of their own; what was found, and the folder of what was made."""
+    said = ("refit", "phases", "weights", "constants", "warnings", "seconds")
 
     def run(stage, model, base=None, **params):
-        folder = tmp_path / str(next(count))
-        output = folder / "out"
-        output.mkdir(parents=True)
-        (folder / "model.onnx").write_bytes(at_opset(model).SerializeToString())
-        inputs = {"model.onnx": folder / "model.onnx"}
-        for name in ("model.plan", "refit.safetensors") if base is not None else ():
-            inputs[name] = shutil.copy(base / name, folder / name)
-        result = run_stage(stage, asked | params, inputs, output, limits=LIMITS)
-        sys.stdout.write(
-            f"{stage}: {json.dumps({name: result.facts.get(name) for name in ('refit', 'phases', 'weights', 'constants', 'warnings', 'seconds')})}\n"
-        )
+        names = ("model.plan", "refit.safetensors") if base is not None else ()
+        files = {name: (base / name).read_bytes() for name in names}
+        result, output = compiler(model, files=files, stage=stage, **{"refit": "weights", **params})
+        sys.stdout.write(f"{stage}: {json.dumps({name: result.facts.get(name) for name in said})}\n")
         return result, output
 
     return run
