@@ -1,6 +1,7 @@
 """The engines, channels and hosts that a store holds.
 
 engines/<recipe>/<target>/<build>/     the engine's files, and manifest.json, which makes them an engine
+engines/.../<build>/verification/      what was found when it was executed later (artifacts.attestation)
 channels/<recipe>/<target>/<name>.json {"schema": 1, "build": "fp16-0123456789abcdef"}
 hosts/<host>.json                      a host's fingerprint
 
@@ -13,15 +14,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from artifacts.attestation import FOLDER, Attestation, effective
 from artifacts.cache import blob_path
 from artifacts.errors import IntegrityError, NotFoundError
 from artifacts.host import Host
 from artifacts.manifest import MANIFEST_NAME, FileEntry, Identity, Manifest
+from artifacts.refs import digest_bytes
 from artifacts.store import Store
 
 CHANNEL_SCHEMA: Final = 1
@@ -89,26 +92,51 @@ class EngineCatalog:
 
     def engines(self, recipe: str | None = None) -> list[EngineId]:
         """Return the names of all published engines (of one recipe), sorted; nothing is opened."""
-        prefix = "engines/" if recipe is None else f"engines/{recipe}/"
-        found = []
-        for info in self.store.list(prefix):
-            parts = info.path.split("/")
-            if len(parts) == 5 and parts[4] == MANIFEST_NAME:
-                found.append(EngineId(*parts[1:4]))
-        return sorted(found)
+        return sorted(self._listed(recipe))
 
     def manifests(self, recipe: str | None = None) -> list[Manifest]:
-        """Return the manifests of all published engines (of one recipe), by name; damaged ones are passed over, aloud."""
+        """Return the manifests of all published engines (of one recipe), by name, with what was executed later.
+
+        Damaged ones are passed over, aloud.
+        """
         found = []
-        for engine in self.engines(recipe):
+        for engine, attested in sorted(self._listed(recipe).items()):
             try:
-                found.append(self.manifest(engine))
+                data = self.manifest_bytes(engine)
+                manifest = self.read_manifest(engine, data)
             except (IntegrityError, NotFoundError) as err:
                 self.warn(f"{err}; passed over")
+                continue
+            found.append(effective(manifest, self._attestations(attested, digest_bytes(data))))
         return found
 
+    def effective(self, engine: EngineId) -> Manifest:
+        """Return one engine's manifest with what was executed later in its `verification`: what to judge it by.
+
+        Raises as `manifest` does.
+        """
+        data = self.manifest_bytes(engine)
+        return effective(self.read_manifest(engine, data), self.attestations(engine, digest_bytes(data)))
+
+    def attest(self, engine: EngineId, attestation: Attestation) -> Attestation:
+        """Keep what was found when an engine was executed; of two about one action the first counts, and is returned.
+
+        One that is damaged is replaced. Raises StoreError.
+        """
+        path = f"{engine.path}/{FOLDER}/{attestation.name}"
+        if not self.store.write(path, attestation.to_bytes(), if_absent=True):
+            there = self._attestations([path], attestation.manifest)
+            if there:
+                return there[0]
+            self.store.write(path, attestation.to_bytes())
+        return attestation
+
+    def attestations(self, engine: EngineId, manifest: str) -> list[Attestation]:
+        """Return what was executed later of the engine whose manifest has this digest. Raises StoreError."""
+        return self._attestations([info.path for info in self.store.list(f"{engine.path}/{FOLDER}/")], manifest)
+
     def manifest(self, engine: EngineId) -> Manifest:
-        """Return one engine's manifest.
+        """Return one engine's manifest as it was published.
 
         Raises NotFoundError, StoreError, and IntegrityError, naming the path, where it cannot be read or is another's.
         """
@@ -169,6 +197,33 @@ class EngineCatalog:
             return Host.from_json(self._document(path, HOST_SCHEMA))
         except (KeyError, TypeError, ValueError) as err:
             raise IntegrityError(f"{self.store.uri}: {path}: not a host's fingerprint: {err}") from err
+
+    def _listed(self, recipe: str | None) -> dict[EngineId, list[str]]:
+        """Return every engine that has a manifest, with the paths of what was executed later; one listing, unsorted."""
+        engines, attested = set[EngineId](), dict[EngineId, list[str]]()
+        for info in self.store.list("engines/" if recipe is None else f"engines/{recipe}/"):
+            parts = info.path.split("/")
+            if len(parts) == 5 and parts[4] == MANIFEST_NAME:
+                engines.add(EngineId(*parts[1:4]))
+            elif len(parts) == 6 and parts[4] == FOLDER:
+                attested.setdefault(EngineId(*parts[1:4]), []).append(info.path)
+        return {engine: attested.get(engine, []) for engine in engines}
+
+    def _attestations(self, paths: Sequence[str], manifest: str) -> list[Attestation]:
+        found = []
+        for path in paths:
+            try:
+                attestation = Attestation.from_bytes(self.store.read(path))
+            except (IntegrityError, NotFoundError) as err:
+                self.warn(f"{self.store.uri}: {path}: {err}; passed over")
+                continue
+            if attestation.manifest == manifest:
+                found.append(attestation)
+            else:
+                self.warn(
+                    f"{self.store.uri}: {path}: is about another manifest, {attestation.manifest[:12]}; passed over"
+                )
+        return found
 
     def _complete(self, engine: EngineId, manifest: Manifest, data: bytes) -> bytes:
         path = f"{engine.path}/{MANIFEST_NAME}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.recipe_commands": ("validate", "plan", "build"),
     "enginery.catalog_commands": ("list", "show", "resolve", "pull"),
+    "enginery.run_commands": ("run", "verify"),
     "enginery.bench_commands": ("bench",),
     "enginery.host_commands": ("host", "doctor", "schema"),
 }

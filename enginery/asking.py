@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from enginery.output import FAILED, stop
+from enginery.output import FAILED, WRONG, note, stop
 
 if TYPE_CHECKING:
-    from artifacts.catalog import EngineCatalog
+    from artifacts.catalog import EngineCatalog, EngineId
     from artifacts.host import Host
     from artifacts.resolve import Request
 
+EngineArgument = Annotated[str, typer.Argument(metavar="ENGINE", help="Its name, or any part of it that no other has.")]
 HostOption = Annotated[
     str | None,
     typer.Option("--host", help="Which host asks: auto (this one), or one recorded with enginery host --record."),
@@ -114,3 +115,24 @@ def _shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
             raise typer.BadParameter(f"{text!r} is not INPUT=SIZES (write image=1x3x224x224)", param_hint="--shape")
         found[match[1]] = tuple(int(size) for size in match[2].split("x"))
     return found
+
+
+def open_catalog(store: str) -> EngineCatalog:
+    """Open the engines of a store; what has to be passed over is said on stderr."""
+    from artifacts.catalog import EngineCatalog
+    from artifacts.store import open_store
+
+    return EngineCatalog(open_store(store), lambda message: note(f"warning: {message}"))
+
+
+def the_engine(catalog: EngineCatalog, text: str) -> EngineId:
+    """Return the one engine that a text can mean; ends the command where there is none, or more than one."""
+    found = catalog.find(text)
+    if len(found) > 1:
+        names = "\n".join(f"  {match}" for match in found)
+        stop(WRONG, f"{text!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
+    if not found:
+        near = catalog.near(text)
+        hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
+        stop(FAILED, f"no engine {text!r} in {catalog.store.uri}; {hint}")
+    return found[0]

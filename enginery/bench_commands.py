@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from enginery.catalog_commands import open_catalog, the_engine
+from enginery.asking import EngineArgument, open_catalog, the_engine
 from enginery.output import (
     DEFAULT_STORE,
     FAILED,
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @explains_errors
 def bench(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Its name, or any part of it that no other has.")],
+    engine: EngineArgument,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", "-b", min=1, help="Samples in one run. Repeatable; default: opt.")
     ] = None,

@@ -12,28 +12,29 @@ import typer
 from enginery.asking import (
     ArchOption,
     ChannelOption,
+    EngineArgument,
     GpuOption,
     HostOption,
     PrecisionOption,
     RuntimeOption,
     ShapeOption,
     SystemOption,
+    open_catalog,
     request_of,
+    the_engine,
 )
 from enginery.output import (
     DEFAULT_STORE,
     FAILED,
-    WRONG,
     JsonOption,
     StoreOption,
     explains_errors,
     note,
     print_json,
-    stop,
 )
 
 if TYPE_CHECKING:
-    from artifacts.catalog import EngineCatalog, EngineId
+    from artifacts.catalog import EngineCatalog
     from artifacts.resolve import Request, Resolution
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or its file.")]
@@ -74,7 +75,7 @@ def list_engines(
 
 @explains_errors
 def show(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Its name, or any part of it that no other has.")],
+    engine: EngineArgument,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,16 +83,20 @@ def show(
 
     Example: enginery show digits/tensorrt-rtx-1.7.1.116-sm89/fp16
     """
+    from artifacts.attestation import effective
+    from artifacts.refs import digest_bytes
     from enginery.catalog_tables import print_engine
 
     catalog = open_catalog(store)
     found = the_engine(catalog, engine)
     data = catalog.manifest_bytes(found)
     manifest = catalog.read_manifest(found, data)
+    later = catalog.attestations(found, digest_bytes(data))
     if as_json:
-        print_json(json.loads(data))
+        executed = [attestation.model_dump(mode="json", by_alias=True) for attestation in later]
+        print_json(json.loads(data) | ({"executed_later": executed} if executed else {}))
     else:
-        print_engine(manifest)
+        print_engine(effective(manifest, later), later)
 
 
 @explains_errors
@@ -164,19 +169,6 @@ def pull(
         typer.echo(pulled.plan)
 
 
-def the_engine(catalog: EngineCatalog, name: str) -> EngineId:
-    """Return the one engine that a name can mean; end the command where there is none, or more than one."""
-    found = catalog.find(name)
-    if len(found) > 1:
-        names = "\n".join(f"  {match}" for match in found)
-        stop(WRONG, f"{name!r} is a part of {len(found)} engines' names; give more of one:\n{names}")
-    if not found:
-        near = catalog.near(name)
-        hint = f"did you mean {' or '.join(near)}?" if near else "enginery list names those that are there"
-        stop(FAILED, f"no engine {name!r} in {catalog.store.uri}; {hint}")
-    return found[0]
-
-
 def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bool, quiet: bool = False) -> Resolution:
     """Resolve and print: with `quiet` only what failed. Ends the command where the recipe has no engine at all."""
     from enginery import client
@@ -194,14 +186,6 @@ def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bo
         typer.echo(str(resolution.best.identity))
         print_candidates(resolution)
     return resolution
-
-
-def open_catalog(store: str) -> EngineCatalog:
-    """Open the catalog of a store, whose warnings go to stderr."""
-    from artifacts.catalog import EngineCatalog
-    from artifacts.store import open_store
-
-    return EngineCatalog(open_store(store), lambda message: note(f"warning: {message}"))
 
 
 def _recipe_name(recipe: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from artifacts.attestation import Attestation
     from artifacts.manifest import Manifest, Measured
     from artifacts.resolve import Request, Resolution
 
@@ -99,8 +100,8 @@ def print_candidates(resolution: Resolution) -> None:
     print_table(out, table)
 
 
-def print_engine(manifest: Manifest) -> None:
-    """Print one engine's manifest on stdout, in sections."""
+def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
+    """Print one engine's manifest on stdout, in sections; `later` are executions after it was published."""
     out = console()
     needs, precision, origin = manifest.compatibility, manifest.precision, manifest.provenance
     rows: list[tuple[str, str]] = [
@@ -130,6 +131,7 @@ def print_engine(manifest: Manifest) -> None:
     rows.append(("graph", _measured_text(manifest.verification.graph)))
     rows.append(("engine itself", _measured_text(manifest.verification.engine)))
     rows += [("timed", line) for line in _timed_lines(manifest)]
+    rows += [("executed later", _attestation_text(attestation)) for attestation in later]
     rows.append(("gates", "passed" if manifest.verification.passed else "not passed"))
     commit = "not in git"
     if origin.git is not None:
@@ -231,6 +233,13 @@ def _timed_lines(manifest: Manifest) -> list[str]:
         error = other.error.partition("\n")[0] if other.error is not None else None
         lines.append(f"{other.name}: {error or f'the engine is faster by {ratios}'}")
     return lines
+
+
+def _attestation_text(attestation: Attestation) -> str:
+    device = attestation.device.name if attestation.device is not None else None
+    where = f"{device or attestation.gpu} of {attestation.host.name}, driver {attestation.host.driver or 'none'}"
+    verdict = "passed" if attestation.passed else f"not passed: {'; '.join(attestation.reasons)}"
+    return f"{verdict}, on {where}, {age_text(attestation.created)}"
 
 
 def _axes(shape: Sequence[int | str | None] | None) -> str:

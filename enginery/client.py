@@ -109,7 +109,7 @@ def load(
     threads of ONNX Runtime. Raises NotFoundError where there is no manifest; IntegrityError for damage; RefusedError where
     this host may not load it, or its gates did not pass; whatever `trust` raises; and BackendError as the runtime fails.
     """
-    from tasks.runner import open_runner
+    from tasks.runner import brings_host_code, open_runner
 
     folder = engine.folder if isinstance(engine, PulledEngine) else _engine_folder(Path(engine))
     manifest = check(folder, trust=trust)
@@ -122,7 +122,7 @@ def load(
         device=device,
         graphs=graphs,
         threads=threads,
-        host_code=_brings_host_code(manifest),
+        host_code=brings_host_code(manifest),
         plugins=[folder / name for name in manifest.compatibility.plugins],
     )
 
@@ -168,16 +168,6 @@ def _plan_bytes(folder: Path, manifest: Manifest) -> Path | bytes:
     data = path.read_bytes()
     require_match(str(path), entry.ref, digest_bytes(data), len(data))
     return data
-
-
-def _brings_host_code(manifest: Manifest) -> bool:
-    """Tell whether the recipe asked for a version-compatible plan, which holds a runtime of its own."""
-    if manifest.compatibility.runtime != "tensorrt":
-        return False
-    import yaml
-
-    build = yaml.safe_load(manifest.provenance.recipe_text).get("build") or {}
-    return bool(build.get("version_compatible"))
 
 
 def _bring(

@@ -17,6 +17,7 @@ import typer
 
 from artifacts.errors import AddressError, ArtifactError
 from recipes.errors import Fault, RecipeError
+from tasks.errors import CallError, TaskError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +92,9 @@ def explains_errors(command: Callable[P, R]) -> Callable[P, R]:
         except ArtifactError as err:
             document, message = {"error": str(err)}, f"error: {err}"
             status = WRONG if isinstance(err, AddressError) else FAILED
+        except TaskError as err:
+            document, message = {"error": str(err)}, f"error: {err}"
+            status = WRONG if isinstance(err, CallError) else FAILED
         except KeyboardInterrupt:
             document, message, status = {"error": "interrupted"}, "interrupted; what was finished is kept", INTERRUPTED
         except BrokenPipeError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from recipes.schema import QUANTIZED, Acceptance, Parity, Precision
 
@@ -27,6 +27,38 @@ DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
     "int8": Parity.model_construct(relative_l2=0.25, cosine=0.97),
     "int8-fp16": Parity.model_construct(relative_l2=0.25, cosine=0.97),
 }
+
+
+class ParityBounds(Protocol):
+    """Bounds on parity, of a recipe or of a manifest; None: no bound."""
+
+    @property
+    def relative_l2(self) -> float | None:
+        """Greatest relative L2 distance."""
+
+    @property
+    def max_abs(self) -> float | None:
+        """Greatest absolute difference."""
+
+    @property
+    def cosine(self) -> float | None:
+        """Least cosine."""
+
+
+class MetricBounds(Protocol):
+    """Bounds on the recipe's metric, of a recipe or of a manifest; None: no bound."""
+
+    @property
+    def name(self) -> str:
+        """The metric."""
+
+    @property
+    def floor(self) -> float | None:
+        """Least value."""
+
+    @property
+    def max_drop(self) -> float | None:
+        """How far it may lie below the source's."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +85,15 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
     alone where there is any: ranges are those of real inputs, which seeded ones leave and are clipped. (Digits: 0.013 on
     held-out data, 0.08 on noise, whose activations are twice as large; calibrated on that noise, 0.013 on it.)
     """
+    return judge_by(facts, parity_bounds(acceptance, precision), acceptance.metric, precision)
+
+
+def judge_by(facts: Mapping[str, Any], bounds: ParityBounds, gate: MetricBounds | None, precision: str) -> Verdict:
+    """Judge facts as `judge` does, by bounds that are known already: a manifest states those that held for its engine."""
     if not facts.get("executed"):
         return Verdict(passed=False, reasons=(f"not executed: {facts.get('reason', 'no reason recorded')}",))
     reasons: list[str] = []
-    bounds, data = parity_bounds(acceptance, precision), facts.get("data")
+    data = facts.get("data")
     places = [("", facts["parity"], precision not in QUANTIZED or data is None)]
     places += [(" on the labelled data", data, True)] if data is not None else []
     for where, parity, bounded in places:
@@ -64,7 +101,6 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
             reasons.append(f"{parity['non_finite']} NaN or Inf in the outputs{where}")
         if bounded:
             reasons += [f"{reason}{where}" for reason in _out_of_bounds(parity, bounds)]
-    gate = acceptance.metric
     if gate is not None:
         metric = facts.get("metric")
         if metric is None:
@@ -86,7 +122,7 @@ def telling_parity(facts: Mapping[str, Any], precision: Precision) -> Mapping[st
     return found if found is not None else facts.get("parity")
 
 
-def _out_of_bounds(parity: Mapping[str, Any], bounds: Parity) -> list[str]:
+def _out_of_bounds(parity: Mapping[str, Any], bounds: ParityBounds) -> list[str]:
     reasons = []
     for name in ("relative_l2", "max_abs"):
         bound = getattr(bounds, name)

@@ -61,11 +61,12 @@ def batches(
         yield samples, {name: arrays[name][rows] for name in tensors}
 
 
-def read_npz(path: Path, fields: Mapping[str, str]) -> dict[str, Array]:
-    """Read the arrays that `fields` (name -> array name) asks for; all must have equally many samples."""
+def read_npz(path: Path, fields: Mapping[str, str] | None) -> dict[str, Array]:
+    """Read the arrays that `fields` (name -> array name) asks for, or all of them. Raises BackendError("bad data")."""
     try:
         with zipfile.ZipFile(path) as archive:
             there = {entry.filename[:-4]: entry for entry in archive.infolist() if entry.filename.endswith(".npy")}
+            fields = {name: name for name in there} if fields is None else fields
             absent = [array for array in fields.values() if array not in there]
             if absent:
                 raise _bad(

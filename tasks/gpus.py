@@ -32,7 +32,7 @@ class Busy(Protocol):
 
 def needs_gpu(params: Mapping[str, Any]) -> bool:
     """Tell whether a stage with these parameters runs on a GPU of this host."""
-    return "tensorrt" in (params.get("runtime"), params.get("executor"))
+    return params.get("runtime") == "tensorrt" or params.get("executor") in ("tensorrt", "tensorrt-rtx")
 
 
 @contextmanager

@@ -165,6 +165,11 @@ class Runner:
         for _ in range(calls):
             self(zeros, profile=profile)
 
+    def profile_for(self, shapes: Mapping[str, Sequence[int]], profile: str | None = None) -> Profile:
+        """Return the profile that a call at these shapes uses. Raises CallError where none admits them."""
+        sizes = {name: tuple(shape) for name, shape in shapes.items()}
+        return self.profiles[self._choose(profile, sizes, tuple(sizes[name] for name in self.inputs))]
+
     def close(self) -> None:
         """Free the engine and its memory; to call it afterwards is a CallError. Closing twice does nothing."""
         with self._lock:
@@ -298,6 +303,25 @@ def open_runner(
         trt=trt,
     )
     return Runner(execution, manifest)
+
+
+def merged_recipe(manifest: Manifest) -> dict[str, Any]:
+    """Return the recipe that an engine was built from, as plain values; includes are merged, defaults are not filled in."""
+    import yaml
+
+    document: dict[str, Any] = yaml.safe_load(manifest.provenance.recipe_text) or {}
+    return document
+
+
+def brings_host_code(manifest: Manifest) -> bool:
+    """Tell whether the recipe asked for a version-compatible plan, which holds code for the host: a runtime of its own."""
+    needs, recipe = manifest.compatibility, merged_recipe(manifest)
+    own = [
+        target.get("build") or {}
+        for target in recipe.get("targets", ())
+        if target.get("runtime") == needs.runtime == "tensorrt" and set(target.get("gpus", ())) & set(needs.gpus)
+    ]
+    return any({**(recipe.get("build") or {}), **build}.get("version_compatible") for build in own)
 
 
 def _device(needs: Compatibility, asked: int | None) -> int:

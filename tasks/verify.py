@@ -84,7 +84,7 @@ class Subject(Protocol):
 
 
 def _subject(request: StageRequest) -> Subject | None:
-    if request.params["executor"] == "tensorrt":
+    if request.params["executor"] in ("tensorrt", "tensorrt-rtx"):
         from tasks.engines.trt_run import runner_for
 
         return runner_for(request)

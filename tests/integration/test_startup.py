@@ -37,7 +37,7 @@ SPARED = {
     "rich.console",
     "rich.table",
 }
-COMMANDS = ("validate", "plan", "build", "list", "show", "resolve", "pull", "host", "doctor", "schema")
+COMMANDS = ("validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "host", "doctor", "schema")
 
 
 def imported(*arguments: str, cwd: Path) -> tuple[set[str], str]:

@@ -1,0 +1,109 @@
+"""What `enginery verify` does: every byte of an engine against its manifest, and the execution that a build could not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
+from enginery.output import note
+
+if TYPE_CHECKING:
+    from artifacts.attestation import Attestation
+    from artifacts.catalog import EngineCatalog, EngineId
+    from artifacts.host import Host
+    from artifacts.manifest import Manifest
+
+# state: whole | damaged; with --execute also passed | failed (executed now, or the execution ended in an error) | waiting.
+Row = dict[str, Any]
+
+
+def verify_folder(folder: Path) -> Row:
+    """Compare a pulled engine with its manifest."""
+    from enginery.client import check
+
+    folder = folder.parent if folder.is_file() else folder
+    try:
+        manifest = check(folder)
+    except (IntegrityError, NotFoundError) as err:
+        return _row(str(folder), "damaged", str(err))
+    return _row(str(manifest.identity), "whole", _checked(manifest), manifest)
+
+
+def verify_engine(catalog: EngineCatalog, engine: EngineId, *, execute: bool, again: bool) -> Row:
+    """Compare an engine of a store with its manifest; with `execute`, run it where it was not run yet."""
+    try:
+        data = catalog.manifest_bytes(engine)
+        manifest = catalog.read_manifest(engine, data)
+        with catalog.store.scratch() as folder:
+            for name, entry in manifest.files.items():
+                catalog.fetch(engine, name, entry, folder / name)
+    except (IntegrityError, NotFoundError) as err:
+        return _row(str(engine), "damaged", str(err))
+    manifest = catalog.effective(engine)
+    row = _row(str(engine), "whole", _checked(manifest), manifest)
+    if execute and (again or not manifest.verification.engine.executed):
+        return row | _executed(catalog, engine, manifest)
+    return row
+
+
+def print_verified(rows: list[Row]) -> None:
+    """Print one line for each engine, and how many there are of each state."""
+    from enginery.rows import Rows, print_rows, say
+
+    table = Rows(("engine", "state", "executed", "what was found"))
+    for row in rows:
+        table.add_row(row["engine"], row["state"], {True: "yes", False: "no", None: "-"}[row["executed"]], row["found"])
+    if rows:
+        print_rows(table)
+        states = [row["state"] for row in rows]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        say(f"{len(rows)} engine{'s' if len(rows) != 1 else ''}: {counts}")
+
+
+def _executed(catalog: EngineCatalog, engine: EngineId, manifest: Manifest) -> Row:
+    from tasks.errors import TaskError
+    from tasks.executing import execute, why_not_here
+
+    host = _this_host()
+    reasons = why_not_here(manifest, host)
+    if reasons:
+        return {"state": "waiting", "found": f"cannot be executed here: {'; '.join(reasons)}"}
+    note(f"executing {engine}")
+    try:
+        attestation = execute(catalog, engine, host)
+    except (TaskError, ArtifactError) as err:
+        return {"state": "failed", "found": str(err)}
+    return {
+        "state": "passed" if attestation.passed else "failed",
+        "executed": True,
+        "found": _words(attestation),
+        "attestation": attestation.model_dump(mode="json", by_alias=True),
+    }
+
+
+def _this_host() -> Host:
+    from tasks.toolchain import probe_host
+
+    return probe_host()
+
+
+def _words(attestation: Attestation) -> str:
+    measured = attestation.measured
+    parts = [] if attestation.passed else list(attestation.reasons)
+    if measured.parity is not None:
+        distance = measured.parity.relative_l2
+        figure = "not finite" if distance is None else f"{distance:.1e}"
+        parts.append(f"relative L2 {figure} over {len(measured.cases)} shapes, {measured.parity.non_finite} NaN or Inf")
+    if measured.metric is not None and measured.metric.value is not None:
+        parts.append(f"{measured.metric.name} {measured.metric.value:.4f}")
+    return "; ".join(parts)
+
+
+def _checked(manifest: Manifest) -> str:
+    return f"{len(manifest.files)} file{'s' if len(manifest.files) != 1 else ''}, {manifest.size} bytes as the manifest says"
+
+
+def _row(engine: str, state: str, found: str, manifest: Manifest | None = None) -> Row:
+    executed = manifest.verification.engine.executed if manifest is not None else None
+    return {"engine": engine, "state": state, "executed": executed, "found": found}
