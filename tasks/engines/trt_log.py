@@ -25,6 +25,7 @@ _TIMED: Final = re.compile(r"^-+ Timing Runner: (.+?) \(|^\*+ Autotuning format 
 # The first pattern that matches decides, so specific ones come first. Wordings: TensorRT 8.6 on an H200, strings of the
 # libraries of 10.16 and 11.4, and TensorRT-RTX 1.7 on a CPU.
 _KINDS: Final = (
+    ("missing plugin", r"Plugin not found|could not find plugin|getPluginCreator|IPluginCreator not found"),
     (
         "version mismatch",
         (
@@ -40,7 +41,6 @@ _KINDS: Final = (
         ),
     ),
     ("missing package", r"Unable to load library: libnvinfer"),
-    ("missing plugin", r"Plugin not found|could not find plugin|getPluginCreator"),
     ("unsupported operator", r"No importer registered|UNSUPPORTED_\w+|INVALID_NODE|unsupported operator"),
     (
         # Before "no kernel": where memory runs out while kernels are timed, both are said, and this one is the cause.
@@ -67,7 +67,7 @@ _ADVICE: Final = {
     "version mismatch": "build the engine again with this TensorRT on this kind of GPU",
     "no device": "use a host with an NVIDIA GPU and a driver that this TensorRT supports",
     "missing package": "this installation of TensorRT lacks that library; install a whole one, or leave the option out",
-    "missing plugin": "this operator needs a plugin library; use operators of the ONNX standard",
+    "missing plugin": "name the operator's plugin library, with its digest, under build.plugins; or use operators of the ONNX standard",
     "unsupported operator": "replace the operator in the model, or build with a newer TensorRT",
     "no kernel": "raise build.workspace, ask for another precision, or put the node on precision.keep",
     "out of memory": "lower the profiles' maxima or build.workspace, or free memory on the GPU",

@@ -68,7 +68,8 @@ def _about_operator(trt: Any, failure: BackendError, errors: Sequence[Any], path
         return failure
     custom = sorted(f"{domain}::{name}" for name, domain in kinds if domain not in ("", "ai.onnx"))
     if custom:
-        advice = f"{', '.join(custom)} needs a plugin library; use operators of the ONNX standard"
+        needed = ", ".join(custom)
+        advice = f"name the library that brings {needed}, with its digest, under build.plugins; or use operators of the ONNX standard"
         return BackendError("missing plugin", failure.message, advice)
     standard = ", ".join(sorted(name for name, _domain in kinds))
     advice = f"TensorRT {trt.__version__} does not take {standard} as it is used here; change the model, or use a newer TensorRT"

@@ -219,6 +219,7 @@ def test_refusals_name_what_is_refused(on_rtx, model, params, kind, words):
         ("6: [libLoader.cpp::Impl::293] Error Code 6: Internal Error (Unable to load library: libnvinfer_lean.so.8.6.0)", "missing package"),
         ("4: [graphShapeAnalyzer.cpp::processCheck::862] Error Code 4: Internal Error (c: tensor volume exceeds (2^31)-1, dimensions are [1,16,16384,16384])", "bad profile"),
         # strings of the libraries, and of reports
+        ("1: [pluginV2Runner.cpp::load::303] Error Code 1: Serialization (Serialization assertion creator failed.Cannot deserialize plugin since corresponding IPluginCreator not found in Plugin Registry)", "missing plugin"),
         ("10: [optimizer.cpp::computeCosts::3869] Error Code 10: Internal Error (Could not find any implementation for node conv.)", "no kernel"),
         ("2: [virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: OutOfMemory (no further information)", "out of memory"),
         ("2: [virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory (no further information)\n10: Could not find any implementation for node Conv_c.", "out of memory"),
