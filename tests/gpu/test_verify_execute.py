@@ -19,7 +19,7 @@ from tasks.executing import execute, why_not_here
 from tasks.references import save_arrays
 from tasks.toolchain import probe_host
 from tests.engines import manifest_document
-from tests.gpu.test_trt import PROFILES, Compiler
+from tests.gpu.compiling import PROFILES, Compiler
 from tests.unit.tasks.small_graphs import cnn, evaluate, images
 
 pytestmark = pytest.mark.gpu
