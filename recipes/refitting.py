@@ -16,6 +16,7 @@ from recipes.steps import Output, Step, Steps
 # What a compilation with build.refit leaves for a refit, besides its graph.
 PLAN: Final = "model.plan"
 WEIGHTS: Final = "refit.safetensors"
+LAYERS: Final = "layers.json"  # the plan's listing, which stays as it is
 
 Bases = Callable[[str], Sequence[Base]]
 
@@ -43,7 +44,8 @@ class Compilation:
 
     def refit(self, base: Step) -> list[Output]:
         """Return the inputs of a refit of what `base` compiled."""
-        return [*self.inputs, Output(base, PLAN), Output(base, WEIGHTS)]
+        listed = base.record is not None and LAYERS in base.record.outputs
+        return [*self.inputs, Output(base, PLAN), Output(base, WEIGHTS), *([Output(base, LAYERS)] if listed else [])]
 
     def add_refit(self, steps: Steps, base: Step, because: Sequence[str] = ()) -> Step:
         """Add the refit of what `base` compiled: an engine of this graph, as this compilation would make it."""

@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +45,8 @@ LAYERS: Final = "layers.json"
 # A build that runs out of memory is tried again with half of the scratch memory, down to this.
 LEAST_WORKSPACE: Final = 64 << 20
 _MAX_WARNINGS: Final = 50
+# Facts of a compilation that new weights do not change.
+_LASTING: Final = ("settings", "inputs", "outputs", "network_layers", "layers", "kept", "plugins", "workspace")
 
 
 def compile_plan(request: StageRequest) -> StageResult:
@@ -98,7 +101,7 @@ class Build:
             facts["layers"] = self._inspect(engine)
         outputs = {PLAN: ENGINE_PLAN, LAYERS: JSON}
         if self._refit != "none":
-            facts["refit"] = self._offer(engine)
+            facts["refit"] = self._offer(engine, facts)
             outputs |= {REFIT: SAFETENSORS} if "structure" in facts["refit"] else {}
         if (self._request.output_dir / TIMING_CACHE).exists():
             outputs[TIMING_CACHE] = BYTES
@@ -199,7 +202,7 @@ class Build:
         self._request.report(None, "loading the plan")
         return load_plan(self._trt, self._logger, self._log, self._request.output_dir / PLAN, self._request.params)
 
-    def _offer(self, engine: Any) -> dict[str, Any]:
+    def _offer(self, engine: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write down how the plan is refitted. Raises BackendError for a stripped one that cannot be: it is of no use."""
         from tasks.structure import structure_digest
 
@@ -210,6 +213,7 @@ class Build:
             if self._refit == "stripped":
                 raise BackendError("rejected setting", f"refit: {err}", "set build.refit to none or weights") from err
             return {"refused": str(err)}
+        found = replace(found, compiled={name: facts[name] for name in _LASTING if name in facts})
         found.write(self._request.output_dir)
         return {"structure": structure_digest(load_graph(graph)), **found.facts()}
 

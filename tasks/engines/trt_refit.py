@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from artifacts.refs import ENGINE_PLAN
+from artifacts.refs import ENGINE_PLAN, JSON
 from tasks.engines.cuda import Cuda, driver_version, find_device
-from tasks.engines.trt import PLAN, load_plan
+from tasks.engines.trt import LAYERS, PLAN, load_plan
 from tasks.engines.trt_log import Log
 from tasks.engines.trt_plugins import load_plugins, plugin_files
 from tasks.engines.trt_weights import REFIT, Array, Refittable, digest_of, transposed
@@ -37,10 +38,12 @@ _COMPILE: Final = "the engine is compiled instead"
 def run(request: StageRequest) -> StageResult:
     """Put the weights of "model.onnx" into "model.plan", as "refit.safetensors" says, and write the plan anew.
 
-    params: those of the compilation (gpu, version_compatible). Inputs "plugin-*" are libraries, loaded first. Facts: runtime_version, device, driver_cuda, weights and
-    constants (how many were set; None where the version does it from the file), bytes (of the weights), phases (seconds
-    by name), size, warnings, log_lines, peak_memory_bytes. Raises BackendError: "wrong result" where a weight that the plan does
-    not take has changed or one is missing, else with TensorRT's own words.
+    The optional input "layers.json", the plan's listing, holds for what is made, too; inputs "plugin-*" are libraries, loaded
+    first. params: those of the compilation (gpu, version_compatible). Facts: those of the compilation that new weights do not
+    change; runtime_version, device, driver_cuda, weights and constants (how many were set; None where the version sets them
+    from the file), bytes (of the weights), phases (seconds by name), size, warnings, log_lines, peak_memory_bytes. Raises
+    BackendError: "wrong result" where a weight that the plan does not take has changed or one is missing, else with TensorRT's
+    own words.
     """
     # Otherwise the CUDA of TensorRT 8.6 (12.0) loads every kernel of its libraries before the first call. CUDA reads it once.
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
@@ -75,10 +78,15 @@ def run(request: StageRequest) -> StageResult:
             del refitter, engine
         finally:
             cuda.close()
+    outputs = {PLAN: ENGINE_PLAN}
+    if LAYERS in request.inputs:
+        shutil.copyfile(request.inputs[LAYERS], request.output_dir / LAYERS)
+        outputs[LAYERS] = JSON
     facts = {key: value for key, value in how.facts().items() if key != "fixed"}
     return StageResult(
-        {PLAN: ENGINE_PLAN},
+        outputs,
         {
+            **how.compiled,
             "runtime_version": trt.__version__,
             "device": device,
             "driver_cuda": driver_version(),

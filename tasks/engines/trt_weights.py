@@ -13,7 +13,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,11 +54,13 @@ class Refittable:
     """What a refit needs to know of a plan.
 
     `slots` are all weights that the plan takes, None where the version finds them by itself from an ONNX file; `fixed`
-    has the SHA-256 of the values of every weight of the graph that the plan does not take (all) back.
+    has the SHA-256 of the values of every weight of the graph that the plan does not take (all) back; `compiled` are facts
+    of the compilation that are true of what is refitted too.
     """
 
     slots: Mapping[Slot, Source] | None
     fixed: Mapping[str, str]
+    compiled: Mapping[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Return how many weights and constants are put back (None: the version finds them), and names of fixed weights."""
@@ -83,7 +85,9 @@ class Refittable:
                     name = f"constant {len(constants)}"
                     constants[name] = source.constant
                 slots.append([layer, role, source.weight, source.transposed, name])
-        document = json.dumps({"slots": slots, "fixed": dict(self.fixed)}, sort_keys=True)
+        document = json.dumps(
+            {"slots": slots, "fixed": dict(self.fixed), "compiled": dict(self.compiled)}, sort_keys=True
+        )
         save_file(constants, folder / REFIT, metadata={"refit": document})
 
     @classmethod
@@ -94,12 +98,12 @@ class Refittable:
         with safe_open(path, framework="numpy") as stream:
             document = json.loads(stream.metadata()["refit"])
             if document["slots"] is None:
-                return cls(None, document["fixed"])
+                return cls(None, document["fixed"], document["compiled"])
             slots = {
                 (layer, role): Source(weight, transposed, stream.get_tensor(name) if name is not None else None)
                 for layer, role, weight, transposed, name in document["slots"]
             }
-        return cls(slots, document["fixed"])
+        return cls(slots, document["fixed"], document["compiled"])
 
 
 class NotRefittableError(Exception):
@@ -156,13 +160,11 @@ def network_weights(trt: Any, network: Any) -> dict[Slot, Array]:
         layer.__class__ = getattr(trt, interface)  # what get_layer returns has only what all layers have
         for role, attribute in roles.items():
             values = getattr(layer, attribute)
-            values = (
-                values.numpy() if isinstance(values, trt.Weights) else values
-            )  # which of them depends on the version
             if twice:
                 found.pop((layer.name, role), None)
-            elif values.size:
-                found[layer.name, role] = values
+            elif values is not None and values.size:  # a convolution may have no bias
+                # Which of the two it is depends on the version.
+                found[layer.name, role] = values.numpy() if isinstance(values, trt.Weights) else values
     return found
 
 

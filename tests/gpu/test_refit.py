@@ -75,6 +75,7 @@ def test_a_refitted_plan_computes_with_the_new_weights(work, execute, typed, pre
         assert relative(evaluate(cnn(7), {"x": x})["y"], found) < bound
         assert relative(evaluate(cnn(0), {"x": x})["y"], found) > 0.1
     assert refitted.facts["size"] == (output / "model.plan").stat().st_size
+    assert refitted.facts["settings"] == compiled.facts["settings"]
     # What was refitted can be loaded by a process that never saw the graph, and the base is as it was.
     assert relative(evaluate(cnn(0), {"x": images(2)})["y"], execute(base, images(2))) < bound
 

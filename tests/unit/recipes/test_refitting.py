@@ -54,7 +54,11 @@ class Fleet(World):
         if step.stage == "compile":
             identity = refit_identity(record.preimage, self.structure)
             self.listed.setdefault(identity, []).insert(0, Base(record.key, f"digits/{record.key[:4]}"))
-            outputs = {**record.outputs, "refit.safetensors": ArtifactRef(digest(record.key), 10, "x/y")}
+            outputs = {
+                **record.outputs,
+                "refit.safetensors": ArtifactRef(digest(record.key), 10, "x/y"),
+                "layers.json": ArtifactRef(digest("layers"), 10, "x/y"),
+            }
             return replace(record, outputs=outputs, facts={"refit": {"structure": self.structure}})
         return record
 
@@ -103,6 +107,7 @@ def test_new_weights_alone_are_put_into_the_plan_that_is_there(fleet: Fleet):
         "model.onnx": step_of(planned, "type:fp16").record.outputs["model.onnx"].digest,
         "model.plan": compiled.outputs["model.plan"].digest,
         "refit.safetensors": compiled.outputs["refit.safetensors"].digest,
+        "layers.json": digest("layers"),
     }
     assert engine.refitted_from == base
     assert engine.publish.action.params["refitted_from"] == base.key
