@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -140,6 +140,26 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             return _info(path, status) if stat.S_ISREG(status.st_mode) else None
+
+    def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
+        """Return what `info` does of many objects; each takes one lstat, its folder is looked at once. Raises StoreError."""
+        folders: dict[str, str] = {}
+        found: dict[str, ObjectInfo] = {}
+        for path in paths:
+            folder, _slash, name = path.rpartition("/")
+            if folder not in folders:
+                folders[folder] = str(self._locate(folder) if folder else self._checked_root())
+            if not folder or name in ("", ".", "..") or not name.isprintable():
+                check_path(path)
+            try:
+                status = os.lstat(f"{folders[folder]}/{name}")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as err:
+                raise store_error(f"{self.uri}: {path}", err) from err
+            if stat.S_ISREG(status.st_mode):
+                found[path] = _info(path, status)
+        return found
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 PART_BYTES: Final = 16 << 20
 _THREADS: Final = 4
+_ASKERS: Final = 16
+# Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
+_LISTED: Final = 1000
 # CopyObject takes up to 5 GB (Amazon S3 User Guide, "Copying, moving, and renaming objects"); more goes by parts.
 _COPY_BYTES: Final = 5_000_000_000
 _COPY_PART_BYTES: Final = 512 << 20
@@ -166,6 +170,22 @@ class S3Store:
             return None
         return ObjectInfo(path, head["ContentLength"], head["LastModified"].timestamp())
 
+    def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
+        """Return what `info` does of many objects: some are asked for one by one, thousands are found by listing.
+
+        Raises StoreError.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        wanted = {check_path(path) for path in paths}
+        with self._faults("/"):
+            _ = self._client  # made before there are threads: boto3 makes clients in one alone
+        with ThreadPoolExecutor(_ASKERS) as pool:
+            if len(wanted) <= _LISTED:
+                return {info.path: info for info in pool.map(self.info, wanted) if info is not None}
+            listed = pool.map(partial(self._among, wanted), _roots(wanted))
+            return {path: info for found in listed for path, info in found.items()}
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
         return self._pages(check_prefix(prefix))
@@ -257,6 +277,11 @@ class S3Store:
             else:
                 return
 
+    def _among(self, wanted: Collection[str], prefix: str) -> dict[str, ObjectInfo]:
+        """List a folder, keeping what is wanted; times in whole seconds, as a HEAD tells them."""
+        found = (info for info in self.list(prefix) if info.path in wanted)
+        return {info.path: replace(info, modified=float(int(info.modified))) for info in found}
+
     def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
         with self._faults(prefix or "/"):
@@ -267,6 +292,12 @@ class S3Store:
                     # Folder markers that consoles make, and whatever else is no object of a store.
                     if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
                         yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp())
+
+
+def _roots(paths: Collection[str]) -> list[str]:
+    """Return the folders that hold all of these objects, and are listed at once: `cache/blobs/`, `engines/`."""
+    folders = (path.split("/")[:-1] for path in paths)
+    return sorted({"".join(f"{part}/" for part in folder[: 2 if folder[:1] == ["cache"] else 1]) for folder in folders})
 
 
 def _addressing() -> Literal["path", "virtual", "auto"] | None:

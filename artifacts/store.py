@@ -7,7 +7,7 @@ relative, use `/`, and never contain `..`, an empty part or a backslash. The fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,12 @@ class Store(Protocol):
 
     def info(self, path: str) -> ObjectInfo | None:
         """Return size and time of an object, or None where there is none."""
+
+    def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
+        """Return what `info` does of many objects, by path, leaving out those that are not there; of thousands, by listing.
+
+        Raises StoreError.
+        """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix` (a folder prefix ends with `/`), sorted by path."""

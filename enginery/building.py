@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from recipes.plan import Plan
     from recipes.steps import Step
+    from tasks.remembered import PlanMemory
 
 # Set before Prefect is imported, unless the user has set them. The first two keep it from the internet
 # (docs/operations.md); what a stage says is told by this command, so that Prefect need not say it again.
@@ -42,9 +43,14 @@ _SETTLE_SECONDS = 10.0
 
 
 def build_session(
-    session: BuildSession, *, show: Callable[[dict[str, Any]], None], verbose: bool = False, quiet: bool = False
+    session: BuildSession,
+    *,
+    show: Callable[[dict[str, Any]], None],
+    verbose: bool = False,
+    quiet: bool = False,
+    memory: PlanMemory | None = None,
 ) -> dict[str, Any]:
-    """Build what is stale, `show` the report as soon as it is known, and return it."""
+    """Build what is stale, `show` the report as soon as it is known, and return it; `memory` gets a plan that was fresh."""
     planned = session.plan()
     if not planned.ready:
         for step in planned.steps:
@@ -53,6 +59,8 @@ def build_session(
         session.finish(planned)
         document = report(session, planned)
         show(document)
+        if memory is not None:
+            memory.keep([(session, planned)], latest=True)
         return document
     from enginery.progress import watch
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -23,7 +24,12 @@ from enginery.output import (
 from recipes.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
+    from artifacts.store import Store
+    from recipes.plan import Plan
+    from tasks.remembered import Remembered
     from tasks.session import BuildSession
+
+_PLANNERS: Final = 16  # how many recipes are planned at once where a store is across the network
 
 RecipesArgument = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipes (YAML), or folders of them.")]
 TargetOption = Annotated[
@@ -96,16 +102,14 @@ def plan(
     Example: enginery plan recipes/digits.yaml --explain
     """
     from enginery.tables import print_plan
-    from tasks.report import plan_report
 
-    plans = [(session, session.plan()) for session in _sessions(recipes, store, target)]
+    documents = _plan_reports(recipes, store, target or [])
     if as_json:
-        documents = [plan_report(planned) for _session, planned in plans]
         print_json(documents[0] if len(documents) == 1 else documents)
     else:
-        for _session, planned in plans:
-            print_plan(planned, explain=explain)
-    raise typer.Exit(_worst([planned.status for _session, planned in plans]))
+        for document in documents:
+            print_plan(document, explain=explain)
+    raise typer.Exit(_worst([document["status"] for document in documents]))
 
 
 @explains_errors
@@ -123,13 +127,24 @@ def build(
 
     Example: enginery build recipes/digits.yaml --target tensorrt-rtx:sm89
     """
-    from enginery.building import build_session
+    from artifacts.store import open_store
     from enginery.tables import print_build
+    from tasks.remembered import PlanMemory
 
-    reports = [
-        build_session(session, show=(lambda _report: None) if as_json else print_build, verbose=verbose, quiet=as_json)
-        for session in _sessions(recipes, store, target, jobs=jobs)
-    ]
+    opened = open_store(store)
+    paths, show = recipe_paths(recipes), (lambda _report: None) if as_json else print_build
+    memory = PlanMemory(opened, tuple(target or ()))
+    fresh = {path: found for path, found in memory.recall(paths).items() if found.is_latest}
+    sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs)
+    reports: list[dict[str, Any]] = []
+    for path in paths:
+        if path in fresh:
+            reports.append(fresh[path].build_report(opened.uri))
+            show(reports[-1])
+        else:
+            from enginery.building import build_session
+
+            reports.append(build_session(sessions[path], show=show, verbose=verbose, quiet=as_json, memory=memory))
     if as_json:
         print_json(reports[0] if len(reports) == 1 else reports)
     raise typer.Exit(_worst([document["status"] for document in reports]))
@@ -170,26 +185,60 @@ def _states_version(file: Path) -> bool:
         return not file.is_dir()  # the loader says what is wrong with it
 
 
-def _sessions(recipes: list[Path], store: str, target: list[str] | None, *, jobs: int = 2) -> list[BuildSession]:
-    """Open every recipe before anything is run, so that all faults of all of them are told at once."""
+def _plan_reports(recipes: list[Path], store: str, targets: list[str]) -> list[dict[str, Any]]:
+    """Plan every recipe, but for those whose plan is known to be fresh still."""
     from artifacts.store import open_store
-    from tasks.session import open_session
+    from tasks.remembered import PlanMemory
 
     opened = open_store(store)
-    sessions: list[BuildSession] = []
+    paths = recipe_paths(recipes)
+    memory = PlanMemory(opened, tuple(targets))
+    fresh = memory.recall(paths)
+    sessions = _sessions(paths, opened, targets, known=fresh)
+    documents = {path: found.report for path, found in fresh.items()}
+    if sessions:
+        from tasks.report import plan_report
+
+        plans = dict(zip(sessions, _plans(list(sessions.values())), strict=True))
+        documents |= {path: plan_report(planned) for path, planned in plans.items()}
+        memory.keep([(sessions[path], planned) for path, planned in plans.items()])
+    return [documents[path] for path in paths]
+
+
+def _plans(sessions: list[BuildSession]) -> list[Plan]:
+    """Plan, many recipes at once where each waits for a store across the network."""
+    if len(sessions) < 2 or sessions[0].store.uri.startswith("file:"):
+        return [session.plan() for session in sessions]
+    from concurrent.futures import ThreadPoolExecutor
+
+    sessions[0].store.info(sessions[0].latest_path)  # boto3 makes its client in one thread
+    with ThreadPoolExecutor(_PLANNERS) as pool:
+        return list(pool.map(lambda session: session.plan(), sessions))
+
+
+def _sessions(
+    paths: list[Path], store: Store, targets: list[str], *, known: Mapping[Path, Remembered], jobs: int = 2
+) -> dict[Path, BuildSession]:
+    """Open every recipe but those that are `known`, before anything is run, so that all faults of all are told at once."""
+    sessions: dict[Path, BuildSession] = {}
     faults: list[Fault] = []
     names: dict[str, Path] = {}
-    for path in recipe_paths(recipes):
+    for path in paths:
+        if path in known:
+            faults.extend(name_faults(names, path, known[path].report["recipe"]))
+            continue
+        from tasks.session import open_session
+
         try:
             session = open_session(
-                path, opened, targets=tuple(target or ()), jobs=jobs, warn=lambda text: note(f"warning: {text}")
+                path, store, targets=tuple(targets), jobs=jobs, warn=lambda text: note(f"warning: {text}")
             )
         except RecipeError as err:
             faults.extend(err.faults)
         else:
-            faults.extend(_unknown_targets(session, path, target or []))
+            faults.extend(_unknown_targets(session, path, targets))
             faults.extend(name_faults(names, path, session.recipe_name))
-            sessions.append(session)
+            sessions[path] = session
     if faults:
         raise RecipeError(faults)
     return sessions

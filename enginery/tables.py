@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from enginery.rows import Rows, print_rows, say
 
-if TYPE_CHECKING:
-    from recipes.plan import Plan
 
-
-def print_plan(planned: Plan, *, explain: bool) -> None:
-    """Print a plan: what would run; with `explain` also why, and what is cached."""
-    counts = {state: sum(step.state == state for step in planned.steps) for state in ("run", "follows", "cached")}
+def print_plan(document: dict[str, Any], *, explain: bool) -> None:
+    """Print the report of a plan: what would run; with `explain` also why, and what is cached."""
+    steps = document["steps"]
+    counts = {state: sum(step["state"] == state for step in steps) for state in ("run", "follows", "cached")}
     table = Rows(("stage", "subject", "state", *(["why"] if explain else [])))
-    for step in planned.steps:
-        if explain or step.state != "cached":
-            why = ["\n".join(step.why)] if explain else []
-            table.add_row(step.stage, step.subject, step.state, *why)
+    for step in steps:
+        if explain or step["state"] != "cached":
+            why = ["\n".join(step["why"])] if explain else []
+            table.add_row(step["stage"], step["subject"], step["state"], *why)
     if table.rows:
         print_rows(table)
     say(
-        f"{planned.recipe}: {counts['run']} to run, {counts['follows']} more if their input changes, {counts['cached']} cached"
+        f"{document['recipe']}: {counts['run']} to run, {counts['follows']} more if their input changes, {counts['cached']} cached"
     )
-    for engine in planned.engines:
-        if engine.state in ("waiting", "failed"):
-            say(f"{engine.state}: {engine.target} {engine.asked}: {engine.why}")
+    for engine in document["engines"]:
+        if engine["state"] in ("waiting", "failed"):
+            say(f"{engine['state']}: {engine['target']} {engine['precision']['asked']}: {engine['why']}")
 
 
 def print_build(document: dict[str, Any]) -> None:

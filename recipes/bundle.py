@@ -35,9 +35,10 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
     Raises RecipeError: no such file or callable, syntax errors (at their line), a glob that matches nothing.
     """
     _require_file(path)
-    root = _code_root(path)
+    looked_for: dict[Path, bool] = {}
+    root = _code_root(path, looked_for)
     module = _module_name(path, root)
-    walk = _Walk((root, _absolute(recipe_root)), shown=path)
+    walk = _Walk((root, _absolute(recipe_root)), shown=path, looked_for=looked_for)
     walk.add_entry(path, module)
     _require_callable(walk, path, module, callable_name)
     for pattern in include:
@@ -54,6 +55,7 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
         members=members,
         digests={name: walk.digests[name] for name in members},
         packages=tuple(sorted(walk.packages)),
+        looked_for=walk.looked_for if not include else None,
     )
 
 
@@ -82,8 +84,9 @@ def write_tar(bundle: CodeBundle, target: Path) -> None:
 class _Walk:
     """Follows imports from file to file, collecting members, their digests, and packages."""
 
-    def __init__(self, roots: tuple[Path, ...], shown: Path) -> None:
+    def __init__(self, roots: tuple[Path, ...], shown: Path, looked_for: dict[Path, bool]) -> None:
         self.roots = roots
+        self.looked_for = looked_for
         self.members: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
@@ -95,23 +98,28 @@ class _Walk:
 
     def add_entry(self, path: Path, module: str) -> None:
         """Add the entry file, the packages around it, and all that they import."""
-        root = _code_root(path)
+        root = _code_root(path, self.looked_for)
         self._add_module(root, module)
         self._follow()
 
     def _add_module(self, root: Path, module: str) -> bool:
         """Queue a module below a root and the `__init__.py` of every package around it; False where it is not there."""
         parts = module.split(".")
-        file = _module_file(root, parts)
+        file = self._module_file(root, parts)
         if file is None:
             return False
         for count in range(1, len(parts)):
             init = root.joinpath(*parts[:count], "__init__.py")
-            if init.is_file():
+            if _is_file(init, self.looked_for):
                 self._add_file(init, "/".join([*parts[:count], "__init__.py"]), ".".join(parts[:count]))
         name = "/".join([*parts, "__init__.py"] if file.name == "__init__.py" else [*parts[:-1], file.name])
         self._add_file(file, name, module)
         return True
+
+    def _module_file(self, root: Path, parts: Sequence[str]) -> Path | None:
+        package = root.joinpath(*parts, "__init__.py")
+        plain = root.joinpath(*parts[:-1], f"{parts[-1]}.py")
+        return next((path for path in (package, plain) if _is_file(path, self.looked_for)), None)
 
     def _add_file(self, path: Path, name: str, module: str) -> None:
         if name not in self.members:
@@ -153,7 +161,9 @@ class _Walk:
     def _star(self, root: Path, module: str) -> tuple[str, ...]:
         if module not in self._stars:
             init = root.joinpath(*module.split("."), "__init__.py")
-            self._stars[module] = star_names(parse_source(init.read_bytes(), init)) if init.is_file() else ()
+            self._stars[module] = (
+                star_names(parse_source(init.read_bytes(), init)) if _is_file(init, self.looked_for) else ()
+            )
         return self._stars[module]
 
     def include(self, pattern: str, recipe_root: Path) -> None:
@@ -211,9 +221,14 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def _code_root(path: Path) -> Path:
+def _is_file(path: Path, looked_for: dict[Path, bool]) -> bool:
+    found = looked_for[path] = path.is_file()
+    return found
+
+
+def _code_root(path: Path, looked_for: dict[Path, bool]) -> Path:
     folder = _absolute(path).parent
-    while (folder / "__init__.py").is_file() and folder != folder.parent:
+    while _is_file(folder / "__init__.py", looked_for) and folder != folder.parent:
         folder = folder.parent
     return folder
 
@@ -221,12 +236,6 @@ def _code_root(path: Path) -> Path:
 def _module_name(path: Path, root: Path) -> str:
     inner = _absolute(path).relative_to(root)
     return ".".join(inner.parent.parts if inner.name == "__init__.py" else inner.with_suffix("").parts)
-
-
-def _module_file(root: Path, parts: Sequence[str]) -> Path | None:
-    package = root.joinpath(*parts, "__init__.py")
-    plain = root.joinpath(*parts[:-1], f"{parts[-1]}.py")
-    return package if package.is_file() else plain if plain.is_file() else None
 
 
 def _require_callable(walk: _Walk, path: Path, module: str, name: str) -> None:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from artifacts.cache import ActionCache
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
 from artifacts.host import Host
 from artifacts.keys import canonical_json
+from artifacts.observed import ObservedStore
 from artifacts.records import ActionRecord
 from artifacts.refits import Base, RefitIndex, refit_identity
 from artifacts.store import Store
@@ -77,6 +78,8 @@ class BuildSession:
     def __post_init__(self) -> None:
         """Prepare the cache, the limits of stages and the explanations."""
         self._cache = ActionCache(self.store, self._warn_once)
+        self._seen = ObservedStore(self.store)
+        self._versions: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._slots = Slots(self.jobs)
         self._known: dict[tuple[str, str], ActionRecord | None] = {}
@@ -109,6 +112,22 @@ class BuildSession:
         """The recipe's name."""
         return self.loaded.recipe.name
 
+    @property
+    def latest_path(self) -> str:
+        """Where the preimages of the recipe's last build are kept."""
+        return latest_path(self.recipe_name)
+
+    def objects_read(self) -> dict[str, frozenset[str]]:
+        """Return the objects that this session's plans were made from, there or not, by store."""
+        found: dict[str, frozenset[str]] = {}
+        for seen in self._shelves:
+            found[seen.uri] = found.get(seen.uri, frozenset()) | seen.paths
+        return found
+
+    def versions_read(self) -> dict[str, str | None]:
+        """Return the versions of packages that this session's plans asked for."""
+        return dict(self._versions)
+
     def plan(self) -> Plan:
         """Plan with what the store holds and what failed in this session."""
         with self._lock:
@@ -117,7 +136,7 @@ class BuildSession:
             self.loaded.recipe,
             self.files,
             self.host,
-            version=version,
+            version=self._version,
             lookup=self._lookup,
             previous=lambda: self._previous,
             failures=failures,
@@ -231,7 +250,7 @@ class BuildSession:
         with self._lock:
             if identity in self._bases:
                 return self._bases[identity]
-        found = RefitIndex(self.store).bases(identity)
+        found = RefitIndex(cast("Store", self._seen)).bases(identity)
         with self._lock:
             return self._bases.setdefault(identity, found)
 
@@ -264,15 +283,19 @@ class BuildSession:
         with self._lock:
             if (stage, key) in self._known:
                 return self._known[stage, key]
-        record = self._cache.lookup(stage, key)
-        if record is not None and stage == "publish" and not all(is_published(record, one) for one in self._shelves):
+        record = ActionCache(cast("Store", self._seen), self._warn_once).lookup(stage, key)
+        if (
+            record is not None
+            and stage == "publish"
+            and not all(is_published(record, cast("Store", one)) for one in self._shelves)
+        ):
             self._warn_once(f"publish {key[:12]}: what it published is gone; treated as a miss")
             record = None
         with self._lock:
             return self._known.setdefault((stage, key), record)
 
     @cached_property
-    def _shelves(self) -> tuple[Store, ...]:
+    def _shelves(self) -> tuple[ObservedStore, ...]:
         """Where engines have to be for their record to hold: the store, and another folder where the recipe names one.
 
         The address of that folder is no part of the record, which another checkout of the recipe may have made. One in
@@ -280,7 +303,10 @@ class BuildSession:
         """
         to = self.loaded.recipe.publish.to
         other = other_store(to, self.loaded.path) if to is not None and not to.startswith("s3://") else None
-        return (self.store,) if other is None else (self.store, other)
+        return (self._seen,) if other is None else (self._seen, ObservedStore(other))
+
+    def _version(self, package: str) -> str | None:
+        return self._versions.setdefault(package, version(package))
 
     def _note(self, outcome: Outcome) -> Outcome:
         with self._lock:

@@ -181,6 +181,19 @@ class StoreContract:
         assert 1.7e9 < info.modified < 1e11
         assert store.info("a") is None
 
+    @pytest.mark.parametrize("more", [0, 1100])  # asked for one by one, and listed
+    def test_many_infos_at_once(self, store: Store, more: int) -> None:
+        paths = ["cache/blobs/a/b", "cache/actions/x/y", "engines/a/b/c", "top"]
+        for path in paths:
+            store.write(path, path.encode())
+        absent = ["cache/blobs/a", "cache/blobs/a/c", "nothing/here", "top/below", *(f"no/{i}" for i in range(more))]
+        found = store.infos([*paths, *absent])
+        assert found == {path: store.info(path) for path in paths}
+        assert store.infos([]) == {}
+        for bad in ("../up", "a/../b", "a//b", "tmp/x", "..", "a/.."):
+            with pytest.raises(StoreError, match="not an object path"):
+                store.infos(["top", bad])
+
     def test_list_is_sorted_by_whole_path_and_keeps_to_the_prefix(self, store: Store) -> None:
         paths = ["a-b", "a.b/c", "a/b/c", "a/b", "ab", "b/a", "é/x", "a/z"]
         paths = [*(path for path in paths if path != "a/b"), *(f"many/{number:02}" for number in range(17))]

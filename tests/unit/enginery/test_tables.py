@@ -7,6 +7,7 @@ import pytest
 from enginery.tables import print_build, print_plan
 from recipes.plan import Plan
 from recipes.steps import Step
+from tasks.report import plan_report
 
 # To rich, the first is a closing tag (an error), and the second a style (left out).
 WORDS = "crash: [/tmp] and [bold] and [E] said"
@@ -18,7 +19,7 @@ def wide(monkeypatch):
 
 
 def test_a_plan_shows_why_word_for_word(capsys):
-    print_plan(Plan("digits", (Step("export", "export", "failed", (WORDS,)),), ()), explain=True)
+    print_plan(plan_report(Plan("digits", (Step("export", "export", "failed", (WORDS,)),), ())), explain=True)
     assert WORDS in capsys.readouterr().out
 
 
