@@ -81,6 +81,7 @@ class PlanMemory:
     targets: tuple[str, ...] = ()
     folder: Path | None = field(default_factory=plans_folder)
     began: float = field(default_factory=time.time)
+    most: int = MAX_PLANS
     _digests: Digests = field(default_factory=Digests)
     _has_room: bool = False
 
@@ -174,10 +175,10 @@ class PlanMemory:
             return
 
     def _make_room(self) -> None:
-        """Make the folder; where it has grown large, forget everything: half of that is of stores long gone."""
+        """Make the folder; where it has grown large, forget everything: most of that is of stores long gone."""
         if self.folder is None or self._has_room:
             return
-        if self.folder.is_dir() and sum(1 for _entry in os.scandir(self.folder)) > MAX_PLANS:
+        if self.folder.is_dir() and sum(1 for _entry in os.scandir(self.folder)) > self.most:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._has_room = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,15 +69,31 @@ def test_a_plan_of_an_empty_store_imports_nothing_heavy_and_writes_nothing(tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.slow
-def test_what_is_fresh_is_planned_and_built_without_anything_heavy(tmp_path: Path):
-    _ran, planned, _session = build(copy_digits(tmp_path, one_engine), tmp_path / "store")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe that is fresh, its store as if built some time ago: what is new is not remembered."""
+    folder = tmp_path_factory.mktemp("built")
+    _ran, planned, _session = build(copy_digits(folder, one_engine), folder / "store")
     assert planned.fresh
-    for arguments in (
-        ["plan", "digits.yaml", "--explain"],
-        ["plan", "digits.yaml", "--json"],
-        ["build", "digits.yaml"],
-    ):
-        packages, said = imported(*arguments, "--store", "store", cwd=tmp_path)
-        assert not packages & (HEAVY | SPARED), arguments
-        assert "cached" in said
+    for path in (folder / "store").rglob("*"):
+        os.utime(path, (time.time() - 100,) * 2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "digits.yaml", "--explain"], ["build", "digits.yaml"], ["plan", "digits.yaml", "--json"]],
+    ids=" ".join,
+)
+def test_what_is_fresh_is_planned_and_built_without_anything_heavy(
+    built: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packages, said = imported(*arguments, "--store", "store", cwd=built)
+    assert not packages & (HEAVY | SPARED)
+    assert "recipes.planner" in packages
+    assert "cached" in said
+    again, said_again = imported(*arguments, "--store", "store", cwd=built)  # remembered, and so not even read
+    assert not again & {"yaml", "recipes.schema", "recipes.planner"}
+    assert said_again == said

@@ -1,0 +1,137 @@
+"""Measure what it takes to plan a folder of recipes in which nothing is stale, from a folder store and from S3.
+
+    python bench/scale_plan.py [RESULT.json] [--sizes 125 250 500 1000] [--stores folder s3]
+
+Every recipe has a graph of its own and eight engines; records, blobs and engines are those that a build leaves, of made-up
+bytes. S3 is moto's server, on this machine. Each figure is of `enginery plan FOLDER --json`, a process of its own: `first`
+has planned nothing before, `again` (least and median of five) remembers the plans of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from artifacts.folder import FolderStore  # noqa: E402  of this checkout
+from tests.servers import s3_environment, s3_server  # noqa: E402
+from tests.simulated_builds import simulate_build, write_recipe  # noqa: E402
+
+RUNS = 5
+BUCKET = "scale"
+RACY_SECONDS = 61.0  # plans of what S3 has had for less than a minute are not remembered
+
+
+def plan(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, float]:
+    """Plan once; return wall and CPU seconds (the command's own, not the server's)."""
+    command = [sys.executable, "-m", "enginery", "plan", "recipes", "--store", store, "--json"]
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != 0:
+        sys.exit(f"{command}: {done.returncode}\n{done.stderr}")
+    plans = json.loads(done.stdout)
+    states = {step["state"] for one in plans for step in one["steps"]}
+    if len(plans) != recipes or states != {"cached"} or {len(one["engines"]) for one in plans} != {8}:
+        sys.exit(f"{len(plans)} plans, of {states}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": round(wall, 2), "cpu": round(cpu, 2)}
+
+
+def measure(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, Any]:
+    """Plan with nothing remembered, then some times more."""
+    shutil.rmtree(top / "memory", ignore_errors=True)
+    first = plan(top, store, environment, recipes)
+    again = [plan(top, store, environment, recipes) for _ in range(RUNS)]
+    walls = [one["wall"] for one in again]
+    return {
+        "first": first,
+        "again": {
+            "wall": round(statistics.median(walls), 2),
+            "least": min(walls),
+            "cpu": round(statistics.median(one["cpu"] for one in again), 2),
+        },
+    }
+
+
+def upload(store: Path, endpoint: str, known: set[str]) -> None:
+    """Put what is new in a folder store into S3."""
+    import boto3
+
+    client = boto3.session.Session().client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+    )
+    if not known:
+        client.create_bucket(Bucket=BUCKET)
+    files = [path for path in store.rglob("*") if path.is_file()]
+    new = [path for path in files if (name := path.relative_to(store).as_posix()) not in known and not known.add(name)]
+    with ThreadPoolExecutor(8) as pool:
+        for _done in pool.map(
+            lambda path: client.put_object(
+                Bucket=BUCKET, Key=path.relative_to(store).as_posix(), Body=path.read_bytes()
+            ),
+            new,
+        ):
+            pass
+
+
+def main() -> None:
+    """Measure, print, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("result", nargs="?", type=Path, default=ROOT / "bench" / "results" / "scale_plan.json")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[125, 250, 500, 1000])
+    parser.add_argument("--stores", nargs="+", choices=["folder", "s3"], default=["folder", "s3"])
+    asked = parser.parse_args()
+    load = os.getloadavg()[0]
+    rows: dict[str, dict[str, Any]] = {kind: {} for kind in asked.stores}
+    with tempfile.TemporaryDirectory() as name, s3_server() as endpoint:
+        top = Path(name)
+        (top / "recipes").mkdir()
+        (top / "scratch").mkdir()
+        base = {key: value for key, value in os.environ.items() if not key.startswith("ENGINERY_")}
+        base |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(top / "memory")}
+        store, sent, made = FolderStore(top / "store"), set[str](), 0
+        for size in sorted(asked.sizes):
+            while made < size:
+                simulate_build(write_recipe(top / "recipes", f"m{made:04}"), store, top / "scratch")
+                made += 1
+            written = time.time() - 100.0  # as if nobody had planned at once
+            for path in (top / "store").rglob("*"):
+                os.utime(path, (written, written))
+            if "folder" in asked.stores:
+                rows["folder"][str(size)] = measure(top, "store", base, size)
+                print(size, "folder", rows["folder"][str(size)], flush=True)
+            if "s3" in asked.stores:
+                upload(top / "store", endpoint, sent)
+                time.sleep(RACY_SECONDS)
+                rows["s3"][str(size)] = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
+                print(size, "s3", rows["s3"][str(size)], flush=True)
+    document = {
+        "command": "python bench/scale_plan.py",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "load_before": round(load, 2),
+        "engines_of_each_recipe": 8,
+        "runs": RUNS,
+        "seconds": rows,
+    }
+    asked.result.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
