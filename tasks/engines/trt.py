@@ -236,6 +236,8 @@ def load_plan(trt: Any, logger: Any, log: Log, path: Path, params: Mapping[str, 
     runtime = trt.Runtime(logger)
     if params.get("version_compatible"):
         runtime.engine_host_code_allowed = True  # the lean runtime inside of the plan; it was written by ourselves
+    if params.get("dla") is not None:
+        runtime.DLA_core = params["dla"]["core"]
     before = len(log.errors)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
