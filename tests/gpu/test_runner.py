@@ -191,7 +191,8 @@ def test_what_the_caller_got_wrong_is_said_and_the_engine_goes_on(engine):
 def test_closed_engines_free_the_memory(pulled):
     cuda = Cuda()
     try:
-        enginery.load(pulled).close()
+        with enginery.load(pulled) as engine:  # kernels stay loaded as long as the context of the device
+            engine(x=images(128))
         cuda.make_current()
         before = cuda.free_bytes()
         for _ in range(3):
