@@ -13,7 +13,7 @@ from recipes.errors import Fault, RecipeError
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
 from recipes.onnx_data import NotOnnxError, external_locations, location_fault
-from recipes.options import stated_plugins
+from recipes.options import PINS, stated_pins, stated_plugins
 from recipes.schema import Dataset, FileReference, TorchSource
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class RecipeFiles:
     labelled: DatasetFiles | None = None
     metric: CodeBundle | None = None
     plugins: Mapping[str, LocalFile] = field(default_factory=dict)
+    pins: Mapping[tuple[str, str], LocalFile] = field(default_factory=dict)  # by option and digest
 
 
 # What the `fetch` stage reads from a folder (tasks/datasets.py): what is read has to be what is digested.
@@ -142,7 +143,7 @@ class _Gatherer:
             if is_code_reference(recipe.acceptance.metric.name):
                 metric = self._code((*at, "name"), recipe.acceptance.metric.name)
             self._held_out((*at, "data", "data"), calibration, labelled)
-        return RecipeFiles(code, weights, model, calibration, labelled, metric, self._plugins())
+        return RecipeFiles(code, weights, model, calibration, labelled, metric, self._plugins(), self._pins())
 
     def _fault(self, at: Key, what: str) -> None:
         self.faults.append(self.loaded.fault(at, what))
@@ -235,6 +236,19 @@ class _Gatherer:
                     if stream.read(len(_ELF)) != _ELF:
                         self._fault(here, f"{plugin.file} is no shared library (it does not begin as ELF files do)")
                 files[digest] = LocalFile(name, digest, path.stat().st_size, str(path))
+        return files
+
+    def _pins(self) -> dict[tuple[str, str], LocalFile]:
+        """Find the files of earlier builds that are pinned; each has one name, so that its path enters no key."""
+        files: dict[tuple[str, str], LocalFile] = {}
+        for at, option, pinned in stated_pins(self.loaded.recipe):
+            if pinned.file.startswith("s3://"):
+                files[option, pinned.sha256] = LocalFile(PINS[option], pinned.sha256, -1, pinned.file)
+                continue
+            found = self._file((*at, "file"), pinned.file, pinned.sha256)
+            if found is not None:
+                path, digest = found
+                files[option, digest] = LocalFile(PINS[option], digest, path.stat().st_size, str(path))
         return files
 
     def _code(

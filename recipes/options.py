@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from recipes.nodes import Key
-from recipes.schema import QUANTIZED, DeviceClass, Options, Plugin, Precision, Recipe, Target, size_bytes
+from recipes.schema import QUANTIZED, DeviceClass, Options, Pinned, Plugin, Precision, Recipe, Target, size_bytes
 
 # Scratch memory that a tactic may ask for, which the engine needs again wherever it runs. A data-centre GPU serves nothing
 # else, so the compiler's own default holds (all of its memory). A workstation's has 8 GiB and more, and draws a desktop. A
@@ -23,6 +23,8 @@ WORKSPACES: Final[Mapping[DeviceClass, int | None]] = MappingProxyType(
 )
 # Names of BuilderFlags, MemoryPools and tactic sources are TensorRT's; recipes spell them like everything else in them.
 _REMOVED_IN_11: Final = ("cublas", "cublas-lt", "cudnn")
+# Options that pin a file of an earlier build, and the name that it has among the inputs of a compilation.
+PINS: Final[Mapping[str, str]] = MappingProxyType({"timing_cache": "timing.cache", "layers": "expected-layers.json"})
 _DLA_GPUS: Final = ("sm87",)
 _WEAK: Final = "TensorRT 8.6, or 10 with build.typing: weak"
 
@@ -52,6 +54,14 @@ def stated_plugins(recipe: Recipe) -> list[tuple[Key, list[Plugin]]]:
         if target.build is not None:
             found.append((("targets", index, "build", "plugins"), target.build.plugins))
     return found
+
+
+def stated_pins(recipe: Recipe) -> list[tuple[Key, str, Pinned]]:
+    """Return every file of an earlier build that a recipe pins: its path there, the option's name, and the file."""
+    parts: list[tuple[Key, Options]] = [(("build",), recipe.build)]
+    parts += [(("targets", i, "build"), target.build) for i, target in enumerate(recipe.targets) if target.build]
+    found = [((*at, name), name, getattr(options, name)) for at, options in parts for name in PINS]
+    return [(at, name, pinned) for at, name, pinned in found if pinned is not None]
 
 
 def may_refit(recipe: Recipe) -> bool:
@@ -111,6 +121,8 @@ def compile_params(options: Options, runtime: str) -> dict[str, Any]:
         "weight_streaming": options.weight_streaming or None,
         "max_aux_streams": options.auxiliary_streams,
         "dla": dict(options.dla) if options.dla is not None else None,
+        "timing_cache": "pinned" if options.timing_cache is not None else None,
+        "reproducible": options.reproducible or None,
     }
     return params | {name: value for name, value in more.items() if value is not None}
 
@@ -138,6 +150,9 @@ def _rtx(options: Options) -> Found:
         "auxiliary_streams": options.auxiliary_streams is not None,
         "plugins": bool(options.plugins),
         "dla": options.dla is not None,
+        "timing_cache": options.timing_cache is not None,
+        "reproducible": options.reproducible,
+        "layers": options.layers is not None,
     }
     for name in (name for name, asked in lacking.items() if asked):
         yield name, f"{_RTX[name]}; state it for the targets of the runtime tensorrt, under targets[].build"
@@ -150,6 +165,9 @@ _RTX: Final = {
     "auxiliary_streams": "TensorRT-RTX decides on streams on the user's GPU",
     "plugins": "TensorRT-RTX has no plugin layers",
     "dla": "TensorRT-RTX has no DLA",
+    "timing_cache": "TensorRT-RTX times no tactics when it builds",
+    "reproducible": "TensorRT-RTX chooses kernels on the user's GPU",
+    "layers": "TensorRT-RTX's plans are listed on the user's GPU only",
 }
 
 
@@ -160,8 +178,15 @@ def _anywhere(options: Options, gpu: str) -> Found:
         yield "sparsity", "sm75 (Turing) has no kernels for sparse weights; they begin with sm80"
     if options.dla is not None and gpu not in _DLA_GPUS:
         yield "dla", f"{gpu} has no DLA (allowed: {', '.join(_DLA_GPUS)}, which is Orin)"
+    yield from _pins(options)
     if options.weight_streaming and options.typing == "weak":
         yield "weight_streaming", "weight streaming takes strongly typed networks: leave build.typing at strong"
+
+
+def _pins(options: Options) -> Found:
+    asked = [name for name in PINS if getattr(options, name) is not None] + ["reproducible"] * options.reproducible
+    if asked and options.optimization_level == 0:
+        yield asked[0], "optimization_level 0 takes no timing cache: raise it, or leave this out"
 
 
 def _in_version(options: Options, numbers: tuple[int, ...], version: str) -> Found:
@@ -177,6 +202,9 @@ def _in_version(options: Options, numbers: tuple[int, ...], version: str) -> Fou
             yield "refit", f"TensorRT 8.6 does not refit what runs on the DLA, {asks}: leave one of the two out"
     if options.weight_streaming and numbers < (10,):
         yield "weight_streaming", f"weight streaming begins with TensorRT 10.0, {asks}"
+    if options.reproducible and options.timing_cache is not None and options.layers is None and numbers < (10, 8):
+        what = "timing caches whose table of tactics can be compared begin with TensorRT 10.8"
+        yield "reproducible", f"{what}, {asks}: state build.layers, the listing of the build that made the timing cache"
     if options.typing == "weak" and numbers >= (11,):
         yield "typing", f"weak typing ended with TensorRT 10, {asks} (allowed: strong)"
     gone = [name for name in options.tactic_sources or () if name in _REMOVED_IN_11]

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
-from recipes.options import may_refit, stated_plugins
+from recipes.options import PINS, may_refit, stated_plugins
 from recipes.schema import (
     QUANTIZED,
     Benchmark,
@@ -215,6 +215,22 @@ class Pipeline:
         return [
             Output(
                 self.steps.add(f"fetch:{file.name}", params={"kind": "file"}, local=(file, {file.name: file.digest})),
+                file.name,
+            )
+            for file in files
+        ]
+
+    def pins(self, options: Options) -> list[Output]:
+        """Bring what the options pin of an earlier build, checked against its digest."""
+        stated = [(name, pinned) for name in PINS if (pinned := getattr(options, name)) is not None]
+        files = [self.files.pins[name, pinned.sha256] for name, pinned in stated]
+        return [
+            Output(
+                self.steps.add(
+                    f"fetch:{file.name}-{file.digest[:16]}",
+                    params={"kind": "file"},
+                    local=(file, {file.name: file.digest}),
+                ),
                 file.name,
             )
             for file in files

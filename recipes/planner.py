@@ -25,6 +25,8 @@ from recipes.targets import lowers_beside_pairs, refusal
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
 RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 CUDA_FLAVOURS: Final = ("cu11", "cu12", "cu13")
+# What a reproducible build is built again from, as the compilation names it.
+PINNED: Final = ("timing.cache", "layers.json")
 PLAN_NAMES: Final = {"tensorrt-rtx": "model.plan", "tensorrt": "model.plan", "onnxruntime": "model.onnx"}
 
 
@@ -177,7 +179,7 @@ class _Engines:
         if engine.runtime == "tensorrt":
             # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
             params["precision"] = precision
-            inputs += self.pipeline.plugins(engine.options)
+            inputs += [*self.pipeline.plugins(engine.options), *self.pipeline.pins(engine.options)]
             calibrator = uses_calibrator(self.pipeline.recipe, engine.runtime, precision)
             if precision == "int8-fp16" and engine.typed == "int8":
                 params |= {"keep": self.pipeline.recipe.precision.keep} if self.pipeline.recipe.precision.keep else {}
@@ -336,6 +338,11 @@ class _Engines:
             # Which measurement it is enters the key, and not what was found, as that is never the same twice.
             measured["benchmark"] = {"key": timed.action.key} if timed.record and timed.action else None
             inputs += _listings(engine.compile, timed)
+        if engine.options.reproducible:
+            # What the recipe has to pin, so that this engine can be built again.
+            inputs += [
+                made for name in PINNED if (made := Output(engine.compile, name)).ref is not None and made not in inputs
+            ]
         step = self.pipeline.steps.add(
             f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
             params=params,

@@ -8,7 +8,7 @@ from typing import Final
 
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
-from recipes.options import stated_plugins
+from recipes.options import PINS, options_of, place_of, stated_pins, stated_plugins
 from recipes.schema import GPUS, QUANTIZED, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
 from recipes.shapes import batch_axis
 from recipes.targets import check_targets, refusal
@@ -36,7 +36,7 @@ _INTEGERS: Final = {
 def check(recipe: Recipe) -> list[tuple[Key, str]]:
     """Return every broken rule as (path, message), in the order of the schema."""
     rules: tuple[Callable[[Recipe], Found], ...] = (
-        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins,
+        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins, _pins,
         _publish,
     )  # fmt: skip
     return [found for rule in rules for found in rule(recipe)]
@@ -323,6 +323,27 @@ def _plugins(recipe: Recipe) -> Found:
             yield from _path((*at, index, "file"), plugin.file, remote=True)
             if plugin.sha256 in (other.sha256 for other in plugins[:index]):
                 yield (*at, index, "sha256"), "the same library is named twice"
+
+
+def _pins(recipe: Recipe) -> Found:
+    for at, _option, pinned in stated_pins(recipe):
+        yield from _path((*at, "file"), pinned.file, remote=True)
+    for index, target in enumerate(recipe.targets):
+        options = options_of(recipe, target)
+        asked = target.precision or recipe.precision.build
+        if target.runtime != "tensorrt":
+            continue
+        for option in PINS:
+            if getattr(options, option) is None:
+                continue
+            at = place_of(recipe, index, option)
+            if len(target.gpus) > 1:
+                yield at, f"is of one kind of GPU, and the target is for {', '.join(target.gpus)}: state one"
+            if len(asked) > 1 and (option == "layers" or options.reproducible):
+                yield (
+                    at,
+                    f"is of one engine, and the target is built in {', '.join(asked)}: state one in targets[].precision",
+                )
 
 
 def _benchmark(recipe: Recipe) -> Found:

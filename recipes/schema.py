@@ -238,6 +238,13 @@ class Plugin(Model):
     sha256: Sha256 = Field(description="SHA-256 of the library: what is not named by its digest is not loaded.")
 
 
+class Pinned(Model):
+    """A file that an earlier build made, by its digest."""
+
+    file: RelativePath = Field(description="Path relative to the recipe, or s3://bucket/key.")
+    sha256: Sha256 = Field(description="SHA-256 of the file.")
+
+
 class Dla(Model):
     """The deep learning accelerator of a Jetson, which takes layers off the GPU."""
 
@@ -285,6 +292,17 @@ class Options(Model):
     )
     plugins: list[Plugin] = Field(
         default_factory=list, description="Libraries of operators that TensorRT lacks (tensorrt only)."
+    )
+    timing_cache: Pinned | None = Field(
+        default=None,
+        description="What TensorRT measured for an earlier build, in place of what the store holds (tensorrt only).",
+    )
+    reproducible: bool = Field(
+        default=False,
+        description="Choose the same kernels again: those of timing_cache; without one, record it (tensorrt only).",
+    )
+    layers: Pinned | None = Field(
+        default=None, description="The layers.json of an earlier build, which the engine's must equal (tensorrt only)."
     )
     dla: Dla | None = Field(default=None, description="Run on a Jetson's accelerator (tensorrt for sm87 only).")
 

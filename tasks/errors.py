@@ -23,6 +23,7 @@ KINDS: Final = (
     "missing package",
     "rejected setting",
     "wrong result",
+    "not reproducible",
     "bad data",
     "disk full",
     "time-out",

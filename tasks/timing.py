@@ -1,7 +1,7 @@
 """Timing caches in the store: one for each TensorRT version and kind of device, lent to a build and taken back from it.
 
-timing/<runtime>-<version>/<digest>.cache     the cache, as TensorRT serialises it
-timing/<runtime>-<version>/<digest>.json      what the digest is of: versions, driver and device; and the cache's own digest
+timing/<runtime>-<version>/<digest>.cache     one line with the SHA-256 of the rest: the cache, as TensorRT serialises it
+timing/<runtime>-<version>/<digest>.json      what the digest in the name is of: versions, driver and device, for people
 
 Builders that share a store may finish at once: each writes by compare and swap, and where another was faster merges the two, by
 TensorRT itself. A cache only makes builds faster, so that what the store refuses is said in the record, and never fails a build.
@@ -73,23 +73,18 @@ class LentCache:
         """Write the store's cache to a file, where there is one; return whether there was."""
         started = time.monotonic()
         self.facts["place"] = f"{self.place.stem}.cache"
-        lent = False
         try:
-            self._lent = self.store.read(f"{self.place.stem}.cache")
-            described = json.loads(self.store.read(f"{self.place.stem}.json"))
-            # TensorRT parses these bytes in native code: what was cut short must not reach it. What was lent counts as
-            # refused then, so that what this build makes takes its place.
-            lent = isinstance(described, dict) and described.get("sha256") == digest_bytes(self._lent)
-            if lent:
-                target.write_bytes(self._lent)
+            self._lent = _unframed(self.store.read(f"{self.place.stem}.cache"))
+            if self._lent is None:
+                self.facts["not_lent"] = "it is damaged"
             else:
-                self.facts["not_lent"] = "it is damaged, or was being replaced"
+                target.write_bytes(self._lent)
         except NotFoundError:
             pass
-        except (ArtifactError, ValueError) as err:
+        except ArtifactError as err:
             self.facts["not_lent"] = str(err)
         self.facts["lend_seconds"] = round(time.monotonic() - started, 3)
-        return lent
+        return self._lent is not None
 
     def take_back(self, made: Path, facts: Mapping[str, Any], combine: Combine) -> None:
         """Put what a build made (a file, and the stage's own facts about it) into the store, merged with what is there.
@@ -114,14 +109,18 @@ class LentCache:
         base = self._lent if facts.get("used") else None
         for _try in range(_TRIES):
             try:
-                there, version = self.store.read_versioned(f"{self.place.stem}.cache")
+                framed, version = self.store.read_versioned(f"{self.place.stem}.cache")
             except NotFoundError:
-                if self.store.write(f"{self.place.stem}.cache", data, if_absent=True):
-                    return self._described(data, "the first")
+                if self.store.write(f"{self.place.stem}.cache", _framed(data), if_absent=True):
+                    self._describe()
+                    return "the first"
                 continue
+            there = _unframed(framed)
             if there == data:
                 return "nothing new"
-            if there == base:
+            if there is None:
+                merged, how = data, "instead of what was damaged"
+            elif there == base:
                 merged, how = data, "with what was lent"
             elif there == self._lent:
                 merged, how = data, "instead of what was refused"
@@ -130,21 +129,32 @@ class LentCache:
                 if combined is None:
                     return f"no: {said}"
                 merged, how = combined, "merged with what another build had kept meanwhile"
-            if self.store.write(f"{self.place.stem}.cache", merged, if_version=version):
-                return self._described(merged, how)
+            if self.store.write(f"{self.place.stem}.cache", _framed(merged), if_version=version):
+                return how
         return "no: others kept theirs at the same time, again and again"
 
-    def _described(self, data: bytes, how: str) -> str:
+    def _describe(self) -> None:
         """Write what the cache is of beside it, for people: nothing reads it."""
-        document = {"schema": 1, **asdict(self.place), "sha256": digest_bytes(data), "size": len(data)}
+        document = {"schema": 1, **asdict(self.place)}
         self.store.write(f"{self.place.stem}.json", json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
-        return how
+
+
+def _framed(data: bytes) -> bytes:
+    return digest_bytes(data).encode() + b"\n" + data
+
+
+def _unframed(framed: bytes) -> bytes | None:
+    """Return a cache without its digest, or None where it is not whole: TensorRT parses it in native code."""
+    stated, _newline, data = framed.partition(b"\n")
+    return data if stated == digest_bytes(data).encode() else None
 
 
 def lent_cache(store: Store, step: Step, gpu: Gpu | None, host: Host) -> LentCache | None:
     """Return the cache that a step may use on a GPU; None where it has no use for one, or its recipe pins another."""
     action = step.action
-    if action is None or gpu is None or step.stage != "compile" or TIMING_CACHE in step.inputs:
+    if action is None or gpu is None or step.stage != "compile" or action.params.get("reproducible"):
+        return None
+    if TIMING_CACHE in step.inputs:
         return None
     runtime = action.params["runtime"]
     tools = action.toolchain

@@ -24,6 +24,7 @@ from tasks.engines.trt_calibrate import cache_reader
 from tasks.engines.trt_log import Log, progress_monitor
 from tasks.engines.trt_network import add_profiles, parse, signature
 from tasks.engines.trt_plugins import load_plugins, plugin_files
+from tasks.engines.trt_replay import EXPECTED_LAYERS, replay_flags, require_same_layers
 from tasks.engines.trt_settings import Settings
 from tasks.engines.trt_timing import TIMING_CACHE, TimingCache
 from tasks.engines.trt_weak import nodes_in_fp32
@@ -56,9 +57,12 @@ def compile_plan(request: StageRequest) -> StageResult:
     version_compatible; and, where given, precision (to refuse what a version lacks), max_aux_streams, sparse_weights,
     refit ("weights" or "stripped"), weight_streaming, tactic_sources (names), dla {core, gpu_fallback}; typing ("weak":
     the graph is untyped, and lowered by flags), keep (globs of nodes that stay fp32 then) and calibrator (the method that
-    the input "calibration.cache" was found by). Inputs "plugin-*" are libraries, loaded first. The optional input "timing.cache" speeds it up. Outputs: the plan, "layers.json" (the
-    inspector's listing), "timing.cache" (what was given and what this build measured) and, where new weights can be put into
-    the plan, "refit.safetensors". Facts: refit {structure, weights, constants, fixed} or {refused}, runtime_version, device,
+    the input "calibration.cache" was found by). Inputs "plugin-*" are libraries, loaded first. The optional input
+    "timing.cache" speeds it up; with timing_cache ("pinned") it is used or the build fails, with reproducible its tactics are
+    replayed, and with the input "expected-layers.json" the engine's layers are those (`trt_replay`). Outputs: the plan,
+    "layers.json" (the inspector's listing), "timing.cache" (what was given and what this build measured) and, where new weights
+    can be put into the plan, "refit.safetensors". Facts: refit {structure, weights, constants, fixed} or {refused},
+    runtime_version, device,
     driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, phases
     (seconds of start, build and inspect, of which the rest is reading and checking), inputs, outputs,
     plugins, kept (with weak typing), warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
@@ -156,6 +160,9 @@ class Build:
         settings.apply(params, builder, network, self._request.inputs[GRAPH])
         tried.append(settings.workspace(limit))
         add_profiles(trt, log, builder, network, config, params["profiles"])
+        if params.get("reproducible"):
+            for name in replay_flags(trt, pinned=params.get("timing_cache") == "pinned"):
+                settings.flag(name)
         cache, ranges = self._timing.attach(config, params), self._attach_calibration(config)
         monitor = progress_monitor(trt, log, self._request.report)
         if monitor is not None:
@@ -222,6 +229,8 @@ class Build:
         trt = self._trt
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         listing = json.loads(text, strict=False)  # 8.6 separates names of fused ONNX nodes with a bare U+001E
+        if EXPECTED_LAYERS in self._request.inputs:
+            require_same_layers(self._request.inputs[EXPECTED_LAYERS], listing)
         canonical = json.dumps(listing, sort_keys=True, separators=(",", ":")) + "\n"
         (self._request.output_dir / LAYERS).write_text(canonical, "utf-8")
         return {

@@ -62,6 +62,7 @@ _KINDS: Final = (
         ),
     ),
     ("disk full", r"No space left on device"),
+    ("not reproducible", r"new entry to timing cache|ERROR_ON_TIMING_CACHE_MISS|one key should map to"),
 )
 _ADVICE: Final = {
     "version mismatch": "build the engine again with this TensorRT on this kind of GPU",
@@ -74,6 +75,7 @@ _ADVICE: Final = {
     "bad profile": "correct the profiles in the recipe: the network must accept every shape between min and max",
     "bad data": "the graph is damaged, or uses ONNX in a way that this version does not read: export it anew",
     "disk full": "free some space",
+    "not reproducible": "pin the timing cache of a build of this very graph, by this version, on such a device",
     "crash": "this is a fault of the compiler; try another version of it, or report it with these lines",
 }
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from artifacts.refs import BYTES
 from tasks.engines.trt_log import Log
+from tasks.engines.trt_replay import is_editable, pin_tactics, require_same_tactics, tactic_table
 from tasks.errors import BackendError
 from tasks.stage import StageRequest, StageResult
 
@@ -30,11 +31,12 @@ class TimingCache:
     """The timing cache of one build: the one that was given, or an empty one.
 
     `facts`: given; used, or what was said when it was `refused`; size_before and size_after in bytes; reloads, whether what
-    is kept loads again.
+    is kept loads again; and of a reproducible build with an editable cache, tactics: how many the table holds.
     """
 
     def __init__(self, trt: Any, log: Log, given: Path | None) -> None:
         self._trt, self._log = trt, log
+        self._table: dict[str, str] | None = None
         # Kept: nothing says that TensorRT copies the bytes.
         self._data = given.read_bytes() if given is not None else None
         self.facts: dict[str, Any] = {"given": given is not None, "used": False}
@@ -44,7 +46,9 @@ class TimingCache:
     def attach(self, config: Any, params: Mapping[str, Any]) -> Any:
         """Give the cache to a builder configuration, and return it: it has to live until the build is done.
 
-        At optimisation level 0 the builder takes none ("should not be enabled in fastBuild mode", 8.6).
+        params: optimization_level, at 0 of which the builder takes none ("should not be enabled in fastBuild mode", 8.6); and,
+        where given, timing_cache ("pinned": it is used or the build fails) and reproducible (what it holds is replayed; the
+        flags of that have been set). Raises BackendError("version mismatch" | "not reproducible").
         """
         if params.get("optimization_level") == 0:
             self.facts["refused"] = "optimisation level 0 takes no timing cache"
@@ -53,14 +57,28 @@ class TimingCache:
             cache, refused = self._set(config, self._data)
             if refused is None:
                 self.facts["used"] = True
+                if params.get("reproducible") and is_editable(self._trt):
+                    self._table = pin_tactics(cache)
+                    self.facts["tactics"] = len(self._table)
                 return cache
+            if params.get("timing_cache") == "pinned":
+                raise BackendError(
+                    "version mismatch",
+                    f"TensorRT {self._trt.__version__} does not take the pinned timing cache: {refused}",
+                    "pin one that this version wrote on such a device, or leave build.timing_cache out",
+                )
             self.facts["refused"], self._data = refused, None
             self._log.warnings.append(f"the timing cache is not used: {refused}")
         return self._set(config, b"")[0]
 
     def keep(self, config: Any, folder: Path) -> None:
-        """Write what was given and what this build measured, if it can be loaded again."""
+        """Write what was given and what this build measured, and find out whether it loads again.
+
+        Raises BackendError("not reproducible") where the table of tactics that was to be replayed has changed.
+        """
         cache = config.get_timing_cache()
+        if self._table is not None:
+            require_same_tactics(self._table, tactic_table(cache))
         data = cache.serialize() if cache is not None else None
         if data is None:
             return

@@ -104,6 +104,31 @@ def test_a_plugin_without_a_digest_is_refused(tmp_path):
     assert found.endswith("targets[1].build.plugins[0].sha256: is required, and missing")
 
 
+def with_pins(folder, cache, digest):
+    write_project(folder)
+    (folder / "pinned").mkdir(exist_ok=True)
+    (folder / "pinned/timing.cache").write_bytes(b"timing")
+    build = f"build: {{timing_cache: {{file: {cache}, sha256: {digest}}}}}"
+    return changed(
+        "  - {runtime: onnxruntime, precision: [fp32, int8]}", f"  - {{runtime: tensorrt, gpus: [sm90], {build}}}"
+    )
+
+
+def test_a_pinned_file_has_one_name_wherever_it_lies(tmp_path):
+    digest = sha256(b"timing")
+    pins = gather(load_text(tmp_path, with_pins(tmp_path, "pinned/timing.cache", digest))).pins
+    assert set(pins) == {("timing_cache", digest)}
+    file = pins["timing_cache", digest]
+    assert (file.name, file.size, Path(file.address)) == ("timing.cache", 6, tmp_path / "pinned/timing.cache")
+    (remote,) = gather(load_text(tmp_path, with_pins(tmp_path, "s3://bucket/x.cache", digest))).pins.values()
+    assert (remote.name, remote.size, remote.address) == ("timing.cache", -1, "s3://bucket/x.cache")
+
+
+def test_a_pinned_file_that_is_another_is_refused(tmp_path):
+    (found,) = faults(tmp_path, with_pins(tmp_path, "pinned/timing.cache", "f" * 64))
+    assert f"targets[1].build.timing_cache.sha256: pinned/timing.cache: expected {'f' * 64}, found" in found
+
+
 def test_a_digest_that_differs_stops(tmp_path):
     path = write_project(tmp_path)
     good, bad = sha256(b"weights"), "f" * 64

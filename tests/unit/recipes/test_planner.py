@@ -550,9 +550,60 @@ def test_a_graph_that_only_plugins_can_run_is_judged_when_its_engine_is_executed
     assert "not executed: it needs plugins" in planned.engines[0].why
 
 
+PINS = {
+    "timing_cache": {"file": "pinned/timing.cache", "sha256": "a" * 64},
+    "layers": {"file": "pinned/layers.json", "sha256": "b" * 64},
+}
+
+
+def pinned_files(folder: str = "/anywhere") -> RecipeFiles:
+    names = {"timing_cache": "timing.cache", "layers": "expected-layers.json"}
+    pins = {
+        (option, pin["sha256"]): LocalFile(names[option], pin["sha256"], 10, f"{folder}/{pin['file']}")
+        for option, pin in PINS.items()
+    }
+    return replace(FILES, pins=pins)
+
+
+def test_what_is_pinned_of_an_earlier_build_enters_what_is_compiled_by_its_digest():
+    world = World(host=GPU_HOST)
+    world.build(recipe(classic()))
+    made = recipe(classic(reproducible=True, **PINS))
+    ran, planned = world.build(made, pinned_files())
+    assert set(ran) == TRT | {f"fetch:timing.cache-{'a' * 16}", f"fetch:expected-layers.json-{'b' * 16}"}
+    action = next(step for step in planned.steps if step.id == "compile:tensorrt:sm90:fp16").action
+    assert (action.params["timing_cache"], action.params["reproducible"]) == ("pinned", True)
+    assert {"timing.cache", "expected-layers.json"} <= set(action.inputs)
+    assert world.build(made, pinned_files("/elsewhere"))[0] == []
+    ran, _planned = world.build(recipe(classic(timing_cache=PINS["timing_cache"])), pinned_files())
+    assert set(ran) == TRT
+
+
+class Recording(World):
+    """A world whose reproducible compilations write what can be pinned, as `tasks.engines.trt` does."""
+
+    def run(self, step):
+        record = super().run(step)
+        if step.action.params.get("reproducible"):
+            for name in ("timing.cache", "layers.json"):
+                record.outputs[name] = ArtifactRef(digest(f"{name} {step.action.key}"), 100, "x/y")
+        return record
+
+
+def test_a_reproducible_engine_is_published_with_what_it_can_be_built_again_from():
+    world = Recording(host=GPU_HOST)
+    _ran, planned = world.build(recipe(classic(reproducible=True)))
+    for engine in planned.engines:
+        assert set(engine.publish.action.inputs) == {"model.plan", "timing.cache", "layers.json"}
+        assert "timing_cache" not in engine.compile.action.params
+    _ran, planned = world.build(recipe(classic()))
+    assert {name for engine in planned.engines for name in engine.publish.action.inputs} == {"model.plan"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (classic(reproducible=True, timing_cache=PINS["timing_cache"]), "begin with TensorRT 10.8"),
         (classic(refit="stripped"), "stripped plans begin with TensorRT 10.0"),
         (classic(weight_streaming=True), "weight streaming begins with TensorRT 10.0"),
         (classic(hardware_compatibility="same-compute-capability"), "begins with TensorRT 10.9"),

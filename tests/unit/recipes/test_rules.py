@@ -37,6 +37,8 @@ def target(d, **fields):
     d["precision"]["fallback"] = {}
 
 
+PIN = {"file": "pinned", "sha256": "a" * 64}
+
 BROKEN = {
     # profiles
     "axis missing": (lambda d: d["profiles"]["bulk"].pop("height"), "profiles.bulk: [min, opt, max] of height missing (the inputs' dynamic axes: batch, height)"),
@@ -163,6 +165,16 @@ BROKEN = {
     "tactics of RTX": (lambda d: d.update(build={"tactic_sources": []}), "build.tactic_sources: TensorRT-RTX times no tactics when it builds; state it for the targets of the runtime tensorrt, under targets[].build"),
     "own options of RTX": (lambda d: d["targets"][0].update(build={"sparsity": True}), "targets[0].build.sparsity: TensorRT-RTX chooses kernels on the user's GPU"),
     "options of onnxruntime": (lambda d: d["targets"][1].update(build={"workspace": "1GiB"}), "targets[1].build: has no effect: ONNX Runtime takes none of these options"),
+    "timing cache for RTX": (lambda d: d["targets"][0].update(build={"timing_cache": PIN}), "targets[0].build.timing_cache: TensorRT-RTX times no tactics when it builds"),
+    "reproducible RTX": (lambda d: d["targets"][0].update(build={"reproducible": True}), "targets[0].build.reproducible: TensorRT-RTX chooses kernels on the user's GPU"),
+    "layers of RTX": (lambda d: d["targets"][0].update(build={"layers": PIN}), "targets[0].build.layers: TensorRT-RTX's plans are listed on the user's GPU only"),
+    "timing cache at level 0": (lambda d: target(d, build={"timing_cache": PIN, "optimization_level": 0}), "targets[0].build.timing_cache: optimization_level 0 takes no timing cache"),
+    "reproducible at level 0": (lambda d: target(d, build={"reproducible": True, "optimization_level": 0}), "targets[0].build.reproducible: optimization_level 0 takes no timing cache"),
+    "timing cache of several": (lambda d: [target(d, gpus=["sm89", "sm90"]), d.update(build={"timing_cache": PIN})], "build.timing_cache: is of one kind of GPU, and the target is for sm89, sm90: state one"),
+    "replay of several": (lambda d: target(d, precision=["fp16", "fp32"], build={"timing_cache": PIN, "reproducible": True}), "targets[0].build.timing_cache: is of one engine, and the target is built in fp16, fp32: state one in targets[].precision"),
+    "layers of several": (lambda d: target(d, precision=["fp16", "fp32"], build={"layers": PIN}), "targets[0].build.layers: is of one engine"),
+    "nothing compared": (lambda d: [target(d, version="10.7.0.23", build={"timing_cache": PIN, "reproducible": True})], "targets[0].build.reproducible: timing caches whose table of tactics can be compared begin with TensorRT 10.8, and a target asks for 10.7.0.23: state build.layers"),
+    "absolute pin": (lambda d: target(d, build={"timing_cache": PIN | {"file": "/x"}}), "targets[0].build.timing_cache.file: '/x' is absolute"),
     "sparsity on turing": (lambda d: target(d, gpus=["sm75"], build={"sparsity": True}), "targets[0].build.sparsity: sm75 (Turing) has no kernels for sparse weights; they begin with sm80"),
     "streaming on 8.6": (lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"weight_streaming": True})], "build.weight_streaming: weight streaming begins with TensorRT 10.0, and a target asks for 8.6.1.6"),
     "weak streaming": (lambda d: [target(d), d.update(build={"weight_streaming": True, "typing": "weak"})], "build.weight_streaming: weight streaming takes strongly typed networks: leave build.typing at strong"),
@@ -213,6 +225,10 @@ FINE = {
     "8.6 at 17": lambda d: [target(d, version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"})],
     "8.6 on Hopper": lambda d: [target(d, version="8.6.0", gpus=["sm90"]), d.update(export={"opset": 17, "exporter": "torchscript"})],
     "same capability from 10.9": lambda d: [target(d, version="10.9.0.34"), d.update(build={"hardware_compatibility": "same-compute-capability"})],
+    "a recording build": lambda d: target(d, precision=["fp16", "fp32"], gpus=["sm89", "sm90"], build={"reproducible": True}),
+    "a replayed build": lambda d: target(d, version="10.16.1.11", build={"reproducible": True, "timing_cache": PIN}),
+    "a replayed build of 10.7": lambda d: target(d, version="10.7.0.23", build={"reproducible": True, "timing_cache": PIN, "layers": PIN}),
+    "a pinned cache of several precisions": lambda d: target(d, precision=["fp16", "fp32"], build={"timing_cache": PIN}),
     "own options of a target": lambda d: [target(d, build={"typing": "weak", "sparsity": True, "tactic_sources": ["cudnn"], "auxiliary_streams": 2, "device_class": "jetson"}), d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm89"], "precision": ["fp16"]})],
     "a target takes an option back": lambda d: [target(d, build={"weight_streaming": True}), d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm89"], "precision": ["fp16"], "build": {"sparsity": False}})],
     "dla on orin": lambda d: [target(d, gpus=["sm87"], version="8.6.1.6"), d.update(export={"opset": 17, "exporter": "torchscript"}, build={"dla": {"core": 1, "gpu_fallback": False}})],

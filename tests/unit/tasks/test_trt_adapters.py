@@ -92,6 +92,13 @@ def test_options_that_came_or_went_are_refused_naming_the_versions_that_have_the
     assert bindings["creators"]
 
 
+def test_the_timing_cache_can_be_edited_from_10_8_on(bindings):
+    flags = ["EDITABLE_TIMING_CACHE", "DISABLE_COMPILATION_CACHE", "ERROR_ON_TIMING_CACHE_MISS"]
+    editable = major_of(bindings) > 8
+    assert bindings["replay flags"] == [[name, None] for name in flags if editable]
+    assert (bindings["missing for editing"] == []) is editable
+
+
 def test_every_member_that_is_used_is_there(bindings):
     assert bindings["missing"] == []
     assert bindings["device_memory"]
@@ -150,6 +157,7 @@ class OnRtx:
 
     def __init__(self, folder):
         self.folder, self.progress = folder, []
+        self.inputs = {"model.onnx": folder / "model.onnx"}
 
     def __call__(self, model, **params):
         (self.folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -159,7 +167,7 @@ class OnRtx:
         return run_stage(
             "compile",
             asked | params,
-            {"model.onnx": self.folder / "model.onnx"},
+            self.inputs,
             output,
             limits=Limits(timeout_s=120, memory_bytes=8 << 30),
             on_progress=lambda *said: self.progress.append(said),
@@ -177,6 +185,22 @@ class OnRtx:
 def on_rtx(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install 'enginery[tensorrt-rtx]')")
     return OnRtx(tmp_path)
+
+
+def test_a_reproducible_build_sets_the_flags_of_an_editable_timing_cache(on_rtx):
+    flags = {"EDITABLE_TIMING_CACHE", "DISABLE_COMPILATION_CACHE"}
+    settings = on_rtx(cnn(), reproducible=True).facts["settings"]
+    assert {name for name in settings if "CACHE" in name} == flags
+    assert {settings[name] for name in flags} == {True}
+
+
+def test_a_pinned_timing_cache_is_used_or_the_build_fails(on_rtx):
+    (on_rtx.folder / "timing.cache").write_bytes(b"no timing cache")
+    on_rtx.inputs["timing.cache"] = on_rtx.folder / "timing.cache"
+    error = on_rtx.refuse(cnn(), timing_cache="pinned")
+    assert error.kind == "version mismatch"
+    assert "does not take the pinned timing cache" in error.message
+    assert "build.timing_cache" in error.advice
 
 
 def test_the_interface_of_11_compiles_a_typed_graph(on_rtx):

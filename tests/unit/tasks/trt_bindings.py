@@ -59,6 +59,8 @@ REFITTING = {
     "SerializationFlag": "EXCLUDE_WEIGHTS",
 }
 FULLY_CONNECTED = {"IFullyConnectedLayer": "kernel bias", "LayerType": "FULLY_CONNECTED"}
+# Of versions whose timing cache can be edited: 10.8 and later.
+EDITING = {"ITimingCache": "queryKeys query update", "TimingCacheValue": "tacticHash timingMSec"}
 STREAMING = {"ICudaEngine": "streamable_weights_size weight_streaming_budget_v2 get_weight_streaming_automatic_budget"}
 SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 SIGNATURES = {
@@ -95,7 +97,7 @@ def load(folder: Path):
 
 def report(trt, graph: Path) -> dict:
     """Say what our code finds in a TensorRT module."""
-    from tasks.engines import trt_adapter, trt_log
+    from tasks.engines import trt_adapter, trt_log, trt_replay
     from tasks.engines.trt import Build
     from tasks.engines.trt_settings import _FLAGS, _HARDWARE, _NO_EXTERNAL, _REFIT
     from tasks.errors import BackendError
@@ -130,6 +132,11 @@ def report(trt, graph: Path) -> dict:
         "missing for streaming": _missing(trt, STREAMING),
         "missing for refitting": _missing(trt, REFITTING),
         "missing for fully connected": _missing(trt, FULLY_CONNECTED),
+        "missing for editing": _missing(trt, EDITING),
+        "replay flags": [
+            [name, refusal(trt_adapter.named, trt, "BuilderFlag", name)]
+            for name in trt_replay.replay_flags(trt, pinned=True)
+        ],
         "creators": [name for name in ("plugin_creator_list", "all_creators") if hasattr(trt.IPluginRegistry, name)],
         "weak": _weak(trt),
         "calibrator": _calibrator(trt),
