@@ -144,6 +144,8 @@ class World:
 
     def run(self, step: Step) -> ActionRecord:
         names = OUTPUTS.get(step.id, OUTPUTS.get(step.stage))
+        if names is None and isinstance(step.local, LocalFile):
+            names = [step.local.name]
         if names is None:
             names = ["model.plan" if "tensorrt" in step.id else "model.onnx"]
         # A simplifier makes the same graph whatever the profiles are that it is checked in.
