@@ -48,6 +48,7 @@ def test_digits_are_as_right_by_tensorrts_calibration_as_by_pairs(device, trt, t
         "qdq": {"int8": "qdq"},
         "entropy": {"int8": "calibrator"},
         "minmax": {"int8": "calibrator", "calibration": calibration | {"method": "minmax"}},
+        "entropy, rest in fp16": {"int8": "calibrator", "build": ["int8-fp16"]},
     }
     found = {}
     for name, precision in ways.items():
@@ -58,7 +59,7 @@ def test_digits_are_as_right_by_tensorrts_calibration_as_by_pairs(device, trt, t
             recipe.write_text(yaml.safe_dump(document))
         _ran, planned, _session = build(recipe, tmp_path / "store")
         (engine,) = planned.engines
-        assert (engine.given, engine.state) == ("int8", "cached"), engine.why
+        assert (engine.given, engine.state) == (engine.asked, "cached"), engine.why
         compiled = engine.compile.record
         found[name] = {
             "top1": engine.engine_verify.facts["metric"]["value"],
@@ -67,7 +68,9 @@ def test_digits_are_as_right_by_tensorrts_calibration_as_by_pairs(device, trt, t
             "seconds": compiled.facts["seconds"],
             "kept": compiled.facts.get("kept"),
         }
-        assert compiled.facts["settings"]["INT8"] is True
+        if own == {} or name != "qdq":
+            assert compiled.facts["settings"]["INT8"] is True
+        assert compiled.facts["settings"].get("FP16", False) is (engine.given == "int8-fp16")
         for step in planned.steps:
             if step.id.startswith("calibrate:tensorrt"):
                 found[name]["calibrated"] = {**step.record.facts, "stage_seconds": step.record.seconds}
@@ -157,6 +160,29 @@ def test_flags_sources_and_streams_are_set_and_the_engine_is_right(compiler, loa
     assert settings["workspace"] == 256 << 20
     x = images(4)
     assert relative(evaluate(cnn(), {"x": x})["y"], load(output / "model.plan")({"x": x})["y"]) < 1e-5
+
+
+def test_libraries_of_others_are_called_only_where_they_are_asked_for(trt):
+    """8.6 leaves cuBLAS and cuDNN alone whatever the tactic sources say, unless a preview feature is switched off."""
+    from tasks.engines.trt_log import Log
+    from tasks.engines.trt_settings import _NO_EXTERNAL, Settings
+
+    if not hasattr(trt.TacticSource, "CUBLAS_LT"):
+        pytest.skip(f"TensorRT {trt.__version__} has no TacticSource.CUBLAS_LT")
+    log = Log(lambda _fraction, _text: None)
+    builder = trt.Builder(log.for_runtime(trt))
+    switch = getattr(trt.PreviewFeature, _NO_EXTERNAL, None)
+    for sources, off in ((["jit-convolutions"], False), (["cublas-lt", "jit-convolutions"], True)):
+        config = builder.create_builder_config()
+        settings = Settings(trt, log, config)
+        settings._tactic_sources(sources)
+        assert config.get_tactic_sources() == sum(1 << int(_member(trt, name)) for name in sources)
+        if switch is not None:
+            assert config.get_preview_feature(switch) is not off
+
+
+def _member(trt, name):
+    return getattr(trt.TacticSource, name.upper().replace("-", "_"))
 
 
 def test_refittable_engines_keep_their_weights_replaceable(compiler, load):
