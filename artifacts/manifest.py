@@ -133,6 +133,19 @@ class Refused(Part):
     reasons: tuple[str, ...]
 
 
+class CandidateFacts(Part):
+    """One way to build the engine that was considered, where the fastest was asked for."""
+
+    name: str = Field(description="Precision, and the optimisation level where several were tried: fp16-o5.")
+    precision: str
+    optimization_level: int | None
+    passed: bool | None = Field(description="null: it was not tried, for the reason given.")
+    reasons: tuple[str, ...]
+    p50_ms: float | None = Field(description="Geometric mean of the p50 latency over the cases; null: not measured.")
+    graph: bool | None = Field(description="Whether that is with a CUDA graph.")
+    chosen: bool
+
+
 class PrecisionFacts(Part):
     """The precision that was asked for, the one that was given, and what became of those between."""
 
@@ -141,6 +154,9 @@ class PrecisionFacts(Part):
     wish: tuple[str, ...] = Field(description="The recipe's precisions for this target, most wanted first.")
     tried: tuple[Refused, ...]
     kept: tuple[str, ...] = Field(description="Names of the ONNX nodes that were kept in fp32.")
+    candidates: tuple[CandidateFacts, ...] = Field(
+        default=(), description="Where auto was asked for: every candidate, in the order in which they were tried."
+    )
     io: str = Field(description="Type of float inputs and outputs: float32, or native (that of the precision).")
 
 
@@ -415,6 +431,8 @@ class Manifest(Part):
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values; optional parts that it does not have are left out."""
         document = self.model_dump(mode="json", by_alias=True)
+        if not self.precision.candidates:
+            del document["precision"]["candidates"]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}
         return {name: part for name, part in document.items() if part is not None or name not in optional}
 

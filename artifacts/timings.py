@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -25,3 +26,17 @@ def timing_summary(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
             other["name"]: other["ratios"][first] for other in facts["compared"] if first in other.get("ratios", {})
         },
     }
+
+
+def best_ms(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the least p50 latency of each case, in milliseconds, over the ways in which it was run."""
+    found: dict[str, float] = {}
+    for case in cases:
+        p50 = float(case["latency_ms"]["p50"])
+        found[case["name"]] = min(p50, found.get(case["name"], p50))
+    return found
+
+
+def mean_ms(best: Mapping[str, float]) -> float:
+    """Return the geometric mean of the cases' times, in which no case counts more because it takes longer."""
+    return round(math.exp(sum(math.log(max(ms, 1e-9)) for ms in best.values()) / len(best)), 6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.timings import timing_summary
 from enginery.output import console
 from enginery.rows import print_table
-from enginery.tables import size_text, timing_cells
+from enginery.tables import candidate_cells, size_text, timing_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -121,6 +121,11 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
     ]
     asked = "" if precision.asked == precision.given else f" (asked {precision.asked})"
     rows.append(("precision", f"{precision.given}{asked}, inputs and outputs {precision.io}"))
+    rows += [
+        ("candidate", f"{one.name}  p50 {p50} ms, CUDA graph {graph}; {what}")
+        for one in precision.candidates
+        for p50, graph, what in [candidate_cells(one.model_dump())]
+    ]
     rows += [("refused", f"{refused.precision}: {'; '.join(refused.reasons)}") for refused in precision.tried]
     if precision.kept:
         rows.append(("kept in fp32", ", ".join(precision.kept)))

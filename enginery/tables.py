@@ -57,9 +57,23 @@ def print_build(document: dict[str, Any]) -> None:
             else f"{engine['state']}: {_brief(engine['why'])}",
         )
     print_rows(engines)
+    for engine in document["engines"]:
+        if engine.get("candidates"):
+            title = f"{engine['runtime']} {engine['gpu']}: candidates of auto"
+            candidates = Rows(("candidate", "p50 ms", "CUDA graph", ""), title=title)
+            for row in engine["candidates"]:
+                candidates.add_row(row["name"], *candidate_cells(row))
+            print_rows(candidates)
     say(f"store: {document['store']}")
     if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
         say("executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.")
+
+
+def candidate_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return p50 latency, whether as a CUDA graph, and what became of a candidate for the fastest engine."""
+    p50, graph = _figure(row["p50_ms"], ".3f"), {True: "yes", False: "no", None: "-"}[row["graph"]]
+    what = "chosen" if row["chosen"] else "passed" if row["passed"] else ""
+    return p50, graph, "; ".join([*([what] if what else []), *map(_brief, row["reasons"])])
 
 
 def timing_cells(timing: dict[str, Any] | None) -> tuple[str, str]:

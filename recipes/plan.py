@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from artifacts.refits import Base
+from recipes.choosing import Candidate
 from recipes.gates import Verdict
-from recipes.schema import Options, Precision
+from recipes.schema import Asked, Options, Precision
 from recipes.steps import Step
 
 
@@ -27,13 +28,16 @@ class EnginePlan:
     failed (no precision passed its gates, or a step failed). `compile` makes the plan: it is a step of the stage
     refit where `refitted_from` names the compilation whose plan gets new weights. `typed` is the precision of the graph
     that is compiled: fp32 where a weakly typed compiler lowers it itself.
+
+    Of one asked for as `auto`, `candidates` says what became of each, `chosen` which it is, `variant` how its steps are told
+    from those of its precision at another level, and `tolerated` which steps may fail, as another candidate takes their place.
     """
 
     target: str
     runtime: str
     runtime_version: str
     gpu: str
-    asked: Precision
+    asked: Asked
     given: Precision | None
     state: Literal["cached", "run", "waiting", "failed"]
     why: str = ""
@@ -46,6 +50,10 @@ class EnginePlan:
     benchmark: Step | None = None
     publish: Step | None = None
     refitted_from: Base | None = None
+    variant: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    chosen: Candidate | None = None
+    tolerated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Plan:
     @property
     def status(self) -> int:
         """The exit status that the plan stands for: 1 something failed, 3 something waits for another host, 0 else."""
-        if any(step.state in ("failed", "blocked") for step in self.steps) or any(
+        tolerated = {name for engine in self.engines for name in engine.tolerated}
+        if any(step.state in ("failed", "blocked") and step.id not in tolerated for step in self.steps) or any(
             engine.state == "failed" for engine in self.engines
         ):
             return 1

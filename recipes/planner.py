@@ -6,19 +6,22 @@ Pure: records come through `lookup`, versions through `version`. The build runs 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from artifacts.host import Host
 from artifacts.refits import Base
+from recipes.choosing import Candidate, candidates_of, fastest, measured
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge, parity_bounds
 from recipes.options import calibrator_refusal, compile_params, options_of, refusals, uses_calibrator
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import QUANTIZED, Precision, Recipe, Target
+from recipes.schema import QUANTIZED, Asked, Precision, Recipe, Target, duration_seconds
 from recipes.steps import Lookup, Output, Step, Steps
 from recipes.targets import lowers_beside_pairs, refusal
 
@@ -41,16 +44,17 @@ def plan(
     failures: Mapping[str, str] | None = None,
     selection: Selection | None = None,
     bases: Bases = lambda _identity: (),
+    spent: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a recipe on a host.
 
     `version` gives the full version of an installed package (None: not installed) without importing it; `lookup`
     gives the action record of (stage, key); `previous` gives the last build's preimages by step id, for explanations
     (it is not asked where nothing is stale); `failures` has what failed in this build, by key; `bases` lists what may be
-    refitted (`artifacts.refits`).
+    refitted (`artifacts.refits`); `spent` has the seconds that this build has spent on steps, by key.
     """
     steps = Steps(lookup, previous, failures or {})
-    engines = _Engines(Pipeline(recipe, files, version, steps), host, Refits(steps, bases))
+    engines = _Engines(Pipeline(recipe, files, version, steps), host, Refits(steps, bases), spent or {})
     chosen = selection or Selection()
     planned = [
         engines.plan(target, gpu, asked)
@@ -69,8 +73,9 @@ class _Engines:
     pipeline: Pipeline
     host: Host
     refits: Refits
+    spent: Mapping[str, float]
 
-    def plan(self, target: Target, gpu: str, asked: Precision) -> EnginePlan:
+    def plan(self, target: Target, gpu: str, asked: Asked) -> EnginePlan:
         """Plan one engine: the first precision of the chain that passes its gates is compiled and published."""
         recipe = self.pipeline.recipe
         version = self.host.runtimes.get(target.runtime, target.version or "")
@@ -86,34 +91,101 @@ class _Engines:
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)
         if waiting is None and lacking is not None:
             return replace(base, state="failed", why=lacking)
+        if asked == "auto":
+            return self._fastest(base, target, waiting)
         trials: list[Trial] = []
         for precision in (asked, *recipe.precision.fallback.get(asked, ())):
-            refused = refusal(target.runtime, gpu, precision, version or None)
-            if refused is None and precision in QUANTIZED and recipe.precision.int8 == "calibrator":
-                refused = calibrator_refusal(options, target.runtime, version or None)
-            if refused is not None:
-                trials.append(Trial(precision, Verdict(passed=False, reasons=(refused,))))
-                continue
-            # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
-            source = self._typed(base, precision)
-            typed = self.pipeline.typed(source)
-            graph = self.pipeline.verify(f"verify:{source}", "graph", typed, tf32=source == "tf32")
-            verdict = self._verdict(graph, source)
-            if waiting is not None and (verdict is None or verdict.passed):
-                return replace(base, state="waiting", why=waiting, trials=(*trials, Trial(precision, verdict)))
-            reasons: list[str] = []
-            wanted = replace(base, given=precision, typed=source, verify=graph)
-            for made, origin in self._ways(wanted, precision, graph, verdict, reasons):
-                engine = replace(wanted, compile=made, refitted_from=origin)
-                engine = replace(engine, engine_verify=self._execute(engine, precision, again=bool(reasons)))
-                verdict = self._verdict(graph, source) and self._judged(engine.engine_verify or graph, precision)
-                if verdict is None or verdict.passed:
-                    engine = replace(engine, benchmark=self._benchmark(engine))
-                    return self._published(replace(engine, trials=(*trials, Trial(precision, verdict))), target)
-                reasons.append(f"compiled: what was refitted does not pass: {', '.join(verdict.reasons)}")
+            engine, verdict = self._trial(base, precision, waiting)
             trials.append(Trial(precision, verdict))
-        tried = "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
-        return replace(base, state="failed", why=f"no precision passed its gates: {tried}", trials=tuple(trials))
+            if engine.state == "waiting":
+                return replace(engine, trials=tuple(trials))
+            if verdict is None or verdict.passed:
+                engine = replace(engine, benchmark=self._benchmark(engine), trials=tuple(trials))
+                return self._published(engine, target)
+        return replace(
+            base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials)
+        )
+
+    def _trial(self, base: EnginePlan, precision: Precision, waiting: str | None) -> tuple[EnginePlan, Verdict | None]:
+        """Describe building one precision up to the verdict on it; `waiting` says what this host lacks to compile it."""
+        recipe = self.pipeline.recipe
+        refused = refusal(base.runtime, base.gpu, precision, base.runtime_version or None)
+        if refused is None and precision in QUANTIZED and recipe.precision.int8 == "calibrator":
+            refused = calibrator_refusal(base.options, base.runtime, base.runtime_version or None)
+        if refused is not None:
+            return base, Verdict(passed=False, reasons=(refused,))
+        # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
+        source = self._typed(base, precision)
+        typed = self.pipeline.typed(source)
+        graph = self.pipeline.verify(f"verify:{source}", "graph", typed, tf32=source == "tf32")
+        verdict = self._verdict(graph, source)
+        wanted = replace(base, given=precision, typed=source, verify=graph)
+        if waiting is not None and (verdict is None or verdict.passed):
+            return replace(base, state="waiting", why=waiting), verdict
+        reasons: list[str] = []
+        for made, origin in self._ways(wanted, precision, graph, verdict, reasons):
+            engine = replace(wanted, compile=made, refitted_from=origin)
+            engine = replace(engine, engine_verify=self._execute(engine, precision, again=bool(reasons)))
+            verdict = self._verdict(graph, source) and self._judged(engine.engine_verify or graph, precision)
+            if verdict is None or verdict.passed:
+                return engine, verdict
+            reasons.append(f"compiled: what was refitted does not pass: {', '.join(verdict.reasons)}")
+        return wanted, verdict
+
+    def _fastest(self, base: EnginePlan, target: Target, waiting: str | None) -> EnginePlan:
+        """Plan the fastest candidate that passes: one candidate at a time, so that each is alone on its device.
+
+        When the budget is spent and one has passed, candidates that would have to be made are left for another build.
+        """
+        precision, steps = self.pipeline.recipe.precision, self.pipeline.steps
+        budget = float(duration_seconds(precision.budget)) if precision.budget is not None else math.inf
+        levels: tuple[int | None, ...] = (None,)
+        if precision.optimization_levels is not None and base.runtime != "onnxruntime":
+            levels = tuple(precision.optimization_levels)
+        tried: list[Candidate] = []
+        engines: dict[str, EnginePlan] = {}
+        tolerated: list[str] = []
+        seconds = 0.0
+        for level, one in itertools.product(levels, candidates_of(self.pipeline.recipe, target)):
+            candidate, mark, before = Candidate(one, level), steps.mark(), seconds
+            found = any(other.passed for other in tried)
+            if found and base.runtime == "tensorrt-rtx":
+                tried.append(replace(candidate, reasons=("not tried: nothing is measured here, so the first counts",)))
+                continue
+            engine, verdict = self._trial(_at_level(base, level), one, waiting)
+            if engine.state == "waiting":
+                return engine
+            timed = self._timed(engine) if verdict is not None and verdict.passed else None
+            seconds += sum(
+                self.spent.get(step.action.key, 0.0) for step in steps.since(mark) if step.action is not None
+            )
+            needed = [step for step in (engine.verify, engine.compile, engine.engine_verify, timed) if step is not None]
+            broken = next((step for step in needed if step.state in ("failed", "blocked")), None)
+            if broken is not None:
+                tolerated += [step.id for step in steps.since(mark) if step.state in ("failed", "blocked")]
+                tried.append(replace(candidate, passed=False, reasons=(f"{broken.id}: {_first_line(broken.why)}",)))
+            elif verdict is not None and not verdict.passed:
+                tried.append(replace(candidate, passed=False, reasons=verdict.reasons))
+            elif all(step.record is not None for step in needed):
+                engines[candidate.name] = replace(engine, benchmark=timed)
+                tried.append(_measured(replace(candidate, passed=True), timed))
+            elif found and before >= budget:
+                steps.restore(mark)
+                tried.append(replace(candidate, reasons=(f"not tried: the budget of {precision.budget} is spent",)))
+            else:
+                return replace(base, candidates=tuple(tried), tolerated=tuple(tolerated), trials=_refused(tried))
+        base = replace(base, candidates=tuple(tried), tolerated=tuple(tolerated), trials=_refused(tried))
+        best = fastest(tried)
+        if best is None:
+            why = "; ".join(f"{one.name}: {', '.join(one.reasons)}" for one in tried)
+            return replace(base, state="failed", why=f"no candidate passed: {why}")
+        engine = replace(
+            engines[best.name], chosen=best, candidates=base.candidates, tolerated=base.tolerated, trials=base.trials
+        )
+        asked = self.pipeline.recipe.benchmark
+        if engine.benchmark is not None and asked is not None and asked.compare:
+            engine = replace(engine, benchmark=self._timed(engine, compare=asked.compare))
+        return self._published(engine, target)
 
     def _typed(self, engine: EnginePlan, precision: Precision) -> Precision:
         """Return the precision of the graph that the compiler gets: a higher one where it is to lower the graph itself."""
@@ -191,7 +263,7 @@ class _Engines:
                 params["calibrator"] = calibration.method
                 inputs.append(self._calibrate(engine, gates))
         return Compilation(
-            f"{engine.runtime}:{engine.gpu}:{precision}",
+            f"{engine.runtime}:{engine.gpu}:{precision}{engine.variant}",
             params=params,
             inputs=inputs,
             toolchain=self._compiler(engine),
@@ -244,7 +316,7 @@ class _Engines:
         """Verify the compiled engine itself, where this host can execute it; `again`, where a refitted one failed."""
         if engine.compile is None or engine.runtime == "tensorrt-rtx":
             return None
-        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}" + (":compiled" if again else "")
+        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}{engine.variant}" + (":compiled" if again else "")
         if engine.runtime == "onnxruntime":
             return self.pipeline.verify(step_id, "engine", engine.compile)
         return self.pipeline.verify(
@@ -260,18 +332,23 @@ class _Engines:
     def _benchmark(self, engine: EnginePlan) -> Step | None:
         """Time an engine that was executed here, where the recipe asks for it."""
         asked = self.pipeline.recipe.benchmark
-        if asked is None or engine.compile is None or engine.engine_verify is None:
+        return self._timed(engine, compare=asked.compare) if asked is not None else None
+
+    def _timed(self, engine: EnginePlan, *, compare: Sequence[str] = ()) -> Step | None:
+        """Time an engine that was executed here, beside what it is compared with."""
+        if engine.compile is None or engine.engine_verify is None:
             return None
         gpu = self.host.gpu(engine.gpu)  # also where the engine may run on others: a time is that of one device
         on_gpu = {**self._device(engine), "device": gpu.device() if gpu is not None else None}
         device = on_gpu if engine.runtime == "tensorrt" else {"cpu": self.host.cpu, "os": self.host.os}
         return self.pipeline.benchmark(
-            f"benchmark:{engine.runtime}:{engine.gpu}:{engine.given}",
+            f"benchmark:{engine.runtime}:{engine.gpu}:{engine.given}{engine.variant}"
+            + (":compared" if engine.chosen is not None else ""),
             self._engine_files(engine, engine.compile),
             engine.engine_verify,
             executor=self._executor(engine),
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **device},
-            compare=asked.compare,
+            compare=compare,
         )
 
     def _engine_files(self, engine: EnginePlan, compiled: Step) -> list[Output]:
@@ -322,6 +399,12 @@ class _Engines:
             "to": recipe.publish.to,
             **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         }
+        if engine.chosen is not None:
+            # Not the times, but which measurements they are, as for the benchmark below.
+            params["candidates"] = [
+                {"name": one.name, "passed": one.passed, "reasons": list(one.reasons), "benchmark": one.key}
+                for one in engine.candidates
+            ]
         if engine.refitted_from is not None:
             params["refitted_from"] = engine.refitted_from.key
         not_executed = {
@@ -356,6 +439,34 @@ class _Engines:
         elif step.state in ("failed", "blocked"):
             state = "failed"
         return replace(engine, state=state, why="; ".join(step.why), publish=step)
+
+
+def _at_level(base: EnginePlan, level: int | None) -> EnginePlan:
+    if level is None:
+        return base
+    options = base.options.model_copy(update={"optimization_level": level})
+    return replace(base, options=options, variant=f"-o{level}")
+
+
+def _measured(candidate: Candidate, timed: Step | None) -> Candidate:
+    if timed is None or timed.facts is None or timed.action is None:
+        return candidate
+    ms, graph = measured(timed.facts)
+    return replace(candidate, ms=ms, graph=graph, key=timed.action.key)
+
+
+def _refused(tried: Sequence[Candidate]) -> tuple[Trial, ...]:
+    return tuple(
+        Trial(one.precision, Verdict(passed=False, reasons=one.reasons)) for one in tried if one.passed is False
+    )
+
+
+def _told(trials: Sequence[Trial]) -> str:
+    return "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
+
+
+def _first_line(why: Sequence[str]) -> str:
+    return why[0].partition("\n")[0] if why else "no reason known"
 
 
 def _listings(compiled: Step, timed: Step) -> list[Output]:

@@ -6,10 +6,24 @@ import posixpath
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from recipes.choosing import candidates_of
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
 from recipes.options import PINS, options_of, place_of, stated_pins, stated_plugins
-from recipes.schema import GPUS, QUANTIZED, Calibration, Dataset, OnnxSource, Precision, Recipe, Tensor, TorchSource
+from recipes.schema import (
+    EXACTNESS,
+    GPUS,
+    PRECISIONS,
+    QUANTIZED,
+    Asked,
+    Calibration,
+    Dataset,
+    OnnxSource,
+    Precision,
+    Recipe,
+    Tensor,
+    TorchSource,
+)
 from recipes.shapes import batch_axis
 from recipes.targets import check_targets, refusal
 
@@ -24,9 +38,6 @@ OPSET_CEILING: Final = 22
 # QuantizeLinear has an axis from there on.
 INT8_FLOOR: Final = 13
 
-# How much of fp32 a precision keeps: a fallback has to lead upwards. fp16 and bf16 trade range for digits, so either
-# may follow the other.
-_RANK: Final[dict[Precision, int]] = {"int8": 0, "int8-fp16": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3}
 _INTEGERS: Final = {
     "int64": (-(1 << 63), (1 << 63) - 1), "int32": (-(1 << 31), (1 << 31) - 1),
     "uint8": (0, 255), "int8": (-128, 127), "bool": (0, 1),
@@ -43,8 +54,13 @@ def check(recipe: Recipe) -> list[tuple[Key, str]]:
 
 
 def asked_precisions(recipe: Recipe) -> tuple[Precision, ...]:
-    """Return every precision that some target asks for, before any fallback."""
-    asked = [precision for target in recipe.targets for precision in target.precision or recipe.precision.build]
+    """Return every precision that some target asks for, before any fallback; for `auto` those that it tries."""
+    asked = [
+        precision
+        for target in recipe.targets
+        for word in target.precision or recipe.precision.build
+        for precision in (candidates_of(recipe, target) if word == "auto" else (word,))
+    ]
     return tuple(dict.fromkeys(asked))
 
 
@@ -176,13 +192,14 @@ def _precision(recipe: Recipe) -> Found:
             before = chain[index - 1] if index else precision
             if other == precision or other in chain[:index]:
                 yield (*at, index), f"{other} is in this chain already"
-            elif _RANK[other] < _RANK[before]:
+            elif EXACTNESS[other] < EXACTNESS[before]:
                 yield (*at, index), f"{other} is lower than {before}; a fallback leads to a higher precision"
             elif places and all(refusal(target.runtime, gpu, other, target.version) for target, gpu in places):
                 yield (*at, index), f"no target can be built in {other}"
+    yield from _auto(recipe)
     quantized = [precision for precision in asked if precision in QUANTIZED]
     if quantized and plan.calibration is None:
-        at = ("precision", "build") if set(quantized) & set(plan.build) else ("targets",)
+        at = ("precision", "build") if {*quantized, "auto"} & set(plan.build) else ("targets",)
         yield at, f"{quantized[0]} needs precision.calibration: data that its ranges are found on"
     if plan.int8 == "calibrator" and not quantized:
         yield ("precision", "int8"), f"has no effect: nothing is built in int8 (built: {', '.join(asked)})"
@@ -195,6 +212,31 @@ def _precision(recipe: Recipe) -> Found:
     for index, glob in enumerate(plan.keep):
         if not glob.strip():
             yield ("precision", "keep", index), "an empty glob matches no node"
+
+
+def _auto(recipe: Recipe) -> Found:
+    plan = recipe.precision
+    places: list[tuple[Key, list[Asked]]] = [
+        (("targets", index, "precision"), target.precision)
+        for index, target in enumerate(recipe.targets)
+        if target.precision is not None
+    ]
+    own = len(places) == len(recipe.targets)
+    places += [] if own else [(("precision", "build"), plan.build)]
+    for at, words in places:
+        if "auto" in words and len(words) > 1:
+            yield at, "auto stands alone: what it tries goes under precision.candidates"
+    if not any("auto" in words for _at, words in places):
+        for key in ("candidates", "optimization_levels", "budget"):
+            if getattr(plan, key) is not None:
+                yield ("precision", key), "has no effect: no target asks for the precision auto"
+        return
+    runtimes = {target.runtime for target in recipe.targets if "auto" in (target.precision or plan.build)}
+    for index, precision in enumerate(plan.candidates or ()):
+        if all(precision not in PRECISIONS[runtime] for runtime in runtimes):
+            yield ("precision", "candidates", index), f"no target that asks for auto can be built in {precision}"
+    if plan.optimization_levels is not None and runtimes == {"onnxruntime"}:
+        yield ("precision", "optimization_levels"), "has no effect: ONNX Runtime has no such levels"
 
 
 def _calibration(recipe: Recipe) -> Found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 SCHEMA_VERSION: Final = 1
 
@@ -21,6 +21,8 @@ SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(MiB|GiB)$"
 DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"]
+# `auto` stands for the fastest of several that passes its gates; it is asked for alone, and never given.
+Asked = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16", "auto"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Contender = Literal["torch", "torch-fp16", "torch-compile", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
@@ -45,6 +47,8 @@ PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
     "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"),
     "onnxruntime": ("fp32", "fp16", "int8", "int8-fp16"),
 }
+# How much of fp32 a precision keeps. fp16 and bf16 trade range for digits, so neither is above the other.
+EXACTNESS: Final[dict[Precision, int]] = {"int8": 0, "int8-fp16": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3}
 # Those that need calibrated ranges: Q/DQ pairs in an fp32 graph, or in a half one.
 QUANTIZED: Final[tuple[Precision, ...]] = ("int8", "int8-fp16")
 
@@ -177,10 +181,42 @@ class Calibration(Dataset):
     batch: int = Field(default=8, ge=1, description="Samples in one calibration run; memory grows with it.")
 
 
+def _listed(value: Any) -> Any:
+    return [value] if value == "auto" else value
+
+
+def _or_auto(schema: dict[str, Any]) -> None:
+    """Let editors know that the word `auto` may stand in place of the list; each rule holds for one of the types alone."""
+    choices = schema.pop("anyOf", None)
+    for choice in choices or ():
+        schema.update({name: value for name, value in choice.items() if name != "type"})
+    schema["type"] = ["array", "string", *(["null"] if choices else [])]
+    schema["pattern"] = "^auto$"
+
+
+AskedList = Annotated[list[Asked], BeforeValidator(_listed)]
+
+
 class PrecisionPlan(Model):
     """Which precisions to build, how ranges are found, and what gives way to what."""
 
-    build: list[Precision] = Field(default=["fp32"], min_length=1, description="Most wanted first.")
+    build: AskedList = Field(
+        default=["fp32"],
+        min_length=1,
+        description="Most wanted first; auto: the fastest of the candidates that passes its gates.",
+        json_schema_extra=_or_auto,
+    )
+    candidates: list[Precision] | None = Field(
+        default=None, min_length=1, description="What auto tries, in order; default: all that a target can have."
+    )
+    optimization_levels: list[Annotated[int, Field(ge=0, le=5)]] | None = Field(
+        default=None, min_length=1, description="Levels of the compiler that auto tries each candidate at."
+    )
+    budget: str | None = Field(
+        default=None,
+        pattern=DURATION_PATTERN,
+        description="How long one build looks for the fastest; default: no limit.",
+    )
     fallback: dict[Precision, list[Precision]] = Field(
         default_factory=dict, description="What takes a precision's place, in order, when its gate fails."
     )
@@ -192,10 +228,10 @@ class PrecisionPlan(Model):
         description="qdq: ranges in the graph, for every runtime; calibrator: TensorRT 8.6's and 10's own (tensorrt only).",
     )
 
-    @field_validator("build")
+    @field_validator("build", "candidates", "optimization_levels")
     @classmethod
-    def _unique(cls, value: list[Precision]) -> list[Precision]:
-        if len(set(value)) != len(value):
+    def _unique(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and len(set(value)) != len(value):
             raise ValueError("the same precision is named twice")
         return value
 
@@ -317,7 +353,9 @@ class Target(Model):
     version: str | None = Field(
         default=None, description="Full runtime version; default: the one installed where it compiles."
     )
-    precision: list[Precision] | None = Field(default=None, description="Instead of precision.build.")
+    precision: AskedList | None = Field(
+        default=None, description="Instead of precision.build.", json_schema_extra=_or_auto
+    )
     build: Options | None = Field(default=None, description="Options of the compiler that differ from build.")
 
 

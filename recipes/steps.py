@@ -161,6 +161,19 @@ class Steps:
         self._steps[step_id] = step
         return step
 
+    def mark(self) -> int:
+        """Return where we are, for `since` and `restore`."""
+        return len(self._steps)
+
+    def since(self, mark: int) -> tuple[Step, ...]:
+        """Return the steps that were added since `mark`."""
+        return tuple(self._steps.values())[mark:]
+
+    def restore(self, mark: int) -> None:
+        """Take back the steps that were added since `mark`."""
+        for step in self.since(mark):
+            del self._steps[step.id]
+
     def peek(
         self, stage: str, *, params: Mapping[str, Any], inputs: Iterable[Output], toolchain: Mapping[str, Any]
     ) -> tuple[Action, ActionRecord | None, str | None] | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from recipes.choosing import candidates_of
 from recipes.nodes import Key, near
 from recipes.options import calibrator_refusal, options_of, place_of, refusals, version_numbers
 from recipes.schema import GPUS, PRECISIONS, QUANTIZED, Precision, Recipe, Target
@@ -107,6 +108,9 @@ def _check_version(target: Target, at: Key) -> Found:
 def _check_precisions(recipe: Recipe, target: Target, at: Key) -> Found:
     asked = target.precision if target.precision is not None else recipe.precision.build
     for position, precision in enumerate(asked):
+        if precision == "auto":
+            yield from _check_candidates(recipe, target, at)
+            continue
         own = target.precision is not None
         if own and precision in asked[:position]:
             yield (*at, "precision", position), f"{precision} is named twice"
@@ -116,6 +120,15 @@ def _check_precisions(recipe: Recipe, target: Target, at: Key) -> Found:
             yield (*at, "precision", position), reasons[0]
         elif reasons:
             yield at, f"{reasons[0]}, and precision.build asks for it: state this target's own precision"
+
+
+def _check_candidates(recipe: Recipe, target: Target, at: Key) -> Found:
+    candidates = candidates_of(recipe, target)
+    for position, gpu in enumerate(target.gpus):
+        reasons = [refusal(target.runtime, gpu, precision, target.version) for precision in candidates]
+        if gpu in GPUS[target.runtime] and all(reasons):
+            first = next((why for why in reasons if why is not None), "it has none")
+            yield (*at, "gpus", position), f"auto has no candidate for {gpu}: {first}"
 
 
 def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:

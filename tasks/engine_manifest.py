@@ -77,6 +77,9 @@ def engine_manifest(
             given=params["given"],
             wish=_wish(recipe, engine),
             tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
+            candidates=tuple(
+                _read(m.CandidateFacts, candidate.to_json(engine.chosen)) for candidate in engine.candidates
+            ),
             kept=tuple(compiled.get("kept", typed.get("kept", ()))),
             io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),

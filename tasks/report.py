@@ -61,7 +61,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
     """Return one engine as JSON: what was asked and given, its size, its measures and where it was published."""
     measured = (engine.engine_verify or engine.verify or _NOTHING).facts or {}
     metric = measured.get("metric") or {}
-    parity = telling_parity(measured, engine.given or engine.asked) or {}
+    parity = telling_parity(measured, engine.given or "fp32") or {}
     published = engine.publish.facts if engine.publish is not None and engine.publish.facts is not None else {}
     return {
         "target": engine.target,
@@ -83,6 +83,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
         "metric": metric.get("value"),
         "source_metric": metric.get("source"),
         "metric_name": metric.get("name"),
+        "candidates": [candidate.to_json(engine.chosen) for candidate in engine.candidates],
         "benchmark": timing_summary(engine.benchmark.facts) if engine.benchmark is not None else None,
         "executed": engine.engine_verify is not None and engine.engine_verify.record is not None,
         "path": published.get("path"),

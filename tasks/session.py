@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class BuildSession:
         self._known: dict[tuple[str, str], ActionRecord | None] = {}
         self._running: dict[str, Future[tuple[ActionRecord, bool]]] = {}
         self._failures: dict[str, str] = {}
+        self._spent: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
         self._bases: dict[str, tuple[Base, ...]] = {}
@@ -131,7 +133,7 @@ class BuildSession:
     def plan(self) -> Plan:
         """Plan with what the store holds and what failed in this session."""
         with self._lock:
-            failures = dict(self._failures)
+            failures, spent = dict(self._failures), dict(self._spent)
         return plan(
             self.loaded.recipe,
             self.files,
@@ -142,6 +144,7 @@ class BuildSession:
             failures=failures,
             selection=self.selection,
             bases=self._refit_bases,
+            spent=spent,
         )
 
     def ensure(self, step: Step, planned: Plan) -> Outcome:
@@ -217,7 +220,13 @@ class BuildSession:
     def _make(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
         if self.cancelled:
             raise StageCancelledError(f"{step.id}: cancelled")
-        return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+        begin = time.monotonic()
+        try:
+            return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+        finally:  # what failed has cost its time too
+            if step.action is not None:
+                with self._lock:
+                    self._spent[step.action.key] = time.monotonic() - begin
 
     def _publish(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
         engine = next(

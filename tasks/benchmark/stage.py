@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from artifacts.refs import JSON
+from artifacts.timings import best_ms
 from tasks.errors import TaskError
 from tasks.process import Limits, run_stage
 from tasks.stage import StageRequest, StageResult
@@ -46,15 +47,6 @@ def run(request: StageRequest) -> StageResult:
     text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
     (request.output_dir / RESULT).write_text(text + "\n", "utf-8")
     return StageResult({RESULT: JSON, **outputs}, found)
-
-
-def best_ms(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the least p50 latency of each case, in milliseconds, over the ways in which it was run."""
-    found: dict[str, float] = {}
-    for case in cases:
-        p50 = float(case["latency_ms"]["p50"])
-        found[case["name"]] = min(p50, found.get(case["name"], p50))
-    return found
 
 
 def _compared(request: StageRequest, name: str, engine_ms: Mapping[str, float]) -> dict[str, Any]:

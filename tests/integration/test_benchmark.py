@@ -10,6 +10,7 @@ import yaml
 
 from artifacts.catalog import EngineCatalog
 from artifacts.folder import FolderStore
+from tasks.report import report
 from tests.integration.building import RECIPES, build, enginery
 
 
@@ -25,6 +26,34 @@ def recipe(tmp_path_factory):
     path = folder / "digits-onnx.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+@pytest.mark.slow
+def test_auto_publishes_the_fastest_that_passes_by_real_times(recipe, tmp_path):
+    document = yaml.safe_load(recipe.read_text())
+    calibration = {"data": "digits/calibration.npz", "samples": 32, "method": "minmax"}
+    document["precision"] = {"build": "auto", "calibration": calibration}
+    document["benchmark"] = {"batches": [1], "seconds": 0.1}
+    path = recipe.with_name("auto.yaml")
+    path.write_text(yaml.safe_dump(document))
+    ran, planned, session = build(path, tmp_path / "store")
+    assert planned.status == 0
+    (manifest,) = EngineCatalog(FolderStore(tmp_path / "store")).manifests()
+    rows = manifest.precision.candidates
+    assert [row.name for row in rows] == ["int8", "fp32", "fp16"]
+    assert all(row.passed and row.p50_ms > 0 and row.graph is False for row in rows)
+    (chosen,) = [row for row in rows if row.chosen]
+    assert chosen.p50_ms <= 1.02 * min(row.p50_ms for row in rows)
+    assert (manifest.precision.asked, manifest.precision.given) == ("auto", chosen.name)
+    assert manifest.precision.wish == ("auto",)
+    assert manifest.benchmark.cases[0].latency_ms.p50 == pytest.approx(chosen.p50_ms)
+    assert manifest.identity.build.startswith(f"{chosen.name}-")
+    (engine,) = report(session, planned)["engines"]
+    assert [row["name"] for row in engine["candidates"] if row["chosen"]] == [chosen.name]
+    assert {step.partition(":")[0] for step in ran} >= {"benchmark", "publish"}
+    assert build(path, tmp_path / "store")[0] == set()
+    shown = enginery("show", "cpu", "--store", str(tmp_path / "store"), cwd=tmp_path).stdout
+    assert f"{chosen.name}  p50 {chosen.p50_ms:.3f} ms, CUDA graph no; chosen" in shown
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ class World:
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # step id or stage -> facts
     same_bytes: set[str] = field(default_factory=set)  # step ids whose output does not depend on their key
     failures: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of this build's steps, by key
     bases: Bases = lambda _identity: ()
 
     def plan(self, made: Recipe, files: RecipeFiles = FILES, targets: tuple[str, ...] = ()) -> Plan:
@@ -125,6 +126,7 @@ class World:
             lookup=lambda stage, key: self.records.get((stage, key)),
             previous=lambda: self.previous,
             failures=self.failures,
+            spent=self.spent,
             selection=Selection(targets),
             bases=self.bases,
         )

@@ -100,7 +100,7 @@ SHAPE_FAULTS = [
     ("[1, 64, 256]", "[1, 64, 256, 512]", "14: profiles.bulk.batch: expected [min, opt, max], found 4 numbers"),
     ("[1, 64, 256]", "64", "14: profiles.bulk.batch: expected a list, found the number 64; write [64]"),
     ("bulk: {batch", "bulk: {Batch", "14: profiles.bulk.Batch: key 'Batch': expected the name of a dynamic axis: lower-case letters, digits and '_', beginning with a letter"),
-    ("[int8, fp16]", "[int8, fp61]", "16: precision.build[1]: found the string \"fp61\" (did you mean 'fp16'? allowed: fp32, tf32, fp16, bf16, int8, int8-fp16)"),
+    ("[int8, fp16]", "[int8, fp61]", "16: precision.build[1]: found the string \"fp61\" (did you mean 'fp16'? allowed: fp32, tf32, fp16, bf16, int8, int8-fp16, auto)"),
     ("[int8, fp16]", "[]", "16: precision.build: expected at least 1, found 0"),
     ("[int8, fp16]", "[int8, int8]", "16: precision.build: the same precision is named twice"),
     ("{int8: [fp16", "{in8: [fp16", "17: precision.fallback.in8: unknown key 'in8' (did you mean 'int8'? allowed: fp32, tf32, fp16, bf16, int8, int8-fp16)"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tasks.benchmark.stage import SOURCE_PYTHON, best_ms
+from artifacts.timings import best_ms
+from tasks.benchmark.stage import SOURCE_PYTHON
 from tasks.errors import BackendError
 from tasks.process import Limits, run_stage
 from tests.unit.tasks.bundles import code_tar, fresh, tensor
