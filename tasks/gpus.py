@@ -84,7 +84,7 @@ def held(
 ) -> Iterator[str]:
     """Hold one of these GPUs, and yield its UUID: an idle one if there is, else the first that frees.
 
-    Raises StageCancelledError when `give_up` says True.
+    Raises StageCancelledError when `give_up` says True, BackendError("no device") where no lock can be had at all.
     """
     from filelock import FileLock, Timeout
 
@@ -97,6 +97,9 @@ def held(
                 locks[uuid].acquire(blocking=False)
             except Timeout:
                 continue
+            except OSError as err:  # which Timeout is too
+                advice = f"make {folder} writable: its lock files keep two stages of this host off one GPU"
+                raise BackendError("no device", f"the GPU {uuid} cannot be locked: {err}", advice) from err
             try:
                 yield uuid
             finally:

@@ -156,11 +156,13 @@ def lent_cache(store: Store, step: Step, gpu: Gpu | None, host: Host) -> LentCac
         return None
     if TIMING_CACHE in step.inputs:
         return None
-    runtime = action.params["runtime"]
-    tools = action.toolchain
+    runtime, tools = action.params["runtime"], action.toolchain
+    version = tools.get(RUNTIME_PACKAGES[runtime], host.runtimes.get(runtime))
+    if version is None:
+        return None
     place = TimingPlace(
         runtime=runtime,
-        version=str(tools[RUNTIME_PACKAGES[runtime]]),
+        version=version,
         cuda=tools.get("cuda"),
         os=host.os,
         arch=host.arch,

@@ -139,6 +139,14 @@ def test_a_stage_gets_a_gpu_that_is_as_planned():
             left.unlink()
 
 
+def test_locks_that_cannot_be_written_are_said_and_not_waited_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError, match="GPU-a cannot be locked") as caught, hold(tmp_path / "file"):
+        pass
+    assert caught.value.kind == "no device"
+    assert "writable" in caught.value.advice
+
+
 def test_cancelling_ends_the_wait_for_a_gpu(tmp_path):
     store, said = FolderStore(tmp_path / "store"), []
     only = gpu("GPU")

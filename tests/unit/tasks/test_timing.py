@@ -114,6 +114,9 @@ def test_only_compilations_that_pin_none_are_lent_one(store):
     assert lent_cache(store, step("verify"), H200, HOST) is None
     assert lent_cache(store, step(inputs=["timing.cache"]), H200, HOST) is None
     assert lent_cache(store, step(), None, HOST) is None
+    unknown = replace(step(), action=replace(step().action, toolchain={}))
+    assert lent_cache(store, unknown, H200, replace(HOST, runtimes={})) is None
+    assert lent_cache(store, unknown, H200, HOST).place.version == "8.6.0"
 
 
 def test_builders_that_finish_at_once_keep_what_all_of_them_measured(store, tmp_path):
