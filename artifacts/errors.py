@@ -5,7 +5,11 @@ ArtifactError
 │   ├── NotFoundError      nothing is stored at this path
 │   └── AddressError       what was given is no store's address
 ├── IntegrityError         bytes are there but are not what their name or record says
-└── RefusedError           an engine is whole, but the rules forbid loading it here
+├── RefusedError           an engine is whole, but the rules forbid loading it here
+├── TrustError             nobody whom the trust policy names vouches for what is there
+│   └── PolicyError        the trust policy itself cannot be used
+├── SigningError           something cannot be signed or checked: the key, or the library
+└── ChannelError           a channel may not be moved there
 """
 
 from __future__ import annotations
@@ -44,3 +48,23 @@ class RefusedError(ArtifactError):
     def __init__(self, engine: str, reasons: Sequence[str], advice: str = "") -> None:
         self.reasons = tuple(reasons)
         super().__init__(f"{engine} is not loaded: {'; '.join(reasons)}" + (f" ({advice})" if advice else ""))
+
+
+class TrustError(ArtifactError):
+    """What is there is not vouched for by a key that the trust policy allows; the message says why."""
+
+
+class PolicyError(TrustError):
+    """The trust policy cannot be read or says what has no meaning; `path` is where in the document."""
+
+    def __init__(self, message: str, path: tuple[str | int, ...] = ()) -> None:
+        self.path = path
+        super().__init__(message)
+
+
+class SigningError(ArtifactError):
+    """Something cannot be signed or checked: the key cannot be used, or the library is not installed."""
+
+
+class ChannelError(ArtifactError):
+    """A channel may not be moved to this engine; the message says which rule forbids it."""

@@ -8,7 +8,7 @@ executed; asked for in the precision that the newest recipe wants most; newest; 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from artifacts.host import DEVICE_FACTS, Gpu, Host
@@ -73,13 +73,23 @@ class Resolution:
     candidates: tuple[Candidate, ...]
 
 
-def resolve(manifests: Iterable[Manifest], request: Request, channels: Mapping[str, str] | None = None) -> Resolution:
+def resolve(
+    manifests: Iterable[Manifest],
+    request: Request,
+    channels: Mapping[str, str] | None = None,
+    *,
+    distrust: Callable[[Manifest], Sequence[str]] = lambda _manifest: (),
+) -> Resolution:
     """Choose an engine; the answer does not depend on the order of `manifests`.
 
-    `channels` maps targets to the build that the request's channel names for them.
+    `channels` maps targets to the build that the request's channel names for them. `distrust` returns reasons not to
+    believe a manifest, and is asked only about those that break no rule: what it refuses has no part in the choice.
     """
     found = sorted(manifests, key=lambda manifest: str(manifest.identity))
-    judged = [Candidate(manifest, refusals(manifest, request, channels or {})) for manifest in found]
+    judged = [
+        Candidate(manifest, refusals(manifest, request, channels or {}) or tuple(distrust(manifest)))
+        for manifest in found
+    ]
     fitting = _ranked([candidate.manifest for candidate in judged if candidate.fits])
     refused = (candidate for candidate in judged if not candidate.fits)
     return Resolution(
