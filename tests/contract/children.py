@@ -7,8 +7,10 @@ import random
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 from artifacts.cache import blob_path
+from artifacts.channels import Channel, move_channel
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.store import open_store
 
@@ -37,6 +39,20 @@ def append_by_version(uri: str, mark: str, updates: int, start: Barrier) -> None
         while not written:
             data, version = store.read_versioned("log")
             written = store.write("log", data + f"{mark}-{update}\n".encode(), if_version=version)
+
+
+def move_channel_often(uri: str, mark: str, moves: int, start: Barrier) -> None:
+    """Promote builds of one's own to a channel that others move as well, each only over what one has seen."""
+    store = open_store(uri)
+    start.wait()
+    for number in range(moves):
+
+        def decide(found: Channel | None, number: int = number) -> dict[str, Any]:
+            seen = found.head.move.build if found is not None else "nothing"
+            fields = {"action": "promote", "build": f"{mark}-{number}", "manifest": "0" * 64, "by": mark}
+            return fields | {"time": "2026-01-02T03:04:05Z", "reason": f"over {seen}"}
+
+        move_channel(store, "digits", "t", "production", decide)
 
 
 def add_under_lock(uri: str, times: int, start: Barrier) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.cache import blob_path
+from artifacts.channels import read_channel
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.store import ObjectInfo, Store, open_store
@@ -389,6 +390,21 @@ class StoreContract:
         for mark in range(writers):
             mine = [line for line in lines if line.startswith(f"{mark}-")]
             assert mine == [f"{mark}-{update}" for update in range(updates)]
+
+    def test_of_many_who_move_a_channel_each_gets_into_its_history(self, store: Store) -> None:
+        movers, moves = 3, 4
+        start = SPAWN.Barrier(movers)
+        processes = [
+            SPAWN.Process(target=children.move_channel_often, args=(store.uri, f"p{mark}", moves, start))
+            for mark in range(movers)
+        ]
+        with started(*processes):
+            finish(*processes)
+        history = [signed.move for signed in read_channel(store, "digits", "t", "production").moves]
+        builds = [move.build for move in history]
+        assert sorted(builds) == sorted(f"p{mark}-{number}" for mark in range(movers) for number in range(moves))
+        # What each saw is what was there: no decision was taken on a state that another had changed.
+        assert [move.reason for move in history] == [f"over {build}" for build in ["nothing", *builds[:-1]]]
 
     def test_readers_see_whole_versions(self, store: Store) -> None:
         versions = [bytes([mark]) * 300_000 for mark in range(4)]
