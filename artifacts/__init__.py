@@ -2,8 +2,9 @@
 
 Enters: bytes and JSON values. Leaves: `ArtifactRef`, `Action`, `ActionRecord`, `Manifest`, and a
 `Store` that is a folder or S3. Imports nothing of Enginery: every other layer stands on this one.
-Map: `refs` (names of bytes), `keys` (the one key function), `records`, `manifest`, `resolve`
-(which engine may a host load), `store` (Protocol), `folder` and `s3` (implementations, over
-`files`, `scratch`, `s3_conditions` and `s3_faults`), `cache` (blobs and records), `catalog` (engines and channels),
-`errors`.
+Map: `refs` (names of bytes), `keys` (the one key function), `records`, `manifest`, `provenance`,
+`resolve` (which engine may a host load), `signing` and `trust` (whose signatures count), `channels`,
+`promotion` (may an engine be promoted), `seen` (what a reader knows of channels), `store` (Protocol),
+`folder` and `s3` (implementations, over `files`, `scratch`, `s3_conditions` and `s3_faults`), `cache`
+(blobs and records), `catalog` (engines), `errors`.
 """

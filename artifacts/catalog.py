@@ -1,12 +1,14 @@
 """The engines, channels and hosts that a store holds.
 
 engines/<recipe>/<target>/<build>/     the engine's files, and manifest.json, which makes them an engine
-engines/.../<build>/verification/      what was found when it was executed later (artifacts.attestation)
-channels/<recipe>/<target>/<name>.json {"schema": 1, "build": "fp16-0123456789abcdef"}
+    signatures/<digest>-<key>.sig      signatures, each named by 16 digits of what it signs and of its key
+    verification/                      what was found when it was executed later (artifacts.attestation)
+channels/<recipe>/<target>/<name>.json what a channel names, with its history (artifacts.channels)
 hosts/<host>.json                      a host's fingerprint
 
 A folder without a manifest is not an engine: it is what a publication that died has left, or one
-that is under way.
+that is under way. A signature's name says which manifest it is of, so that of two who publish one
+build neither's signature meets the other's manifest, and several keys may sign one.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from artifacts.attestation import FOLDER, Attestation, effective
 from artifacts.cache import blob_path
-from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.errors import IntegrityError, NotFoundError, SigningError
 from artifacts.host import Host
 from artifacts.manifest import MANIFEST_NAME, FileEntry, Identity, Manifest
+from artifacts.provenance import PROVENANCE_TYPE
 from artifacts.refs import digest_bytes
+from artifacts.signing import ATTESTATION_NAME, SIGNATURE_BYTES, Signer, hint_of, signed_contents
 from artifacts.store import Store
 
-CHANNEL_SCHEMA: Final = 1
 HOST_SCHEMA: Final = 1
+_DIGITS: Final = 16
+_MOST_SIGNATURES: Final = 32
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -56,21 +62,55 @@ class EngineId:
 
 @dataclass(frozen=True)
 class EngineCatalog:
-    """The published engines of a store. `warn` is told, in one sentence, of what had to be passed over."""
+    """The published engines of a store. `warn` is told, in one sentence, of what had to be passed over.
+
+    `believes` is asked about an attestation that an engine passed, with its signatures; by default each one counts.
+    """
 
     store: Store
     warn: Callable[[str], None] = lambda _message: None
+    believes: Callable[[Attestation, Mapping[str, bytes]], bool] | None = None
 
-    def publish(self, manifest: Manifest) -> bytes:
-        """Make stored blobs an engine: the files first, the manifest last; return the manifest that counts.
+    def publish(self, manifest: Manifest, signer: Signer | None = None) -> bytes:
+        """Make stored blobs an engine: the files, its signature, the manifest last; return the manifest that counts.
 
         Of two that publish the same build the first wins; a damaged manifest is replaced. Raises NotFoundError
-        where a blob is gone, StoreError, and IntegrityError where another action's engine has this name.
+        where a blob is gone, StoreError, SigningError, and IntegrityError where another action's engine has this name.
         """
-        engine = EngineId.of(manifest.identity)
+        engine, data = EngineId.of(manifest.identity), manifest.to_bytes()
         for name, entry in manifest.files.items():
             self.store.copy(blob_path(entry.digest), f"{engine.path}/{name}")
-        return self._complete(engine, manifest, manifest.to_bytes())
+        signature = self.sign(manifest, data, signer) if signer is not None else None
+        winner = self._complete(engine, manifest, data)
+        if winner != data:
+            # What only this manifest names, which will never be there.
+            own = manifest.files.keys() - self.read_manifest(engine, winner).files.keys()
+            for path in (*(f"{engine.path}/{name}" for name in own), *filter(None, [signature])):
+                self.store.delete(path)
+        return winner
+
+    def sign(self, manifest: Manifest, data: bytes, signer: Signer) -> str:
+        """Store a signature over an engine's manifest, whose bytes are `data`, and its files; return its path.
+
+        Raises StoreError, SigningError.
+        """
+        engine = EngineId.of(manifest.identity)
+        return self._put_signature(engine, data, signer.sign(str(engine), signed_contents(manifest, data)))
+
+    def signatures(self, engine: EngineId, data: bytes) -> dict[str, bytes]:
+        """Return the signatures of an engine's manifest, whose bytes are `data`, by the key that each claims to be by.
+
+        Keys are fingerprints; what is no signature is passed over. Nothing is checked here. Raises StoreError.
+        """
+        found = {}
+        prefix = f"{engine.path}/signatures/{digest_bytes(data)[:_DIGITS]}-"
+        for info in islice(self.store.list(prefix), _MOST_SIGNATURES):
+            if info.size <= SIGNATURE_BYTES:
+                signature = self.store.read(info.path)
+                fingerprint = hint_of(signature)
+                if fingerprint is not None:
+                    found[fingerprint] = signature
+        return found
 
     def send(self, engine: EngineId, other: EngineCatalog) -> bytes:
         """Publish one of this store's engines in another too, its bytes checked on the way, as they are.
@@ -84,6 +124,8 @@ class EngineCatalog:
             for name, entry in manifest.files.items():
                 self.fetch(engine, name, entry, folder / name)
                 other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
+        for signature in self.signatures(engine, data).values():
+            other._put_signature(engine, data, signature)
         return other._complete(engine, manifest, data)
 
     def fetch(self, engine: EngineId, name: str, entry: FileEntry, target: Path) -> None:
@@ -99,6 +141,10 @@ class EngineCatalog:
 
         Damaged ones are passed over, aloud.
         """
+        return [manifest for manifest, _data in self.stored_manifests(recipe)]
+
+    def stored_manifests(self, recipe: str | None = None) -> list[tuple[Manifest, bytes]]:
+        """Return what `manifests` does, each with its bytes, over which signatures are."""
         found = []
         for engine, attested in sorted(self._listed(recipe).items()):
             try:
@@ -107,7 +153,7 @@ class EngineCatalog:
             except (IntegrityError, NotFoundError) as err:
                 self.warn(f"{err}; passed over")
                 continue
-            found.append(effective(manifest, self._attestations(attested, digest_bytes(data))))
+            found.append((effective(manifest, self._attestations(attested, digest_bytes(data))), data))
         return found
 
     def effective(self, engine: EngineId) -> Manifest:
@@ -118,11 +164,15 @@ class EngineCatalog:
         data = self.manifest_bytes(engine)
         return effective(self.read_manifest(engine, data), self.attestations(engine, digest_bytes(data)))
 
-    def attest(self, engine: EngineId, attestation: Attestation) -> Attestation:
+    def attest(self, engine: EngineId, attestation: Attestation, signer: Signer | None = None) -> Attestation:
         """Keep what was found when an engine was executed; of two about one action the first counts, and is returned.
 
-        One that is damaged is replaced. Raises StoreError.
+        One that is damaged is replaced. Raises StoreError, SigningError.
         """
+        if signer is not None:
+            data = attestation.to_bytes()
+            signature = signer.sign(f"{engine}/{attestation.name}", {ATTESTATION_NAME: digest_bytes(data)})
+            self._put_signature(engine, data, signature)
         path = f"{engine.path}/{FOLDER}/{attestation.name}"
         if not self.store.write(path, attestation.to_bytes(), if_absent=True):
             there = self._attestations([path], attestation.manifest)
@@ -173,15 +223,9 @@ class EngineCatalog:
 
     def channels(self, recipe: str, name: str) -> dict[str, str]:
         """Return the build that a channel names, by target. Raises StoreError, and IntegrityError for damaged ones."""
-        found: dict[str, str] = {}
-        for info in self.store.list(f"channels/{recipe}/"):
-            parts = info.path.split("/")
-            if len(parts) == 4 and parts[3] == f"{name}.json":
-                document = self._document(info.path, CHANNEL_SCHEMA)
-                if not isinstance(document.get("build"), str):
-                    raise IntegrityError(f"{self.store.uri}: {info.path}: names no build")
-                found[parts[2]] = document["build"]
-        return found
+        from artifacts.channels import channels_of
+
+        return {found.head.move.target: found.head.move.build for found in channels_of(self.store, recipe, name)}
 
     def record_host(self, host: Host) -> str:
         """Keep a host's fingerprint, over an earlier one; return its path. Raises StoreError."""
@@ -218,12 +262,30 @@ class EngineCatalog:
                 self.warn(f"{self.store.uri}: {path}: {err}; passed over")
                 continue
             if attestation.manifest == manifest:
-                found.append(attestation)
+                if self._believed(EngineId(*path.split("/")[1:4]), attestation):
+                    found.append(attestation)
             else:
                 self.warn(
                     f"{self.store.uri}: {path}: is about another manifest, {attestation.manifest[:12]}; passed over"
                 )
         return found
+
+    def _believed(self, engine: EngineId, attestation: Attestation) -> bool:
+        # That an engine failed is believed of everybody: who may write to the store can take it away as well.
+        if self.believes is None or not attestation.passed:
+            return True
+        believed = self.believes(attestation, self.signatures(engine, attestation.to_bytes()))
+        if not believed:
+            self.warn(f"{engine}: {attestation.name} is not signed by a key that is trusted; passed over")
+        return believed
+
+    def _put_signature(self, engine: EngineId, data: bytes, signature: bytes) -> str:
+        key = hint_of(signature)
+        if key is None:
+            raise SigningError(f"{engine}: the signature names no key, so that nobody could check it")
+        path = f"{engine.path}/signatures/{digest_bytes(data)[:_DIGITS]}-{key[:_DIGITS]}.sig"
+        self.store.write(path, signature)
+        return path
 
     def _complete(self, engine: EngineId, manifest: Manifest, data: bytes) -> bytes:
         path = f"{engine.path}/{MANIFEST_NAME}"
@@ -240,7 +302,7 @@ class EngineCatalog:
                     f"{self.store.uri}: {path} is the engine of action {there.provenance.key[:24]}, not of "
                     f"{manifest.provenance.key[:24]}; two keys share their first digits: remove one of the engines"
                 )
-            if there.files == manifest.files:
+            if _made(there) == _made(manifest):
                 return winner
             self.warn(f"{self.store.uri}: {path} names other files than its action made; replaced")
         self.store.write(path, data)
@@ -255,6 +317,11 @@ class EngineCatalog:
             found = document.get("schema") if isinstance(document, dict) else type(document).__name__
             raise IntegrityError(f"{self.store.uri}: {path}: schema {found!r}, this release reads {schema}")
         return document
+
+
+def _made(manifest: Manifest) -> dict[str, FileEntry]:
+    """Return the files that an action made: all but the provenance, which says who ran it and when."""
+    return {name: entry for name, entry in manifest.files.items() if entry.media_type != PROVENANCE_TYPE}
 
 
 def host_path(name: str) -> str:

@@ -21,6 +21,8 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.catalog_commands": ("list", "show", "resolve", "pull"),
     "enginery.run_commands": ("run", "verify"),
     "enginery.bench_commands": ("bench",),
+    "enginery.channel_commands": ("promote", "rollback", "history"),
+    "enginery.sign_commands": ("sign",),
     "enginery.host_commands": ("host", "doctor", "schema"),
 }
 _GARBAGE: Final = 100_000

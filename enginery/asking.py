@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from artifacts.catalog import EngineCatalog, EngineId
     from artifacts.host import Host
     from artifacts.resolve import Request
+    from artifacts.trust import Trust
+    from enginery.trusting import Unchecked
 
 EngineArgument = Annotated[str, typer.Argument(metavar="ENGINE", help="Its name, or any part of it that no other has.")]
 HostOption = Annotated[
@@ -35,9 +38,61 @@ ShapeOption = Annotated[
     typer.Option("--shape", metavar="INPUT=1x3x224x224", help="A profile must cover this. Repeatable."),
 ]
 
+TrustOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--trust",
+        metavar="FILE",
+        envvar="ENGINERY_TRUST",
+        help="Trust policy: whose signatures count (docs/security.md).",
+    ),
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure-no-trust", help="Check no signature, whatever the policy says. A plan is code.")
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="FILE", envvar="ENGINERY_SIGN_KEY", help="Private key: an EC key's PEM file, or a pkcs11: URI."
+    ),
+]
+
 _GPU: Final = re.compile(r"sm[0-9]{2,3}|cpu")
 _RUNTIME: Final = re.compile(r"([a-z][a-z0-9-]*)==([^\s=]+)")
 _SHAPE: Final = re.compile(r"([^=]+)=([0-9]+(?:x[0-9]+)*)")
+
+
+def policy_of(trust: Path | None, insecure: bool) -> Trust | Unchecked:
+    """Return the trust policy that a command's options name; says aloud where no signature will be checked.
+
+    Raises PolicyError where the file cannot be used.
+    """
+    from enginery.trusting import UNCHECKED, load_trust
+
+    if insecure:
+        note("WARNING: no signature is checked (--insecure-no-trust)")
+        return UNCHECKED
+    if trust is None:
+        note("warning: no trust policy (--trust FILE or ENGINERY_TRUST), so digests are checked and signatures are not")
+        return UNCHECKED
+    return load_trust(trust)
+
+
+def given_policy(trust: Path | None, insecure: bool) -> Trust | Unchecked:
+    """Return what `policy_of` does, without a word where no policy was given: for commands that hand nothing out."""
+    from enginery.trusting import UNCHECKED
+
+    return policy_of(trust, insecure) if insecure or trust is not None else UNCHECKED
+
+
+def require_trusted(catalog: EngineCatalog, engine: EngineId, judge: Trust | Unchecked) -> None:
+    """Raise TrustError where a policy does not allow an engine, before its bytes reach a runtime."""
+    from enginery.trusting import trust_of
+
+    policy = trust_of(judge)
+    if policy is not None:
+        data = catalog.manifest_bytes(engine)
+        policy.check_engine(catalog.read_manifest(engine, data), data, catalog.signatures(engine, data))
 
 
 def request_of(

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from enginery.asking import EngineArgument, open_catalog, the_engine
+from enginery.asking import (
+    EngineArgument,
+    InsecureOption,
+    TrustOption,
+    given_policy,
+    open_catalog,
+    require_trusted,
+    the_engine,
+)
 from enginery.output import (
     DEFAULT_STORE,
     FAILED,
@@ -32,6 +40,8 @@ def bench(
         list[int] | None, typer.Option("--batch", "-b", min=1, help="Samples in one run. Repeatable; default: opt.")
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.05, help="Time limit of each shape, warm-up too.")] = 5.0,
+    trust: TrustOption = None,
+    insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,7 +57,9 @@ def bench(
     from tasks.toolchain import probe_host
 
     catalog = open_catalog(store)
-    manifest = catalog.manifest(the_engine(catalog, engine))
+    found = the_engine(catalog, engine)
+    require_trusted(catalog, found, given_policy(trust, insecure))
+    manifest = catalog.manifest(found)
     reasons = refusals(manifest, Request.of_host(probe_host()), {})
     if reasons:
         stop(WAITING, f"{manifest.identity} may not be loaded here: {'; '.join(reasons)}")

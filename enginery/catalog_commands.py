@@ -15,11 +15,15 @@ from enginery.asking import (
     EngineArgument,
     GpuOption,
     HostOption,
+    InsecureOption,
     PrecisionOption,
     RuntimeOption,
     ShapeOption,
     SystemOption,
+    TrustOption,
+    given_policy,
     open_catalog,
+    policy_of,
     request_of,
     the_engine,
 )
@@ -36,6 +40,8 @@ from enginery.output import (
 if TYPE_CHECKING:
     from artifacts.catalog import EngineCatalog
     from artifacts.resolve import Request, Resolution
+    from artifacts.trust import Trust
+    from enginery.trusting import Unchecked
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or its file.")]
 
@@ -61,7 +67,7 @@ def list_engines(
     from enginery.catalog_tables import engine_json, print_engines
 
     catalog = open_catalog(store)
-    name = _recipe_name(recipe) if recipe is not None else None
+    name = recipe_name(recipe) if recipe is not None else None
     manifests = catalog.manifests(name)
     if as_json:
         print_json([engine_json(manifest) for manifest in manifests])
@@ -110,6 +116,8 @@ def resolve(
     channel: ChannelOption = None,
     precision: PrecisionOption = None,
     shape: ShapeOption = None,
+    trust: TrustOption = None,
+    insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -121,7 +129,9 @@ def resolve(
     """
     catalog = open_catalog(store)
     request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
-    resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json)
+    # Which engine it would be is told without a policy too; nothing is handed out.
+    judge = given_policy(trust, insecure)
+    resolution = _resolve(catalog, recipe_name(recipe), request, judge, as_json=as_json)
     if resolution.best is None:
         raise typer.Exit(FAILED)
 
@@ -138,6 +148,8 @@ def pull(
     channel: ChannelOption = None,
     precision: PrecisionOption = None,
     shape: ShapeOption = None,
+    trust: TrustOption = None,
+    insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -151,10 +163,11 @@ def pull(
 
     catalog = open_catalog(store)
     request = request_of(catalog, host, gpu, runtime, system, arch, channel, precision, shape)
-    resolution = _resolve(catalog, _recipe_name(recipe), request, as_json=as_json, quiet=True)
+    judge = policy_of(trust, insecure)
+    resolution = _resolve(catalog, recipe_name(recipe), request, judge, as_json=as_json, quiet=True)
     if resolution.best is None:
         raise typer.Exit(FAILED)
-    pulled = client.pull(catalog.store, resolution.best, to)
+    pulled = client.pull(catalog.store, resolution.best, to, channel=channel, trust=judge)
     if as_json:
         print_json(
             {
@@ -169,12 +182,20 @@ def pull(
         typer.echo(pulled.plan)
 
 
-def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bool, quiet: bool = False) -> Resolution:
+def _resolve(
+    catalog: EngineCatalog,
+    name: str,
+    request: Request,
+    judge: Trust | Unchecked,
+    *,
+    as_json: bool,
+    quiet: bool = False,
+) -> Resolution:
     """Resolve and print: with `quiet` only what failed. Ends the command where the recipe has no engine at all."""
     from enginery import client
     from enginery.catalog_tables import print_candidates, resolution_json
 
-    resolution = client.resolve(catalog.store, name, request, warn=catalog.warn)
+    resolution = client.resolve(catalog.store, name, request, trust=judge, warn=catalog.warn)
     if as_json and not (quiet and resolution.best is not None):
         print_json(resolution_json(name, request, resolution))
     if not resolution.candidates:
@@ -188,7 +209,7 @@ def _resolve(catalog: EngineCatalog, name: str, request: Request, *, as_json: bo
     return resolution
 
 
-def _recipe_name(recipe: str) -> str:
+def recipe_name(recipe: str) -> str:
     """Return the name that is meant: a file's recipe is asked for its own."""
     if not recipe.endswith((".yaml", ".yml")):
         return recipe.strip("/")

@@ -35,6 +35,7 @@ _EXTRAS: Final = (
     ("onnxslim", "export.simplifier: onnxslim", "pip install 'enginery[onnxslim]'"),
     ("tensorrt_rtx", "targets of tensorrt-rtx, built without a GPU", "pip install 'enginery[tensorrt-rtx]'"),
     ("boto3", "stores in S3", "pip install 'enginery[s3]'"),
+    ("model-signing", "signing engines, checking signatures", "pip install 'enginery[sign]'"),
     ("pillow", "calibration on folders of images", "pip install 'enginery[images]'"),
     ("nvidia-ml-py", "seeing this host's GPUs", "pip install nvidia-ml-py"),
 )

@@ -9,7 +9,8 @@
         logits = engine(image=batch)["logits"]
 
 Imports no framework and no Prefect. A plan is executable code: nothing is handed out, or to a
-runtime, before its digest is checked.
+runtime, before its digest is checked, and its signature where there is a trust policy: the `trust` of a call, else the
+file that `ENGINERY_TRUST` names (docs/security.md). Only `trust=UNCHECKED` switches that off.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from artifacts.catalog import EngineCatalog, EngineId
-from artifacts.errors import IntegrityError, NotFoundError, RefusedError, StoreError
+from artifacts.errors import IntegrityError, NotFoundError, RefusedError, StoreError, TrustError
 from artifacts.files import check_chunks, create_file, file_chunks, make_folders, open_regular, sync_file, sync_folder
 from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.refs import digest_bytes, require_match
 from artifacts.resolve import Request, Resolution, refusals
 from artifacts.resolve import resolve as choose
 from artifacts.scratch import held_folder, sweep
+from artifacts.signing import SIGNATURE_BYTES, SIGNATURE_NAME
 from artifacts.store import Store
+from enginery.trusting import Unchecked, trust_of
 from tasks.toolchain import probe_host
 
 if TYPE_CHECKING:
+    from artifacts.trust import Trust
     from tasks.runner import Runner
 
-# Is given an engine's manifest, and its signature where there is one; raises where they are not to be trusted.
-Trust = Callable[[bytes, bytes | None], None]
 
 _PULLING: Final = ".pulling"
-SIGNATURE_NAME: Final = f"{MANIFEST_NAME}.sig"
+# Is given an engine's manifest, and its signature where there is one; raises where they are not to be trusted.
+TrustCheck = Callable[[bytes, bytes | None], None]
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,57 @@ def resolve(
     recipe: str,
     request: Request | None = None,
     *,
+    trust: Trust | Unchecked | None = None,
     warn: Callable[[str], None] = lambda _message: None,
 ) -> Resolution:
     """Choose the best published engine of a recipe that may be loaded; `request` defaults to what this host is.
 
-    Its `best` is None where none fits, and its candidates say why. Raises StoreError, and IntegrityError for a damaged
-    channel; damaged manifests are passed over, and `warn` is told.
+    Its `best` is None where none fits, and its candidates say why. Raises StoreError, IntegrityError for a damaged
+    channel, and PolicyError; damaged manifests are passed over, and `warn` is told.
     """
-    catalog = EngineCatalog(store, warn)
+    judge = trust_of(trust)
+    catalog = EngineCatalog(store, warn, judge.believes if judge is not None else None)
     wanted = request if request is not None else Request.of_host(probe_host())
-    channels = catalog.channels(recipe, wanted.channel) if wanted.channel is not None else {}
-    return choose(catalog.manifests(recipe), wanted, channels)
+    builds, pinned = _channel(store, recipe, wanted.channel, judge)
+    stored = {EngineId.of(manifest.identity): (manifest, data) for manifest, data in catalog.stored_manifests(recipe)}
+
+    def distrust(manifest: Manifest) -> tuple[str, ...]:
+        engine = EngineId.of(manifest.identity)
+        data = stored[engine][1]
+        expected = pinned.get(engine.target)
+        if expected is not None and expected != digest_bytes(data):
+            return (f"its manifest is not the one that was promoted to {wanted.channel}",)
+        if judge is not None:
+            try:
+                judge.check_engine(manifest, data, catalog.signatures(engine, data), wanted.channel)
+            except TrustError as err:
+                return (str(err),)
+        return ()
+
+    return choose([manifest for manifest, _data in stored.values()], wanted, builds, distrust=distrust)
 
 
-def pull(store: Store, engine: Manifest | EngineId, to: Path) -> PulledEngine:
-    """Bring an engine to `to`/<recipe>/<target>/<build>, whole or not at all, and check every byte.
+def pull(
+    store: Store,
+    engine: Manifest | EngineId,
+    to: Path,
+    *,
+    channel: str | None = None,
+    trust: Trust | Unchecked | None = None,
+) -> PulledEngine:
+    """Bring an engine to `to`/<recipe>/<target>/<build>, whole or not at all, and check every byte, and who signed it.
 
     Several processes may pull into one folder: one brings it, the others find it. What is there already is checked
-    again, and brought again where it does not match. Raises NotFoundError, StoreError, IntegrityError.
+    again, and brought again where it does not match. `channel` is the one that the engine was resolved by. Raises
+    NotFoundError, StoreError, IntegrityError, and TrustError before anything is brought.
     """
     name = EngineId.of(engine.identity) if isinstance(engine, Manifest) else engine
+    judge = trust_of(trust)
     catalog = EngineCatalog(store)
     data = catalog.manifest_bytes(name)
     manifest = catalog.read_manifest(name, data)
+    signatures = catalog.signatures(name, data)
+    by = judge.check_engine(manifest, data, signatures, channel) if judge is not None else min(signatures, default=None)
     # Absolute at once: the working directory may change while the engine is in use.
     folder = to.absolute() / name.recipe / name.target / name.build
     try:
@@ -88,6 +119,7 @@ def pull(store: Store, engine: Manifest | EngineId, to: Path) -> PulledEngine:
         with _locked(to.absolute() / _PULLING) as private:
             if not _is_whole(folder, manifest, data):
                 _bring(catalog, name, manifest, data, folder, private)
+            _put_signature(folder, signatures.get(by) if by is not None else None, private)
     except OSError as err:
         raise StoreError(f"{folder}: {err.strerror or err}; free some space, or give another folder") from err
     return PulledEngine(folder, folder / manifest.plan, manifest)
@@ -96,7 +128,7 @@ def pull(store: Store, engine: Manifest | EngineId, to: Path) -> PulledEngine:
 def load(
     engine: PulledEngine | Path | str,
     *,
-    trust: Trust | None = None,
+    trust: TrustCheck | Unchecked | None = None,
     device: int | None = None,
     graphs: bool = True,
     threads: int | None = None,
@@ -127,7 +159,7 @@ def load(
     )
 
 
-def check(folder: Path, *, trust: Trust | None = None) -> Manifest:
+def check(folder: Path, *, trust: TrustCheck | Unchecked | None = None) -> Manifest:
     """Return the manifest of a pulled engine after asking `trust` about it and comparing every file with it.
 
     Raises NotFoundError where there is no manifest, IntegrityError naming the file that is damaged or gone, and whatever
@@ -140,9 +172,9 @@ def check(folder: Path, *, trust: Trust | None = None) -> Manifest:
         if (folder / MANIFEST_NAME).exists():
             raise
         raise NotFoundError(str(folder), MANIFEST_NAME) from err
-    if trust is not None:
-        signature = folder / SIGNATURE_NAME
-        trust(data, signature.read_bytes() if signature.is_file() else None)
+    judge = trust_of(trust)
+    if judge is not None:
+        judge(data, _signature(folder / SIGNATURE_NAME))
     try:
         manifest = Manifest.from_bytes(data)
     except IntegrityError as err:
@@ -154,6 +186,15 @@ def check(folder: Path, *, trust: Trust | None = None) -> Manifest:
         except (OSError, StoreError) as err:
             raise IntegrityError(f"{folder / name}: cannot be read: {err}; pull the engine again") from err
     return manifest
+
+
+def _signature(path: Path) -> bytes | None:
+    """Return what lies at a signature's path, as far as a signature can be long; None where nothing does."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(SIGNATURE_BYTES)
+    except OSError:
+        return None
 
 
 def _engine_folder(path: Path) -> Path:
@@ -168,6 +209,42 @@ def _plan_bytes(folder: Path, manifest: Manifest) -> Path | bytes:
     data = path.read_bytes()
     require_match(str(path), entry.ref, digest_bytes(data), len(data))
     return data
+
+
+def _channel(
+    store: Store, recipe: str, name: str | None, judge: Trust | None
+) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Return the build, and its manifest's digest, that a channel names for each target; what is not trusted names none."""
+    builds: dict[str, str] = {}
+    pinned: dict[str, str | None] = {}
+    if name is not None:
+        from artifacts.channels import channels_of
+        from artifacts.seen import Seen
+
+        for channel in channels_of(store, recipe, name):
+            move = channel.head.move
+            try:
+                if judge is not None:
+                    judge.check_move(channel.head.statement, channel.head.signature, recipe, name)
+                    Seen.of_this_user().check(store.uri, channel.head)
+            except TrustError as err:
+                builds[move.target] = f"nothing that may be trusted: {err}"  # no build has spaces in its name
+            else:
+                builds[move.target], pinned[move.target] = move.build, move.manifest
+    return builds, pinned
+
+
+def _put_signature(folder: Path, signature: bytes | None, private: Path) -> None:
+    """Keep the signature that was checked beside the manifest, or none."""
+    path = folder / SIGNATURE_NAME
+    if signature is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != signature:
+        with held_folder(private) as temporary:
+            with create_file(temporary / SIGNATURE_NAME, 0o644) as stream:
+                stream.write(signature)
+                sync_file(stream)
+            (temporary / SIGNATURE_NAME).replace(path)
 
 
 def _bring(

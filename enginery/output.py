@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, ParamSpec, Ty
 
 import typer
 
-from artifacts.errors import AddressError, ArtifactError
+from artifacts.errors import AddressError, ArtifactError, PolicyError
 from recipes.errors import Fault, RecipeError
 from tasks.errors import CallError, TaskError
 
@@ -91,7 +91,7 @@ def explains_errors(command: Callable[P, R]) -> Callable[P, R]:
             document, message, status = {"error": str(err)}, f"error: {err}", err.status
         except ArtifactError as err:
             document, message = {"error": str(err)}, f"error: {err}"
-            status = WRONG if isinstance(err, AddressError) else FAILED
+            status = WRONG if isinstance(err, AddressError | PolicyError) else FAILED
         except TaskError as err:
             document, message = {"error": str(err)}, f"error: {err}"
             status = WRONG if isinstance(err, CallError) else FAILED

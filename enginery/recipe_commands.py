@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -131,6 +132,10 @@ def build(
     from enginery.tables import print_build
     from tasks.remembered import PlanMemory
 
+    if os.environ.get("ENGINERY_SIGN_KEY"):
+        from artifacts.signing import require_signer
+
+        require_signer()  # before hours of compiling
     opened = open_store(store)
     paths, show = recipe_paths(recipes), (lambda _report: None) if as_json else print_build
     memory = PlanMemory(opened, tuple(target or ()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from enginery.asking import open_catalog, the_engine
+from enginery.asking import InsecureOption, TrustOption, given_policy, open_catalog, the_engine
 from enginery.output import (
     DEFAULT_STORE,
     FAILED,
@@ -24,6 +24,8 @@ from enginery.output import (
 
 if TYPE_CHECKING:
     from artifacts.catalog import EngineCatalog, EngineId
+    from artifacts.trust import Trust
+    from enginery.trusting import Unchecked
     from tasks.runner import Runner
 
 
@@ -58,6 +60,8 @@ def run(
         int | None, typer.Option("--device", metavar="INDEX", help="Which GPU; default: the first that fits.")
     ] = None,
     graphs: Annotated[bool, typer.Option(help="Replay shapes that come back as CUDA graphs.")] = True,
+    trust: TrustOption = None,
+    insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +73,7 @@ def run(
     """
     from enginery.running import outcome, print_outcome, read_inputs, save, timed_calls
 
-    with _opened(engine, store, device=device, graphs=graphs) as runner:
+    with _opened(engine, store, given_policy(trust, insecure), device=device, graphs=graphs) as runner:
         inputs, ignored = read_inputs(given, runner, rows)
         if ignored:
             note(f"{given.name}: {', '.join(ignored)} is no input of the engine, and is not used")
@@ -101,10 +105,14 @@ def verify(
     again: Annotated[
         bool, typer.Option("--again", help="With --execute: also those that another host has executed already.")
     ] = False,
+    trust: TrustOption = None,
+    insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of published engines and compare it with their manifests; what is damaged ends with exit status 1.
+    """Read every byte of published engines and compare it with their manifests, and with a trust policy who signed them.
+
+    What is damaged, or not signed by a key that the policy allows, ends with exit status 1.
 
     With --execute, engines that were built where they could not run are run here, if this host can: at min, opt and max of
     each profile against the source framework's outputs, and on the labelled data, judged by the gates that the manifest
@@ -116,11 +124,14 @@ def verify(
 
     rows: list[dict[str, Any]] = []
     folders = [text for text in engines or () if _is_pulled(text)]
-    rows += [verify_folder(Path(text)) for text in folders]
+    judge = given_policy(trust, insecure)
+    rows += [verify_folder(Path(text), judge) for text in folders]
     names = [text for text in engines or () if text not in folders]
     if names or not engines:
         catalog = open_catalog(store)
-        rows += [verify_engine(catalog, engine, execute=execute, again=again) for engine in _matching(catalog, names)]
+        rows += [
+            verify_engine(catalog, engine, judge, execute=execute, again=again) for engine in _matching(catalog, names)
+        ]
         if not rows:
             note(f"no engines in {catalog.store.uri}; build some: enginery build RECIPE --store {store}")
     if as_json:
@@ -128,26 +139,26 @@ def verify(
     else:
         print_verified(rows)
     states = {row["state"] for row in rows}
-    if states & {"damaged", "failed"}:
+    if states & {"damaged", "untrusted", "failed"}:
         raise typer.Exit(FAILED)
     if "waiting" in states:
         raise typer.Exit(WAITING)
 
 
 @contextmanager
-def _opened(text: str, store: str, *, device: int | None, graphs: bool) -> Iterator[Runner]:
+def _opened(text: str, store: str, judge: Trust | Unchecked, *, device: int | None, graphs: bool) -> Iterator[Runner]:
     """Load the engine that is meant: a pulled one where it lies, one of the store from a checked copy of its files."""
     from enginery.client import load, pull
 
     if _is_pulled(text):
-        with load(text, device=device, graphs=graphs) as runner:
+        with load(text, trust=judge, device=device, graphs=graphs) as runner:
             yield runner
         return
     catalog = open_catalog(store)
     engine = the_engine(catalog, text)
     with (
         catalog.store.scratch() as folder,
-        load(pull(catalog.store, engine, folder), device=device, graphs=graphs) as runner,
+        load(pull(catalog.store, engine, folder, trust=judge), trust=judge, device=device, graphs=graphs) as runner,
     ):
         yield runner
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
+from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, TrustError
+from enginery.asking import require_trusted
 from enginery.output import note
 
 if TYPE_CHECKING:
@@ -13,26 +14,36 @@ if TYPE_CHECKING:
     from artifacts.catalog import EngineCatalog, EngineId
     from artifacts.host import Host
     from artifacts.manifest import Manifest
+    from artifacts.trust import Trust
+    from enginery.trusting import Unchecked
 
-# state: whole | damaged; with --execute also passed | failed (executed now, or the execution ended in an error) | waiting.
+# state: whole | damaged | untrusted (with a policy); with --execute also passed | failed (executed now, or the execution ended in an error) | waiting.
 Row = dict[str, Any]
 
 
-def verify_folder(folder: Path) -> Row:
-    """Compare a pulled engine with its manifest."""
+def verify_folder(folder: Path, judge: Trust | Unchecked) -> Row:
+    """Compare a pulled engine with its manifest, and who signed it with a policy."""
     from enginery.client import check
 
     folder = folder.parent if folder.is_file() else folder
     try:
-        manifest = check(folder)
+        manifest = check(folder, trust=judge)
     except (IntegrityError, NotFoundError) as err:
         return _row(str(folder), "damaged", str(err))
+    except TrustError as err:
+        return _row(str(folder), "untrusted", str(err))
     return _row(str(manifest.identity), "whole", _checked(manifest), manifest)
 
 
-def verify_engine(catalog: EngineCatalog, engine: EngineId, *, execute: bool, again: bool) -> Row:
-    """Compare an engine of a store with its manifest; with `execute`, run it where it was not run yet."""
+def verify_engine(
+    catalog: EngineCatalog, engine: EngineId, judge: Trust | Unchecked, *, execute: bool, again: bool
+) -> Row:
+    """Compare an engine of a store with its manifest, and who signed it with a policy.
+
+    With `execute`, run it where it was not run yet.
+    """
     try:
+        require_trusted(catalog, engine, judge)
         data = catalog.manifest_bytes(engine)
         manifest = catalog.read_manifest(engine, data)
         with catalog.store.scratch() as folder:
@@ -40,6 +51,8 @@ def verify_engine(catalog: EngineCatalog, engine: EngineId, *, execute: bool, ag
                 catalog.fetch(engine, name, entry, folder / name)
     except (IntegrityError, NotFoundError) as err:
         return _row(str(engine), "damaged", str(err))
+    except TrustError as err:
+        return _row(str(engine), "untrusted", str(err))
     manifest = catalog.effective(engine)
     row = _row(str(engine), "whole", _checked(manifest), manifest)
     if execute and (again or not manifest.verification.engine.executed):

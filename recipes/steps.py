@@ -34,7 +34,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "refit": 1,
     "verify": 2,
     "benchmark": 1,
-    "publish": 1,
+    "publish": 2,
 }
 
 

@@ -22,6 +22,7 @@ from artifacts.manifest import DeviceFacts, HostFacts, Manifest, Measured
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.resolve import Request, refusals
+from artifacts.signing import signer_from_environment
 from recipes.gates import judge_by
 from recipes.schema import Build, duration_seconds, size_bytes
 from recipes.steps import STAGE_VERSIONS, Step
@@ -68,7 +69,8 @@ def execute(catalog: EngineCatalog, engine: EngineId, host: Host, *, listen: Lis
         host=host,
     )
     record, _made = runner.run(step)
-    return catalog.attest(engine, _attestation(record, manifest, digest_bytes(data), engine, host))
+    attestation = _attestation(record, manifest, digest_bytes(data), engine, host)
+    return catalog.attest(engine, attestation, signer_from_environment())
 
 
 def verify_step(catalog: EngineCatalog, engine: EngineId, manifest: Manifest, host: Host) -> Step:

@@ -127,8 +127,9 @@ def _start(
 
 
 def _environment(scratch: Path, threads: int | None) -> dict[str, str]:
-    """Return the child's environment: deterministic, offline, without this process's Prefect run."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    """Return the child's environment: deterministic, offline, without this process's Prefect run and signing key."""
+    withheld = ("PREFECT_", "ENGINERY_SIGN_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
     # The child works in its own folder, so relative entries are made absolute.
     path = [str(Path(entry).absolute()) for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if _ROOT.name not in ("site-packages", "dist-packages"):

@@ -7,22 +7,27 @@ first and the manifest is written last, so that a build that dies at any instant
 from __future__ import annotations
 
 import datetime as dt
+import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from artifacts.cache import ActionCache, record_path
 from artifacts.errors import NotFoundError
 from artifacts.host import Host
 from artifacts.records import ActionRecord
-from artifacts.refs import digest_bytes
+from artifacts.refs import ArtifactRef, digest_bytes
 from artifacts.store import Store, open_store
 from recipes.plan import EnginePlan
 from recipes.steps import Step
 
 if TYPE_CHECKING:
+    from artifacts.manifest import Manifest
     from recipes.loader import LoadedRecipe
+
+# A URI for whoever runs builds here: builder.id in the engines' provenance.
+BUILDER_ID: Final = "ENGINERY_BUILDER_ID"
 
 
 def publish_engine(
@@ -38,11 +43,13 @@ def publish_engine(
     """Publish a compiled and verified engine, also where the recipe's `publish.to` says; return the action's record.
 
     `steps` are the plan's, with the records of all that the engine came through; `built` names those that this build
-    ran itself. A relative `publish.to` is a folder beside the recipe. Raises StoreError and IntegrityError.
+    ran itself. A relative `publish.to` is a folder beside the recipe. Where `ENGINERY_SIGN_KEY` names a key, it signs the
+    engine. Raises StoreError, SigningError and IntegrityError.
     """
     # Manifest models take 0.15 s to import, which a build that publishes nothing must not pay.
     from artifacts.catalog import EngineCatalog, EngineId
     from artifacts.manifest import Manifest
+    from artifacts.signing import signer_from_environment
     from tasks.engine_manifest import engine_manifest
 
     if step.action is None:
@@ -50,7 +57,8 @@ def publish_engine(
     begin = time.perf_counter()
     now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     catalog = EngineCatalog(store)
-    data = catalog.publish(engine_manifest(step, engine, steps, recipe, host, now, built))
+    described = _with_provenance(engine_manifest(step, engine, steps, recipe, host, now, built), store)
+    data = catalog.publish(described, signer_from_environment())
     manifest = Manifest.from_bytes(data)
     identity = EngineId.of(manifest.identity)
     to = step.action.params["to"]
@@ -72,6 +80,20 @@ def publish_engine(
         started=now,
         producer={"host": host.name, "os": host.os},
     )
+
+
+def _with_provenance(manifest: Manifest, store: Store) -> Manifest:
+    """Store the provenance that follows from a manifest as a blob, and return the manifest that names it too."""
+    from artifacts.manifest import FileEntry
+    from artifacts.provenance import PROVENANCE_TYPE, provenance_name, provenance_of
+
+    data = provenance_of(manifest, os.environ.get(BUILDER_ID))
+    ref = ArtifactRef(digest_bytes(data), len(data), PROVENANCE_TYPE)
+    with store.scratch() as folder:
+        (folder / "provenance").write_bytes(data)
+        ActionCache(store).put_blob(folder / "provenance", ref)
+    entry = FileEntry(digest=ref.digest, size=ref.size, media_type=ref.media_type)
+    return manifest.model_copy(update={"files": {**manifest.files, provenance_name(ref.digest): entry}})
 
 
 def other_store(to: str | None, recipe: Path) -> Store | None:

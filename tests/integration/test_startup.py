@@ -39,7 +39,10 @@ SPARED = {
     "rich.console",
     "rich.table",
 }
-COMMANDS = ("validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "host", "doctor", "schema")
+COMMANDS = (
+    "validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
+    "host", "doctor", "schema",
+)  # fmt: skip
 
 
 def imported(*arguments: str, cwd: Path) -> tuple[set[str], str]:

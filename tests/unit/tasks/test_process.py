@@ -78,6 +78,8 @@ def test_a_stage_gets_its_inputs_and_gives_its_outputs_facts_and_progress(stage,
 
 def test_the_process_is_offline_deterministic_bounded_and_in_a_folder_of_its_own(stage, monkeypatch):
     monkeypatch.setenv("PREFECT_API_KEY", "secret")
+    monkeypatch.setenv("ENGINERY_SIGN_KEY", "key.pem")
+    monkeypatch.setenv("ENGINERY_SIGN_PASSWORD", "secret")
     monkeypatch.setenv("PYTHONPATH", "relative")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     facts = stage.run("surroundings").facts
@@ -85,7 +87,7 @@ def test_the_process_is_offline_deterministic_bounded_and_in_a_folder_of_its_own
     wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     assert {name: environment.get(name) for name in wanted} == wanted
     assert environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
-    assert not [name for name in environment if name.startswith("PREFECT_")]
+    assert not [name for name in environment if name.startswith(("PREFECT_", "ENGINERY_SIGN"))]
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(Path("relative").absolute())
     assert facts["folder"] == environment["TMPDIR"]
     assert facts["folder"] not in facts["path"]

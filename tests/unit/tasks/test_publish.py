@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from artifacts.cache import ActionCache, blob_path
-from artifacts.catalog import EngineCatalog
-from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.errors import IntegrityError, NotFoundError, SigningError, StoreError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu
 from artifacts.records import ActionRecord
@@ -25,6 +25,7 @@ from recipes.files import LocalFile
 from recipes.loader import load
 from tasks.publish import is_published, publish_engine
 from tasks.session import BuildSession
+from tests.keys import make_key, trust
 from tests.unit.recipes.simulated import FILES, GOOD, HOST, RECIPE, World
 
 FACTS = {
@@ -154,7 +155,10 @@ def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
     assert manifest.identity.target == "tensorrt-rtx-1.7.1.116-sm89"
     assert (manifest.compatibility.runtime_version, manifest.compatibility.os) == ("1.7.1.116", "linux")
     assert manifest.plan == "model.plan"
-    assert {name: entry.ref for name, entry in manifest.files.items()} == dict(engine.compile.record.outputs)
+    files = {name: entry.ref for name, entry in manifest.files.items()}
+    assert files.items() >= engine.compile.record.outputs.items()
+    (provenance,) = files.keys() - engine.compile.record.outputs.keys()
+    assert provenance == f"provenance-{files[provenance].digest[:12]}.intoto.json"
     assert manifest.inputs["image"].shape == ("batch", 1, "height", "width")
     assert manifest.outputs["logits"].shape == ("batch", 10)
     assert manifest.profiles[0].inputs["image"].opt == (64, 1, 8, 8)
@@ -402,3 +406,58 @@ def test_killed_at_any_instant_nothing_half_published_is_visible_and_the_next_bu
         assert len(catalog.manifests()) == 2
     # Two engines of one file and a manifest each, and records: there are many instants between those.
     assert kills > 10
+
+
+# ---- signatures and provenance
+
+
+def test_a_build_signs_what_it_publishes_where_a_key_is_named(tmp_path, monkeypatch):
+    key = make_key(tmp_path)
+    monkeypatch.setenv("ENGINERY_SIGN_KEY", str(key.private))
+    builder = Builder(folder=tmp_path)
+    builder.build_all()
+    catalog = EngineCatalog(builder.store)
+    engines = catalog.engines()
+    assert engines
+    for manifest, data in catalog.stored_manifests():
+        signatures = catalog.signatures(EngineId.of(manifest.identity), data)
+        assert trust(key).check_engine(manifest, data, signatures) == key.fingerprint
+    # The key, and where it is, is nowhere in the store.
+    secret = b"".join(key.private.read_bytes().splitlines()[1:2])
+    for info in builder.store.list(""):
+        kept = builder.store.read(info.path)
+        assert str(key.private).encode() not in kept
+        assert secret not in kept
+        assert b"PRIVATE KEY" not in kept
+
+
+def test_a_key_that_cannot_be_used_publishes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGINERY_SIGN_KEY", str(tmp_path / "absent.pem"))
+    builder = Builder(folder=tmp_path)
+    with pytest.raises(SigningError, match=r"absent.pem"):
+        builder.build_all()
+    assert EngineCatalog(builder.store).engines() == []
+
+
+def test_every_engine_has_its_provenance_among_its_files(builder, monkeypatch):
+    monkeypatch.setenv("ENGINERY_BUILDER_ID", "https://ci.example/gpu-7")
+    builder.build_all()
+    for manifest in builder.manifests().values():
+        (name,) = [name for name in manifest.files if name.endswith(".intoto.json")]
+        data = builder.store.read(f"engines/{manifest.identity}/{name}")
+        assert digest_bytes(data) == manifest.files[name].digest
+        document = json.loads(data)
+        assert [subject["name"] for subject in document["subject"]] == [one for one in manifest.files if one != name]
+        details = document["predicate"]["runDetails"]
+        assert details["builder"]["id"] == "https://ci.example/gpu-7"
+        assert details["metadata"]["invocationId"] == manifest.provenance.key
+
+
+def test_who_publishes_second_changes_nothing_of_the_first_and_leaves_nothing(builder):
+    planned = builder.build_all()
+    step = next(engine.publish for engine in planned.engines if engine.publish is not None)
+    engine = next(engine for engine in planned.engines if engine.publish is step)
+    before = {info.path: builder.store.read(info.path) for info in builder.store.list("engines/")}
+    later = replace(HOST, name="another")
+    publish_engine(step, engine, planned.steps, builder.loaded, later, builder.store)
+    assert {info.path: builder.store.read(info.path) for info in builder.store.list("engines/")} == before
