@@ -38,39 +38,50 @@ def run(request: StageRequest) -> StageResult:
     """
     params = request.params
     own = {name: path for name, path in request.inputs.items() if "/" not in name}
-    result = _worker(request, "engine", own, "engine", _START_SECONDS)
+    result = _worker(request, "engine", own, "engine", _START_SECONDS, {})
     found = dict(result.facts)
     outputs = dict(result.outputs)
     for name in outputs:
         (_folder(request, "engine") / name).rename(request.output_dir / name)
-    found["compared"] = [_compared(request, name, best_ms(found["cases"])) for name in params["compare"]]
+    device = {"name": found["device"], "uuid": found.pop("uuid")}
+    found["compared"] = [_compared(request, name, best_ms(found["cases"]), device) for name in params["compare"]]
     text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
     (request.output_dir / RESULT).write_text(text + "\n", "utf-8")
     return StageResult({RESULT: JSON, **outputs}, found)
 
 
-def _compared(request: StageRequest, name: str, engine_ms: Mapping[str, float]) -> dict[str, Any]:
+def _compared(
+    request: StageRequest, name: str, engine_ms: Mapping[str, float], device: Mapping[str, Any]
+) -> dict[str, Any]:
     folder, entry = ("graph", "onnxruntime") if name == "onnxruntime" else ("source", "torch")
     inputs = {key.partition("/")[2]: path for key, path in request.inputs.items() if key.startswith(f"{folder}/")}
     python = os.environ.get(SOURCE_PYTHON) if entry == "torch" else None
     start = _COMPILE_SECONDS if name == "torch-compile" else _START_SECONDS
     try:
-        facts = dict(_worker(request, entry, inputs, name, start, python=python).facts)
+        facts = dict(_worker(request, entry, inputs, name, start, {"device": dict(device)}, python=python).facts)
     except TaskError as err:
         return {"name": name, "error": str(err), "cases": [], "ratios": {}}
+    del facts["uuid"]
     ratios = {case: round(ms / engine_ms[case], 3) for case, ms in best_ms(facts["cases"]).items()}
     return {"name": name, "error": None, **facts, "ratios": ratios}
 
 
 def _worker(
-    request: StageRequest, entry: str, inputs: Mapping[str, Path], name: str, start: float, *, python: str | None = None
+    request: StageRequest,
+    entry: str,
+    inputs: Mapping[str, Path],
+    name: str,
+    start: float,
+    more: Mapping[str, Any],
+    *,
+    python: str | None = None,
 ) -> StageResult:
     folder = _folder(request, name)
     folder.mkdir()
     cases = len(request.params["cases"])
     return run_stage(
         "benchmark",
-        {**request.params, "candidate": name},
+        {**request.params, "candidate": name, **more},
         inputs,
         folder,
         limits=Limits(start + _SLACK * _WAYS * cases * (request.params["seconds"] + 5.0), _NO_LIMIT),

@@ -31,14 +31,15 @@ def engine(request: StageRequest) -> StageResult:
 
     device = find_device(request.params["gpu"])
     gauge = Gauge(device["uuid"])
-    report = _Report(request, gauge, device["name"])
+    report = _Report(request, gauge, device["name"], device["uuid"])
     from tasks.benchmark.plan_candidate import PlanCandidate, layer_profile
     from tasks.engines.trt_run import runner_for
 
     for graph in (False, True):
         runner = runner_for(request, graphs=graph)
+        candidate = PlanCandidate(runner, graph=graph)
         for case in request.params["cases"]:
-            report.time(PlanCandidate(runner, graph=graph), case, graph=graph)
+            report.time(candidate, case, graph=graph)
         runner.close()
     layers = []
     for index, case in enumerate(request.params["cases"]):
@@ -55,7 +56,7 @@ def onnxruntime(request: StageRequest) -> StageResult:
     from tasks.benchmark.onnx_candidate import OnnxCandidate
 
     gpu = request.params["gpu"] != "cpu"
-    gauge, name = _gauge(request.params["gpu"])
+    gauge, name = _gauge(request.params)
     candidate = OnnxCandidate(request.inputs["model.onnx"], gpu=gpu)
     on_gpu = candidate.provider == "CUDAExecutionProvider"
     report = _Report(request, gauge, name if on_gpu else cpu_name())
@@ -76,7 +77,7 @@ def torch(request: StageRequest) -> StageResult:
         raise BackendError("no device", f"PyTorch {framework.__version__} sees no GPU here", "install its CUDA build")
     if name == "torch-fp16" and not gpu:
         raise BackendError("rejected setting", "torch-fp16 is for GPUs: halves are slow on a CPU", "compare with torch")
-    gauge, device = _gauge(request.params["gpu"])
+    gauge, device = _gauge(request.params)
     request_of_source = StageRequest("reference", request.params["source"], request.inputs, request.output_dir)
     module = load_module(request_of_source)
     half = gpu and name != "torch"
@@ -91,8 +92,8 @@ def torch(request: StageRequest) -> StageResult:
 class _Report:
     """Times candidates case by case, and keeps what was found with the state of the device before and after."""
 
-    def __init__(self, request: StageRequest, gauge: Gauge, device: str) -> None:
-        self._request, self._gauge, self._device = request, gauge, device
+    def __init__(self, request: StageRequest, gauge: Gauge, device: str, uuid: str | None = None) -> None:
+        self._request, self._gauge, self._device, self._uuid = request, gauge, device, uuid
         self._rule = Rule(seconds=request.params["seconds"])
         self._before, self._used = gauge.read(), gauge.used_bytes()
         self._rows: list[dict[str, Any]] = []
@@ -120,13 +121,14 @@ class _Report:
         return names.index(row["name"]), row["graph"]
 
     def facts(self, version: str) -> dict[str, Any]:
-        """Return version, device, cases, clocks {before, after}, host_memory_bytes (the process's peak) and rule.
+        """Return version, device, uuid, cases, clocks {before, after}, host_memory_bytes (the process's peak) and rule.
 
         gpu_memory_bytes of a case is how much more of the device's memory is in use than before this process used it.
         """
         return {
             "version": version,
             "device": self._device,
+            "uuid": self._uuid,
             "cases": sorted(self._rows, key=self._position),
             "clocks": {"before": self._before, "after": self._gauge.read()},
             "host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -134,13 +136,14 @@ class _Report:
         }
 
 
-def _gauge(gpu: str) -> tuple[Gauge, str]:
-    if gpu == "cpu":
-        return Gauge(), cpu_name()
-    from tasks.engines.cuda import find_device
+def _gauge(params: Mapping[str, Any]) -> tuple[Gauge, str]:
+    """Return what reads the device's state, and the device's name, as the engine's own run found them: params["device"].
 
-    device = find_device(gpu)
-    return Gauge(device["uuid"]), device["name"]
+    Another interpreter than ours may not have what asks CUDA.
+    """
+    if params["gpu"] == "cpu":
+        return Gauge(), cpu_name()
+    return Gauge(params["device"]["uuid"]), params["device"]["name"]
 
 
 def _version(package: str) -> str:
