@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import yaml
+from pydantic import ValidationError
 
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.manifest import Manifest
-from recipes.options import options_of
 from recipes.schema import Benchmark, Recipe, duration_seconds, size_bytes
 from recipes.shapes import batch_axis, benchmark_cases
-from tasks.devices import VISIBLE
 from tasks.errors import BackendError
-from tasks.gpus import gpu_held
+from tasks.gpus import gpu_held, visible
 from tasks.process import Limits, run_stage
+from tasks.runner import brings_host_code, merged_recipe
 
 _SEED: Final = 2
 
@@ -33,7 +32,11 @@ def time_engine(
     `batches` are sizes of the batch axis (None: opt of each profile), `seconds` the limit of each shape. Raises
     BackendError ("bad profile" for batches that no profile admits), StoreError and IntegrityError.
     """
-    recipe = Recipe.model_validate(yaml.safe_load(manifest.provenance.recipe_text))
+    try:
+        recipe = Recipe.model_validate(merged_recipe(manifest))
+    except ValidationError as err:
+        words = f"its recipe is none that this release reads: {err.errors(include_url=False)[0]['msg']}"
+        raise BackendError("bad data", words, "time it with the Enginery that published it") from err
     asked = Benchmark(batches=list(batches) if batches else None, seconds=seconds)
     recipe = recipe.model_copy(update={"benchmark": asked})
     cases = benchmark_cases(recipe)
@@ -44,15 +47,10 @@ def time_engine(
         words = f"it cannot be run at batch {', '.join(map(str, missing))}: {why}"
         raise BackendError("bad profile", words, "ask for a batch inside of a profile (enginery show ENGINE)")
     runtime, capability = manifest.compatibility.runtime, manifest.compatibility.gpus[0]
-    options = [
-        options_of(recipe, target)
-        for target in recipe.targets
-        if target.runtime == runtime and capability in target.gpus
-    ]
     params = {
         "executor": runtime,
         "gpu": capability,
-        "version_compatible": any(option.version_compatible for option in options),
+        "version_compatible": brings_host_code(manifest),
         "dla_core": manifest.compatibility.dla_core,
         "cases": cases,
         "tensors": {name: dict(tensor) for name, tensor in recipe.inputs.items()},
@@ -75,6 +73,6 @@ def time_engine(
                 output,
                 limits=Limits(duration_seconds(recipe.build.timeout), size_bytes(recipe.build.memory)),
                 on_progress=lambda _fraction, text: say(text),
-                variables={VISIBLE: gpu.uuid} if gpu is not None else None,
+                variables=visible(gpu),
             )
     return {name: value for name, value in result.facts.items() if name != "compared"}

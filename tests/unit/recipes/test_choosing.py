@@ -140,6 +140,19 @@ def test_a_spent_budget_leaves_the_rest_for_another_build():
     assert not any("int8" in step for step in ran)
 
 
+def test_what_has_begun_when_the_budget_ends_is_finished():
+    simulated = world(int8=3.0, fp32=2.0, fp16=1.0)
+    made = auto(budget="10s")
+    while True:
+        planned = simulated.plan(made)
+        if not planned.ready:
+            break
+        for step in planned.ready:
+            simulated.records[step.stage, step.action.key] = simulated.run(step)
+            simulated.spent[step.action.key] = 11.0 if step.id == "compile:onnxruntime:cpu:fp32" else 0.1
+    assert outcome(planned)[0] == {"int8": (True, 3.0), "fp32": (True, 2.0), "fp16": (None, None)}
+
+
 def test_the_budget_never_ends_the_search_before_one_has_passed():
     simulated = world(int8=3.0, fp32=2.0, fp16=1.0)
     simulated.facts["verify:onnxruntime:cpu:int8"] = BAD
@@ -257,3 +270,10 @@ def test_what_is_chosen_passed_is_among_the_fastest_and_of_those_the_most_exact(
     assert best.ms <= least * (1 + TOLERANCE)
     close = [one for one in timed if one.ms <= least * (1 + TOLERANCE)]
     assert EXACTNESS[best.precision] == max(EXACTNESS[one.precision] for one in close)
+
+
+@pytest.mark.parametrize(("fp32", "best"), [(1.019, "fp32"), (1.021, "fp16")])
+def test_of_those_that_are_as_fast_the_most_exact_is_taken(fp32, best):
+    one, other = Candidate("fp16", passed=True, ms=1.0), Candidate("fp32", passed=True, ms=fp32)
+    assert fastest([one, other]).precision == fastest([other, one]).precision == best
+    assert fastest([one, replace(other, precision="bf16")]).precision == "fp16"  # as exact: the first counts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
 from artifacts.cache import blob_path
 from artifacts.folder import FolderStore
+from artifacts.keys import Action
 from artifacts.refs import digest_bytes
+from recipes.steps import Step
 from tasks.drive import drive
 from tasks.session import latest_path, open_session
 
@@ -71,3 +74,20 @@ def test_a_cancelled_session_starts_nothing_and_ends(session):
 def test_damaged_explanations_explain_nothing_and_harm_nothing(session, damage):
     session.store.write(latest_path("small"), damage)
     assert step_of(session.plan(), "export").why == ("miss: never built",)
+
+
+def test_a_benchmark_waits_until_it_is_alone_and_other_stages_do_not(session):
+    def begun(stage, waits):
+        step = Step(stage, stage, "run", action=Action(stage, 1, {}, {}, {}))
+        with session._slots.taken(1):  # some other stage runs
+            thread = threading.Thread(target=session.ensure, args=(step, session.plan()))
+            thread.start()
+            while thread.is_alive() and not session._slots.waiting:
+                pass
+            assert session._slots.waiting == waits
+        thread.join(10)
+        assert not thread.is_alive()
+
+    session.cancel()  # so that nothing is run when its turn comes
+    begun("benchmark", 1)
+    begun("verify", 0)

@@ -12,10 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from artifacts.catalog import EngineCatalog
+from artifacts.folder import FolderStore
 from artifacts.timings import best_ms
+from tasks.benchmark.published import time_engine
 from tasks.benchmark.stage import SOURCE_PYTHON
 from tasks.errors import BackendError
 from tasks.process import Limits, run_stage
+from tests.engines import make_engine
 from tests.unit.tasks.bundles import code_tar, fresh, tensor
 from tests.unit.tasks.small_graphs import graph, node
 
@@ -120,3 +124,11 @@ def test_the_source_may_have_an_interpreter_of_its_own(files, monkeypatch):
 def test_the_best_of_the_ways_counts():
     rows = [("a", 3.0), ("a", 2.0), ("b", 5.0)]
     assert best_ms([{"name": name, "latency_ms": {"p50": p50}} for name, p50 in rows]) == {"a": 2.0, "b": 5.0}
+
+
+def test_a_published_engine_whose_recipe_cannot_be_read_says_so(tmp_path):
+    store = FolderStore(tmp_path / "store")
+    manifest = make_engine(store, tmp_path, recipe="old", target="onnxruntime-1-cpu", build="fp32-0000000000000000")
+    recipe = manifest.provenance.model_copy(update={"recipe_text": "enginery: 1\nname: old\nfuture: true\n"})
+    with pytest.raises(BackendError, match="none that this release reads"):
+        time_engine(EngineCatalog(store), manifest.model_copy(update={"provenance": recipe}), batches=None, seconds=0.1)
