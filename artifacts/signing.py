@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -49,6 +50,8 @@ class Signer:
 
     def __init__(self, config: SigningConfig) -> None:
         self._config = config
+        # Stages publish from several threads, and a signature is made in two steps.
+        self._signing = threading.Lock()
 
     def __repr__(self) -> str:
         return "Signer()"
@@ -63,7 +66,7 @@ class Signer:
 
     def sign(self, subject: str, contents: Mapping[str, str]) -> bytes:
         """Return a signature over names and the SHA-256 of each, as JSON. Raises SigningError."""
-        with tempfile.TemporaryDirectory() as folder:
+        with self._signing, tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "signature"
             self._config.set_hashing_config(_known(subject, contents))
             try:
@@ -78,30 +81,37 @@ def open_signer(key: str, *, password: str | None = None) -> Signer:
 
     Raises SigningError, which tells no secret, where there is no such key or the library is not installed.
     """
+    if key.startswith("pkcs11:"):
+        return _open_token(key)
     require_library()
     from model_signing.signing import Config
 
     config = Config()  # type: ignore[no-untyped-call]  # the library's has no annotation
     try:
-        if key.startswith("pkcs11:"):
-            folders = [folder for folder in os.environ.get(MODULES, "").split(os.pathsep) if folder]
-            return Signer(config.use_pkcs11_signer(pkcs11_uri=key, module_paths=folders))
         # The library hands the password to `cryptography`, which takes bytes; its annotation says text.
         secret: Any = None if password is None else password.encode()
         return Signer(config.use_elliptic_key_signer(private_key=key, password=secret))
     except OSError as err:
-        where = "the PKCS#11 module" if key.startswith("pkcs11:") else key
-        raise SigningError(f"the signing key cannot be read: {where}: {err.strerror or _kind(err)}") from None
-    except Exception as err:  # noqa: BLE001 - of many kinds: cryptography's, a PKCS#11 module's
-        if key.startswith("pkcs11:"):
-            # What a module says may hold the URI, and the URI a PIN.
-            why = (
-                f"PKCS#11: {_kind(err)}; needs pip install 'model-signing[pkcs11]', a module and a token with this key"
-            )
-        elif isinstance(err, TypeError):
+        raise SigningError(f"the signing key cannot be read: {key}: {err.strerror or _kind(err)}") from None
+    except Exception as err:  # noqa: BLE001 - of many kinds: cryptography's
+        why = "expected a PEM file with an EC private key on P-256, P-384 or P-521, and its password if it has one"
+        if isinstance(err, TypeError):
             why = f"it is encrypted, or it is not and {PASSWORD} is set: {PASSWORD} holds its password"
-        else:
-            why = "expected a PEM file with an EC private key on P-256, P-384 or P-521, and its password if it has one"
+        raise SigningError(f"the signing key cannot be used ({why})") from None
+
+
+@cache  # a process logs in to a token once
+def _open_token(uri: str) -> Signer:
+    require_library()
+    from model_signing.signing import Config
+
+    config = Config()  # type: ignore[no-untyped-call]  # the library's has no annotation
+    folders = [folder for folder in os.environ.get(MODULES, "").split(os.pathsep) if folder]
+    try:
+        return Signer(config.use_pkcs11_signer(pkcs11_uri=uri, module_paths=folders))
+    except Exception as err:  # noqa: BLE001 - whatever a PKCS#11 module may raise
+        needs = "needs pip install 'model-signing[pkcs11]', a module, and a token that has this key"
+        why = f"PKCS#11: {_without_secrets(err, uri)}; {needs}"
         raise SigningError(f"the signing key cannot be used ({why})") from None
 
 
@@ -208,6 +218,15 @@ def _known(subject: str, contents: Mapping[str, str]) -> HashingConfig:
 
 def _kind(err: Exception) -> str:
     return type(err).__name__
+
+
+def _without_secrets(err: Exception, uri: str) -> str:
+    """Return what a module says, or only of which kind it is where it repeats a secret part of the URI."""
+    from urllib.parse import parse_qsl
+
+    said = _first_line(err)
+    secrets = [value for name, value in parse_qsl(uri.partition("?")[2]) if name.startswith("pin")]
+    return _kind(err) if uri in said or any(secret in said for secret in secrets) else f"{_kind(err)}: {said}"
 
 
 def _first_line(err: Exception) -> str:

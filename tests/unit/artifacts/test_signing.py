@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_the_reference_verifier_takes_an_engine_with_its_signature(
     command += ["--signature", str(tmp_path / "manifest.json.sig"), "--public_key", str(key.public)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (not harm), done.stderr
+
+
+def test_threads_share_a_signer(key: KeyPair) -> None:
+    signer = key.signer
+    contents = [{"file": digest_bytes(bytes([number]))} for number in range(48)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet in the middle of what they do
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            signatures = list(threads.map(lambda one: signer.sign("x", one), contents))
+    finally:
+        sys.setswitchinterval(before)
+    for one, made in zip(contents, signatures, strict=True):
+        check_signature(made, one, key.pem)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)

@@ -15,6 +15,7 @@ from artifacts.manifest import Manifest
 from artifacts.refs import digest_bytes
 from artifacts.resolve import Request
 from artifacts.signing import STATEMENT_NAME
+from artifacts.store import Store, open_store
 from artifacts.trust import Trust
 from enginery import client
 from enginery.moving import Mover
@@ -34,9 +35,9 @@ def request(channel: str | None = None) -> Request:
 class World:
     """A store with signed engines of two recipes, and those who sign and read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: Store | None = None) -> None:
         self.folder = folder
-        self.store = FolderStore(folder / "store")
+        self.store = store or FolderStore(folder / "store")
         self.catalog = EngineCatalog(self.store)
         self.key, self.other = make_key(folder, "release"), make_key(folder, "stranger")
         self.trust = trust(self.key)
@@ -157,6 +158,23 @@ def test_a_signed_channel_is_followed(world: World) -> None:
         client.pull(world.store, best, world.to, channel="production", trust=world.trust)
     world.mover().rollback("digits", TARGET, "production")
     assert EngineId.of(world.resolved("production").best.identity) == first
+
+
+def test_from_s3(s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_STATE", str(tmp_path / "state"))
+    world = World(tmp_path, open_store(s3_store_uri))
+    first, second = world.publish("fp16-a", key=world.key), world.publish("fp16-b", key=world.key)
+    for engine in (first, second):
+        world.mover().promote(engine, "production")
+    world.mover().rollback("digits", TARGET, "production")
+    best = world.resolved("production").best
+    assert EngineId.of(best.identity) == first
+    client.check(
+        client.pull(world.store, best, world.to, channel="production", trust=world.trust).folder, trust=world.trust
+    )
+    bare = world.publish("fp16-bare")
+    with pytest.raises(TrustError, match="is not signed"):
+        client.pull(world.store, bare, world.to, trust=world.trust)
 
 
 def test_a_channel_moved_by_someone_else_names_nothing(world: World) -> None:
