@@ -7,12 +7,12 @@ calibrator is asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from tasks.engines.trt_weak import hold_fp32, nodes_in_fp32
-from tasks.graphs import tensor_types
+from tasks.engines.trt_weak import hold_fp32
+from tasks.graphs import matching_nodes, tensor_types
 from tasks.onnx_files import load_graph
 
 # Operators that move, describe or retype data: they have no arithmetic to constrain.
@@ -48,8 +48,19 @@ class Weak:
         """
         flags, kept = typing_of(graph)
         if params.get("precision") == "int8-fp16":
-            flags, kept = ("FP16", "INT8"), nodes_in_fp32(graph, params.get("keep", ()), int8=False)
+            flags, kept = ("FP16", "INT8"), kept_beside_pairs(graph, params.get("keep", ()))
         return (*flags, *hold_fp32(trt, network, kept))
+
+
+def kept_beside_pairs(graph: Path, keep: Collection[str]) -> frozenset[str]:
+    """Return the names of the nodes with arithmetic that match the globs of `keep`; pairs, whose names may too, are none."""
+    if not keep:
+        return frozenset()
+    model = load_graph(graph, weights=False)
+    matched = matching_nodes(model, list(keep))
+    return frozenset(
+        node.name for node in model.graph.node if node.name in matched and node.op_type not in _NO_ARITHMETIC
+    )
 
 
 def typing_of(graph: Path) -> tuple[tuple[str, ...], frozenset[str]]:

@@ -1,11 +1,17 @@
 """Engines timed on a GPU: both ways, by both clocks, with the state of the device and the time of each layer."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
+import yaml
 
+from artifacts.catalog import EngineCatalog
+from artifacts.folder import FolderStore
 from tests.gpu.compiling import PROFILES, Compiler
+from tests.integration.building import RECIPES, build
 from tests.unit.tasks.bundles import tensor
 from tests.unit.tasks.small_graphs import cnn, images
 
@@ -118,3 +124,32 @@ def test_torch_is_timed_on_the_gpu_in_every_way(device):
         found = measure(candidate, {"x": np.ones((4, 8), np.float32)}, 4, Rule(seconds=0.2))
         assert found["device_ms"]["p50"] > 0
         assert found["copy_share"] >= 0
+
+
+@pytest.mark.timeout(900)
+def test_auto_publishes_the_fastest_with_the_table_of_all(device, tmp_path):
+    shutil.copytree(RECIPES / "digits", tmp_path / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    document = yaml.safe_load((RECIPES / "digits-auto.yaml").read_text())
+    document["targets"] = [{"runtime": "tensorrt", "gpus": [device["compute_capability"]]}]
+    document["precision"] |= {"candidates": ["int8-fp16", "fp16", "fp32"], "optimization_levels": [0, 1]}
+    document["benchmark"] = {"batches": [1], "compare": ["onnxruntime"], "seconds": 0.5}
+    path = tmp_path / "digits-auto.yaml"
+    path.write_text(yaml.safe_dump(document))
+    _ran, planned, _session = build(path, tmp_path / "store")
+    assert planned.status == 0
+    (manifest,) = EngineCatalog(FolderStore(tmp_path / "store")).manifests()
+    rows = manifest.precision.candidates
+    sys.stdout.write(f"CANDIDATES {json.dumps([row.model_dump() for row in rows])}\n")
+    assert [row.name for row in rows] == [
+        f"{precision}-o{level}" for level in (0, 1) for precision in ("int8-fp16", "fp16", "fp32")
+    ]
+    passed = [row for row in rows if row.passed]
+    assert passed
+    assert all(row.p50_ms > 0 and row.graph is not None for row in passed)
+    (chosen,) = [row for row in rows if row.chosen]
+    assert chosen.p50_ms <= 1.02 * min(row.p50_ms for row in passed)
+    assert manifest.precision.given == chosen.precision
+    assert {"model.plan", "layers.json", "profile.json"} <= set(manifest.files)
+    assert {case.graph for case in manifest.benchmark.cases} == {False, True}
+    assert manifest.benchmark.compared[0].error is None
+    assert build(path, tmp_path / "store")[0] == set()

@@ -138,6 +138,22 @@ def test_a_quantised_graph_is_compiled_in_int8(compiler, load, trt, tmp_path):
     assert result.facts["settings"].get("INT8") == (True if is_weak(trt) else None)
 
 
+def test_beside_int8_pairs_the_rest_may_be_half(compiler, load, trt, tmp_path):
+    if not is_weak(trt):
+        pytest.skip("later versions get half pairs in the graph (tests/unit/tasks/test_precision.py)")
+    model = quantised(tmp_path)
+    shapes = {"min": [1, 3, 8, 8], "opt": [4, 3, 16, 16], "max": [4, 3, 16, 16]}
+    profiles = [{"name": "one", "inputs": {"x": shapes}}]
+    result, output = compiler(model, precision="int8-fp16", profiles=profiles)
+    assert (result.facts["settings"]["INT8"], result.facts["settings"]["FP16"]) == (True, True)
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
+    expected = evaluate(at_opset(model), {"x": x})["y"]
+    assert relative(expected, load(output / "model.plan")({"x": x})["y"]) < 2e-2
+    kept, output = compiler(model, precision="int8-fp16", profiles=profiles, keep=["pool"])
+    assert kept.facts["settings"]["OBEY_PRECISION_CONSTRAINTS"] is True
+    assert relative(expected, load(output / "model.plan")({"x": x})["y"]) < 2e-2
+
+
 def test_a_timing_cache_is_used_and_a_foreign_one_is_not(compiler):
     _result, output = compiler(cnn())
     cache = (output / "timing.cache").read_bytes()

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from tasks import calibrate, precision, verify
 from tasks.emulate import emulated
+from tasks.engines.trt_v8 import kept_beside_pairs
 from tasks.errors import BackendError
 from tasks.graphs import array_of
 from tasks.halves import round_to_half
@@ -172,6 +173,16 @@ def test_what_int8_fp16_keeps_stays_fp32_and_out_of_the_pairs(tmp_path):
     kept = [entry for entry in model.graph.node if entry.name in facts["kept"] and entry.op_type == "Conv"]
     assert kept
     assert all(types[entry.input[1]] == TensorProto.FLOAT for entry in kept)
+
+
+def test_what_tensorrt_8_is_to_keep_beside_pairs_are_nodes_and_no_pairs(tmp_path):
+    model, _facts = typed(tmp_path, cnn(), "int8", ranges_json=ranges_of(tmp_path, cnn()))
+    onnx.save(model, tmp_path / "model.onnx")
+    kept = kept_beside_pairs(tmp_path / "model.onnx", ["*"])
+    assert {entry.op_type for entry in model.graph.node if entry.name in kept} == {
+        "Conv", "Relu", "GlobalAveragePool", "Gemm",
+    }  # fmt: skip
+    assert kept_beside_pairs(tmp_path / "model.onnx", []) == frozenset()
 
 
 def test_scales_too_small_for_a_half_stay_fp32(tmp_path):
