@@ -7,21 +7,21 @@ Pure: records come through `lookup`, versions through `version`. The build runs 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from artifacts.host import Host
 from artifacts.refits import Base
-from recipes.choosing import Candidate, candidates_of, fastest, measured
+from recipes.choosing import Candidate, candidates_of
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge, parity_bounds
 from recipes.options import calibrator_refusal, compile_params, options_of, refusals, uses_calibrator
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import QUANTIZED, Asked, Precision, Recipe, Target, duration_seconds
+from recipes.schema import QUANTIZED, Asked, Precision, Recipe, Target
+from recipes.searching import Search
 from recipes.steps import Lookup, Output, Step, Steps
 from recipes.targets import lowers_beside_pairs, refusal
 
@@ -138,50 +138,23 @@ class _Engines:
         When the budget is spent and one has passed, candidates that would have to be made are left for another build.
         """
         precision, steps = self.pipeline.recipe.precision, self.pipeline.steps
-        budget = float(duration_seconds(precision.budget)) if precision.budget is not None else math.inf
         levels: tuple[int | None, ...] = (None,)
         if precision.optimization_levels is not None and base.runtime != "onnxruntime":
             levels = tuple(precision.optimization_levels)
-        tried: list[Candidate] = []
-        engines: dict[str, EnginePlan] = {}
-        tolerated: list[str] = []
-        seconds = 0.0
+        search = Search(steps, self.spent, precision.budget, measured=base.runtime != "tensorrt-rtx")
         for level, one in itertools.product(levels, candidates_of(self.pipeline.recipe, target)):
-            candidate, mark, before = Candidate(one, level), steps.mark(), seconds
-            found = any(other.passed for other in tried)
-            if found and base.runtime == "tensorrt-rtx":
-                tried.append(replace(candidate, reasons=("not tried: nothing is measured here, so the first counts",)))
+            candidate, mark = Candidate(one, level), steps.mark()
+            if search.skips(candidate):
                 continue
             engine, verdict = self._trial(_at_level(base, level), one, waiting)
             if engine.state == "waiting":
                 return engine
             timed = self._timed(engine) if verdict is not None and verdict.passed else None
-            seconds += sum(
-                self.spent.get(step.action.key, 0.0) for step in steps.since(mark) if step.action is not None
-            )
-            needed = [step for step in (engine.verify, engine.compile, engine.engine_verify, timed) if step is not None]
-            broken = next((step for step in needed if step.state in ("failed", "blocked")), None)
-            if broken is not None:
-                tolerated += [step.id for step in steps.since(mark) if step.state in ("failed", "blocked")]
-                tried.append(replace(candidate, passed=False, reasons=(f"{broken.id}: {_first_line(broken.why)}",)))
-            elif verdict is not None and not verdict.passed:
-                tried.append(replace(candidate, passed=False, reasons=verdict.reasons))
-            elif all(step.record is not None for step in needed):
-                engines[candidate.name] = replace(engine, benchmark=timed)
-                tried.append(_measured(replace(candidate, passed=True), timed))
-            elif found and before >= budget:
-                steps.restore(mark)
-                tried.append(replace(candidate, reasons=(f"not tried: the budget of {precision.budget} is spent",)))
-            else:
-                return replace(base, candidates=tuple(tried), tolerated=tuple(tolerated), trials=_refused(tried))
-        base = replace(base, candidates=tuple(tried), tolerated=tuple(tolerated), trials=_refused(tried))
-        best = fastest(tried)
-        if best is None:
-            why = "; ".join(f"{one.name}: {', '.join(one.reasons)}" for one in tried)
-            return replace(base, state="failed", why=f"no candidate passed: {why}")
-        engine = replace(
-            engines[best.name], chosen=best, candidates=base.candidates, tolerated=base.tolerated, trials=base.trials
-        )
+            if not search.weighs(candidate, mark, engine, verdict, timed):
+                return search.noted(base)
+        engine = search.best(base)
+        if engine.chosen is None:
+            return engine
         asked = self.pipeline.recipe.benchmark
         if engine.benchmark is not None and asked is not None and asked.compare:
             engine = replace(engine, benchmark=self._timed(engine, compare=asked.compare))
@@ -448,25 +421,8 @@ def _at_level(base: EnginePlan, level: int | None) -> EnginePlan:
     return replace(base, options=options, variant=f"-o{level}")
 
 
-def _measured(candidate: Candidate, timed: Step | None) -> Candidate:
-    if timed is None or timed.facts is None or timed.action is None:
-        return candidate
-    ms, graph = measured(timed.facts)
-    return replace(candidate, ms=ms, graph=graph, key=timed.action.key)
-
-
-def _refused(tried: Sequence[Candidate]) -> tuple[Trial, ...]:
-    return tuple(
-        Trial(one.precision, Verdict(passed=False, reasons=one.reasons)) for one in tried if one.passed is False
-    )
-
-
 def _told(trials: Sequence[Trial]) -> str:
     return "; ".join(f"{trial.precision}: {', '.join(trial.verdict.reasons)}" for trial in trials if trial.verdict)
-
-
-def _first_line(why: Sequence[str]) -> str:
-    return why[0].partition("\n")[0] if why else "no reason known"
 
 
 def _listings(compiled: Step, timed: Step) -> list[Output]:
