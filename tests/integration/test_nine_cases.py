@@ -207,10 +207,11 @@ def test_the_engines_are_those_of_the_issue(base: Path):
         assert metric["value"] >= metric["source"] - 0.01
         assert metric["samples"] == 450
         path = base / "store" / engine.publish.facts["path"]
-        assert {file.name for file in path.iterdir()} == {
-            "manifest.json",
-            "model.plan" if engine.gpu == "sm89" else "model.onnx",
-        }
+        names = {file.name for file in path.iterdir()}
+        plan = "model.plan" if engine.gpu == "sm89" else "model.onnx"
+        assert names == {"manifest.json", *engine.publish.facts["files"]}
+        (provenance,) = names - {"manifest.json", plan}
+        assert provenance.endswith(".intoto.json")
 
 
 def _compiled_the_same(base: Path, planned: Plan) -> set[str]:
