@@ -9,14 +9,15 @@ lifecycle rule that aborts incomplete multipart uploads.
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError
 from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
@@ -27,6 +28,7 @@ from artifacts.scratch import held_folder, sweep, system_scratch
 from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
 if TYPE_CHECKING:
+    from botocore.session import Session as BotocoreSession
     from mypy_boto3_s3 import S3Client
 
 PART_BYTES: Final = 16 << 20
@@ -231,7 +233,7 @@ class S3Store:
             # Since boto3 1.36 uploads carry checksums in a trailer, which many services other than AWS refuse.
             config = config.merge(Config(request_checksum_calculation="when_required"))
         try:
-            return Session().client("s3", config=config)
+            return Session(botocore_session=_session()).client("s3", config=config)
         except ValueError as err:
             raise StoreError(f"{self.uri}: {err}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from err
 
@@ -292,6 +294,22 @@ class S3Store:
                     # Folder markers that consoles make, and whatever else is no object of a store.
                     if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
                         yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp())
+
+
+def _session() -> BotocoreSession:
+    """Return a session whose parser knows ISO times at once: botocore's own tries several parsers, half the time of a listing."""
+    from botocore.session import get_session
+    from botocore.utils import parse_timestamp
+
+    def parse(value: Any) -> dt.datetime:
+        if isinstance(value, str) and value.endswith("Z"):
+            with suppress(ValueError):
+                return dt.datetime.fromisoformat(f"{value[:-1]}+00:00")
+        return parse_timestamp(value)
+
+    session = get_session()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
+    return session
 
 
 def _roots(paths: Collection[str]) -> list[str]:

@@ -3,7 +3,7 @@
     python bench/scale_plan.py [RESULT.json] [--sizes 125 250 500 1000] [--stores folder s3]
 
 Every recipe has a graph of its own and eight engines; records, blobs and engines are those that a build leaves, of made-up
-bytes. S3 is moto's server, on this machine. Each figure is of `enginery plan FOLDER --json`, a process of its own: `first`
+bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same folder. Each figure is of `enginery plan FOLDER --json`, a process of its own: `first`
 has planned nothing before, `again` (least and median of five) remembers the plans of the first.
 """
 
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from artifacts.folder import FolderStore  # noqa: E402  of this checkout
-from tests.servers import s3_environment, s3_server  # noqa: E402
+from tests.servers import careless_s3_server, s3_environment  # noqa: E402
 from tests.simulated_builds import simulate_build, write_recipe  # noqa: E402
 
 RUNS = 5
 BUCKET = "scale"
-RACY_SECONDS = 61.0  # plans of what S3 has had for less than a minute are not remembered
 
 
 def plan(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, float]:
@@ -69,27 +67,6 @@ def measure(top: Path, store: str, environment: dict[str, str], recipes: int) ->
     }
 
 
-def upload(store: Path, endpoint: str, known: set[str]) -> None:
-    """Put what is new in a folder store into S3."""
-    import boto3
-
-    client = boto3.session.Session().client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
-    )
-    if not known:
-        client.create_bucket(Bucket=BUCKET)
-    files = [path for path in store.rglob("*") if path.is_file()]
-    new = [path for path in files if (name := path.relative_to(store).as_posix()) not in known and not known.add(name)]
-    with ThreadPoolExecutor(8) as pool:
-        for _done in pool.map(
-            lambda path: client.put_object(
-                Bucket=BUCKET, Key=path.relative_to(store).as_posix(), Body=path.read_bytes()
-            ),
-            new,
-        ):
-            pass
-
-
 def main() -> None:
     """Measure, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
@@ -99,27 +76,26 @@ def main() -> None:
     asked = parser.parse_args()
     load = os.getloadavg()[0]
     rows: dict[str, dict[str, Any]] = {kind: {} for kind in asked.stores}
-    with tempfile.TemporaryDirectory() as name, s3_server() as endpoint:
+    with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         (top / "recipes").mkdir()
         (top / "scratch").mkdir()
         base = {key: value for key, value in os.environ.items() if not key.startswith("ENGINERY_")}
         base |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(top / "memory")}
-        store, sent, made = FolderStore(top / "store"), set[str](), 0
+        store, made = FolderStore(top / "s3" / BUCKET), 0
         for size in sorted(asked.sizes):
             while made < size:
                 simulate_build(write_recipe(top / "recipes", f"m{made:04}"), store, top / "scratch")
                 made += 1
             written = time.time() - 100.0  # as if nobody had planned at once
-            for path in (top / "store").rglob("*"):
+            for path in store.root.rglob("*"):
                 os.utime(path, (written, written))
             if "folder" in asked.stores:
-                rows["folder"][str(size)] = measure(top, "store", base, size)
+                rows["folder"][str(size)] = measure(top, str(store.root), base, size)
                 print(size, "folder", rows["folder"][str(size)], flush=True)
             if "s3" in asked.stores:
-                upload(top / "store", endpoint, sent)
-                time.sleep(RACY_SECONDS)
-                rows["s3"][str(size)] = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
+                with careless_s3_server(top / "s3") as endpoint:
+                    rows["s3"][str(size)] = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
                 print(size, "s3", rows["s3"][str(size)], flush=True)
     document = {
         "command": "python bench/scale_plan.py",
