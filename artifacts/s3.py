@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -185,7 +185,7 @@ class S3Store:
         with ThreadPoolExecutor(_ASKERS) as pool:
             if len(wanted) <= _LISTED:
                 return {info.path: info for info in pool.map(self.info, wanted) if info is not None}
-            listed = pool.map(partial(self._among, wanted), _roots(wanted))
+            listed = pool.map(partial(self._among, wanted), _ranges(sorted(wanted)))
             return {path: info for found in listed for path, info in found.items()}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -279,15 +279,26 @@ class S3Store:
             else:
                 return
 
-    def _among(self, wanted: Collection[str], prefix: str) -> dict[str, ObjectInfo]:
-        """List a folder, keeping what is wanted; times in whole seconds, as a HEAD tells them."""
-        found = (info for info in self.list(prefix) if info.path in wanted)
-        return {info.path: replace(info, modified=float(int(info.modified))) for info in found}
+    def _among(self, wanted: Collection[str], bounds: tuple[str, str]) -> dict[str, ObjectInfo]:
+        """List from one path to another, keeping what is wanted; times in whole seconds, as a HEAD tells them."""
+        first, last = bounds
+        found: dict[str, ObjectInfo] = {}
+        for info in self._pages(_shared(first, last), after=first[:-1]):
+            if info.path > last:
+                break
+            if info.path in wanted:
+                found[info.path] = replace(info, modified=float(int(info.modified)))
+        return found
 
-    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+    def _pages(self, prefix: str, *, after: str = "") -> Iterator[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
         with self._faults(prefix or "/"):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+            lister = self._client.get_paginator("list_objects_v2")
+            pages = (
+                lister.paginate(Bucket=self.bucket, Prefix=base + prefix, StartAfter=base + after)
+                if after
+                else lister.paginate(Bucket=self.bucket, Prefix=base + prefix)
+            )
             for page in pages:
                 for item in page.get("Contents", ()):
                     path = item["Key"].removeprefix(base)
@@ -312,10 +323,17 @@ def _session() -> BotocoreSession:
     return session
 
 
-def _roots(paths: Collection[str]) -> list[str]:
-    """Return the folders that hold all of these objects, and are listed at once: `cache/blobs/`, `engines/`."""
-    folders = (path.split("/")[:-1] for path in paths)
-    return sorted({"".join(f"{part}/" for part in folder[: 2 if folder[:1] == ["cache"] else 1]) for folder in folders})
+def _shared(one: str, other: str) -> str:
+    """Return what two paths begin with, which need not end a folder's name."""
+    length = next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))  # noqa: B905
+    return one[:length]
+
+
+def _ranges(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Split sorted paths into parts that are listed at once, each by its first and last path."""
+    size = max(_LISTED, -(-len(paths) // _ASKERS))
+    parts = (paths[start : start + size] for start in range(0, len(paths), size))
+    return [(part[0], part[-1]) for part in parts]
 
 
 def _addressing() -> Literal["path", "virtual", "auto"] | None:

@@ -187,7 +187,13 @@ class StoreContract:
         paths = ["cache/blobs/a/b", "cache/actions/x/y", "engines/a/b/c", "top"]
         for path in paths:
             store.write(path, path.encode())
-        absent = ["cache/blobs/a", "cache/blobs/a/c", "nothing/here", "top/below", *(f"no/{i}" for i in range(more))]
+        absent = [
+            "cache/blobs/a",
+            "cache/blobs/a/c",
+            "nothing/here",
+            "top/below",
+            *(f"{'cdez'[i % 4]}/{i}" for i in range(more)),
+        ]
         found = store.infos([*paths, *absent])
         assert found == {path: store.info(path) for path in paths}
         assert store.infos([]) == {}
