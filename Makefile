@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/digits.yaml
+# A worker for each CPU, of which builds take much memory; a file's tests stay together, and so do its servers and stores.
+PARALLEL ?= -n logical --maxprocesses=4 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip compiles what it copies, but not what is installed editable; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
@@ -38,11 +40,11 @@ check: $(VENV)/.dev ## the gates: ruff, mypy --strict, lint-imports, fast tests,
 	$(MAKE) test-fast
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" --cov --cov-report=term-missing:skip-covered
 	$(BIN)/coverage report --include='artifacts/*,recipes/*.py' --fail-under=95 --skip-covered
 
 test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not gpu"
 
 fix: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -19,6 +19,11 @@ settings.load_profile("enginery")
 BUCKET = "enginery-tests"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the README, which takes longest: where files are spread over processes, it would else end last, alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what is remembered between runs (digests of large files, fresh plans) from the user's own; forget the terminal."""
