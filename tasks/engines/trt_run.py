@@ -5,6 +5,7 @@ A plan is executable code: it is handed to the runtime only after its digest was
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,10 @@ class PlanRunner:
             for index in range(count)
         ]
         on_host = {name for name in self.inputs if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
-        loaded = Loaded(trt, log, self._cuda, engine, kinds, tuple(self.outputs), frozenset(on_host))
+        # 8.6 lets two contexts be on one profile only where the builder's preview feature PROFILE_SHARING_0806 was on; 10, which
+        # has allocation strategies, always. What brings code for the host may bring that of an earlier version.
+        shares = hasattr(trt, "ExecutionContextAllocationStrategy") and not host_code
+        loaded = Loaded(trt, log, self._cuda, engine, kinds, tuple(self.outputs), frozenset(on_host), shares)
         one_shape = all(
             list(least) == list(most) for profile in self.profiles for least, _opt, most in profile.ranges.values()
         )
@@ -170,6 +174,9 @@ class PlanRunner:
         if self._pool is None:
             return
         self._cuda.make_current()
+        with contextlib.suppress(BackendError):  # after a kernel's fault there is nothing to wait for
+            self._cuda.synchronize()
+        self._pool.close()
         self._pool = None
         del self._runtime
         self._cuda.close()

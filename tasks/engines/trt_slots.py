@@ -34,7 +34,10 @@ Feed = Array | DeviceArray
 
 @dataclass(frozen=True)
 class Loaded:
-    """A plan that was deserialised: its tensors' types, its outputs in order, and which inputs TensorRT reads on the host."""
+    """A plan that was deserialised: its tensors' types, its outputs in order, and which inputs TensorRT reads on the host.
+
+    `shares_profiles` says whether two contexts may be on one profile.
+    """
 
     trt: Any
     log: Log
@@ -43,6 +46,7 @@ class Loaded:
     kinds: Mapping[str, str]
     outputs: tuple[str, ...]
     on_host: frozenset[str]
+    shares_profiles: bool
 
     def context(self, scratch: int, size: int) -> Any:
         """Return a context that works in `scratch`, which contexts that never run at once may share."""
@@ -152,13 +156,16 @@ class Slot:
         return {name: sum(times) / len(times) for name, times in profiler.times.items()}
 
     def close(self) -> None:
-        """Free context, graph and buffers; nothing may be running."""
-        self._drop_graph()
+        """Free graph, context and buffers; nothing may be running."""
+        try:
+            self._drop_graph()
+        finally:
+            self._context = None
         for address, _size in self._buffers.values():
             self._loaded.cuda.free(address)
         for name in list(self._staging):
             self._loaded.cuda.free_pinned(self._staging.pop(name))
-        self._buffers, self._allocators, self._context = {}, {}, None
+        self._buffers, self._allocators = {}, {}
 
     def _forget_arrangement(self) -> None:
         self._unknown: list[str] = []  # outputs whose shape depends on data

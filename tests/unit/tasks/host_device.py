@@ -1,7 +1,8 @@
 """A device whose memory is the host's, and a plan that doubles its input: what runs contexts can be driven without a GPU.
 
 It holds to the rules that CUDA and TensorRT state and do not check: memory that was freed is not used, addresses are
-aligned, and a graph is not replayed after its context was changed. Breaking one is an AssertionError.
+aligned, a graph is not replayed after its context was changed, and contexts that cannot share a profile (8.6, where asking
+ends the process) are not asked to. Breaking one is an AssertionError.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class HostCuda:
 
     def __init__(self):
         self.memory, self.locked, self.graphs = {}, {}, set()
-        self.recording, self.capturable = None, True
+        self.recording, self.capturable, self.fault = None, True, ""
         self.launches = self.captures = self.work = 0
 
     def allocate(self, size):
@@ -71,6 +72,8 @@ class HostCuda:
 
     def synchronize(self):
         assert self.recording is None
+        if self.fault:
+            raise BackendError("crash", self.fault)
 
     def begin_capture(self):
         self.captures += 1
@@ -132,9 +135,11 @@ class Context:
 
     def set_optimization_profile_async(self, profile, stream):
         assert stream == HostCuda.stream
-        if not self.plan.shares and any(context.profile == profile for context in self.plan.contexts):
-            self.plan.log.write("ERROR", f"profile {profile} has been chosen by another IExecutionContext")
-            return self.profile == profile
+        others = [context for context in self.plan.contexts if context is not self]
+        assert self.plan.shares or all(context.profile != profile for context in others), "a crash of 8.6"
+        if self.plan.refuses:
+            self.plan.log.write("ERROR", self.plan.refuses)
+            raise RuntimeError("Error in set optimization profile async.")
         self.profile = profile
         return True
 
@@ -206,7 +211,8 @@ class HostPlan:
     def __init__(self, profiles=((1, 64),), *, shares=True, selects=False):
         self.profiles, self.shares, self.selects = profiles, shares, selects
         self.cuda, self.log = HostCuda(), Log(lambda *_said: None)
-        self.contexts, self.runs, self.fails = weakref.WeakSet(), 0, ""  # a context goes with its last name
+        self.contexts, self.runs = weakref.WeakSet(), 0  # a context goes with its last name
+        self.fails = self.refuses = ""  # what TensorRT says when it does not run, or does not take a profile
         self.engine = SimpleNamespace(
             num_optimization_profiles=len(profiles),
             device_memory_size_v2=512,
@@ -214,7 +220,7 @@ class HostPlan:
         )
         trt = SimpleNamespace(IOutputAllocator=type("IOutputAllocator", (), {"__init__": lambda _self: None}))
         kinds = {"x": "FLOAT", "y": "FLOAT"}
-        self.loaded = Loaded(trt, self.log, self.cuda, self.engine, kinds, ("y",), frozenset())
+        self.loaded = Loaded(trt, self.log, self.cuda, self.engine, kinds, ("y",), frozenset(), shares)
 
     def device_array(self, values, offset=0):
         """Put values into device memory, `offset` bytes after an aligned address."""

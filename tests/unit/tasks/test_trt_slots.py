@@ -91,7 +91,32 @@ def test_another_shape_drops_the_graph_where_contexts_cannot_share_a_profile():
         plan.check(rows, seed=rows)
     assert len(plan.contexts) == 1
     assert len(plan.cuda.graphs) == 1
-    assert plan.log.errors == []  # that TensorRT refused it is not a fault
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_profiles_may_be_used_in_any_order(shares):
+    plan = Plan(((1, 8), (1, 64), (1, 64)), shares=shares)
+    for profile in (2, 1, 2, 0, 1):
+        plan.check(5, profile, profile)
+    assert sorted(context.profile for context in plan.contexts) == [0, 1, 2]
+
+
+def test_a_profile_that_is_refused_is_a_failure_with_tensorrts_words():
+    plan = Plan(((1, 64), (1, 64)))
+    plan.refuses = "Cuda Runtime (out of memory)"
+    with pytest.raises(BackendError, match=r"profile 1 cannot be used:\n    Cuda Runtime \(out of memory\)") as caught:
+        plan(batch(2), profile=1)
+    assert caught.value.kind == "out of memory"
+    plan.refuses = ""
+    plan.check(2, profile=1)
+
+
+def test_a_device_that_failed_is_told_before_a_profile_is_set_on_it():
+    plan = Plan(((1, 64), (1, 64)), shares=False)
+    plan.cuda.fault = "cuStreamSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS"
+    with pytest.raises(BackendError, match="ILLEGAL_ADDRESS"):
+        plan(batch(2))
+    assert not plan.contexts
 
 
 def test_shapes_that_alternate_keep_their_graphs_where_contexts_can_share_a_profile():
@@ -188,3 +213,15 @@ def test_closed_slots_give_their_memory_back():
     assert len(plan.cuda.memory) == 1  # the scratch memory of all contexts
     assert not plan.cuda.locked
     assert not plan.cuda.graphs
+
+
+def test_a_closed_plan_keeps_the_scratch_memory_alone_and_no_context():
+    plan = Plan(((1, 64), (1, 64)))
+    for profile in (0, 1):
+        for rows in (2, 3):
+            for seed in range(6):
+                plan.check(rows, seed, profile)
+    assert (len(plan.contexts), len(plan.cuda.graphs)) == (6, 4)
+    plan.pool.close()
+    assert (len(plan.contexts), len(plan.cuda.graphs), len(plan.cuda.memory)) == (0, 0, 1)
+    assert not plan.cuda.locked
