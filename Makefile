@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip compiles what it copies, but not what is installed editable; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
 COMPILE := $(BIN)/python -m compileall -q artifacts enginery flows tasks recipes/*.py
 
-.PHONY: help demo test test-fast test-slow check fix docs clean
+.PHONY: help demo test test-fast test-slow test-gpu check fix docs clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,11 @@ test-fast: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
 	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not gpu"
+
+test-gpu: ## the tests that need a GPU, by PYTHON, which has enginery[tensorrt] and pytest: a process for each file
+	failed=; for file in tests/gpu/test_*.py; do \
+	  $(PYTHON) -X faulthandler -m pytest -v -p no:cacheprovider $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 fix: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

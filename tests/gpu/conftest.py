@@ -1,9 +1,21 @@
-"""Where the hardware or the packages are missing, every test here is skipped, and says what is missing."""
+"""Where the hardware or the packages are missing, every test here is skipped, and says what is missing.
+
+A fault of a driver or compiler may end the process, and with it the report at its end: a failure is printed when it comes.
+`make test-gpu` gives each file a process of its own.
+"""
+
+import sys
 
 import pytest
 
 from tests.gpu.compiling import Compiler
 from tests.unit.tasks.small_graphs import cnn
+
+
+def pytest_runtest_logreport(report):
+    if report.failed and report.nodeid.startswith("tests/gpu/"):
+        sys.__stderr__.write(f"\n{report.nodeid} ({report.when})\n{report.longreprtext}\n")
+        sys.__stderr__.flush()
 
 
 @pytest.fixture(scope="session")

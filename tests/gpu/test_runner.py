@@ -80,10 +80,10 @@ def test_the_chosen_profile_is_used_and_both_agree(engine):
 
 def test_graphs_give_what_runs_without_them_give(pulled):
     with enginery.load(pulled) as replayed, enginery.load(pulled, graphs=False) as plain:
-        for seed in range(12):
-            for count in (1, 2):
-                x = images(count, seed=seed)
-                np.testing.assert_array_equal(replayed(x=x)["y"], plain(x=x)["y"])
+        # One shape after another, so that every version replays; then in turns.
+        for seed, count in enumerate((*[1] * 8, *[2] * 8, *[1, 2] * 8)):
+            x = images(count, seed=seed)
+            np.testing.assert_array_equal(replayed(x=x)["y"], plain(x=x)["y"])
         assert [words for words in replayed.warnings if "no CUDA graph" in words] == []
 
 
@@ -97,7 +97,35 @@ def test_what_is_captured_is_really_replayed(pulled):
         assert slot._graph is not None
 
 
-def test_large_batches_are_not_staged_and_right(engine):
+def test_a_profile_keeps_its_graph_while_another_runs(pulled):
+    """Contexts of all profiles work in one scratch memory, and replay in turns."""
+    with enginery.load(pulled) as engine:
+        for seed in range(10):
+            for count in (2, 128):
+                x = images(count, seed=seed)
+                check(engine(x=x)["y"], x)
+        pool = engine._execution._pool
+        assert all(pool.slot(index, ((count, 1, 8, 8),))[0]._graph is not None for index, count in ((0, 2), (1, 128)))
+
+
+def test_the_last_profile_may_come_first(pulled):
+    for graphs in (True, False):
+        with enginery.load(pulled, graphs=graphs) as engine:
+            for seed in range(4):
+                for count in (128, 2, 64):
+                    x = images(count, seed=seed)
+                    check(engine(x=x)["y"], x)
+
+
+def test_more_shapes_than_there_are_contexts_for(engine):
+    """Where TensorRT lets contexts share a profile, shapes that come back get their own, up to eight; 8.6 has one context."""
+    for seed in range(5):
+        for count in range(5, 25):
+            x = images(count, seed=seed)
+            check(engine(x=x)["y"], x)
+
+
+def test_the_largest_batches_are_right_and_land_where_they_should(engine):
     x = images(128)
     for _ in range(6):
         check(engine(x=x)["y"], x)
