@@ -1,5 +1,7 @@
 """The public runner on a GPU: engines compiled here, pulled, loaded, and called in every way that serving code may."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -230,3 +232,20 @@ def test_closed_engines_free_the_memory(pulled):
         assert before - cuda.free_bytes() < 64 << 20
     finally:
         cuda.close()
+
+
+def test_a_process_that_never_closes_its_engine_ends_well(pulled):
+    code = """
+import sys, numpy, enginery
+engine = enginery.load(sys.argv[1])
+for count in (2, 2, 2, 2, 128, 128, 128, 128):
+    engine(x=numpy.zeros((count, 1, 8, 8), numpy.float32))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code, pulled.folder],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
