@@ -1,0 +1,275 @@
+"""SIGKILL at random instants: nothing is lost, nothing is half visible, the next run completes.
+
+    python -m bench.faults.kills RESULT.json [--kills 1000] [--seed N] [--kinds build,publish,...] [--stores folder,s3]
+
+Of each kind of action (`bench.faults.world`) and each store, its share of the kills: start the action in a process of its own,
+kill the process at a random instant between its begin and somewhat after its usual end, check every invariant of the store
+(`bench.faults.checker`) and that all that was visible before is visible still, then run the action to its end, and check that
+it did what it is there for. S3 is moto's server, which honours conditional writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from artifacts.channels import read_channel
+from artifacts.folder import FolderStore
+from bench.faults.checker import State, check, lost
+from bench.faults.recipe import write_tiny
+from bench.faults.world import (
+    CHANNEL,
+    RECIPES,
+    TARGET,
+    Action,
+    Actors,
+    Place,
+    engine,
+    make_place,
+    manifest_of,
+    write_json,
+)
+from enginery import client
+
+KINDS: Final = ("build", "publish", "pull", "promote")
+STORES: Final = ("folder", "s3")
+# A store is used for so many kills, then begun anew, so that checking all of it stays cheap.
+_ROUND: Final = 25
+_ENGINES: Final = 4
+_BUCKET: Final = "enginery-faults"
+
+
+@dataclass
+class Tally:
+    """What the kills of one kind on one store came to."""
+
+    kills: int = 0
+    before_the_end: int = 0
+    usual_seconds: float = 0.0
+    checks: int = 0
+    violations: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Round:
+    """One store, and what it has shown so far."""
+
+    def __init__(self, place: Place, actors: Actors, chance: random.Random) -> None:
+        self.place, self.actors, self.chance = place, actors, chance
+        self.store, self.judge = place.store, place.judge
+        self.known: set[str] = set()
+        self.before = State()
+        self.next = 0
+        self.to = str(place.folder / "pulled")
+
+    def new_engine(self) -> int:
+        """Return a number that no engine of this store has."""
+        self.next += 1
+        return self.next
+
+    def look(self, tally: Tally, when: str, **may: bool) -> None:
+        """Check the store, and that nothing of what it showed is gone; `may` is as in `lost`."""
+        report = check(self.store, self.judge, known=self.known)
+        tally.checks += 1
+        found = report.violations + lost(self.before, report.state, **may)
+        tally.violations += [f"{when}: {name}: {words}" for name, words in found]
+        self.before = report.state
+
+    def kill(self, action: Action, tally: Tally) -> None:
+        """Start an action, and kill it at a random instant."""
+        with self.actors.started(action, self.place) as running:
+            alive = running.kill_after(self.chance.uniform(0, 1.15 * tally.usual_seconds))
+        tally.kills += 1
+        tally.before_the_end += alive
+
+    def kill_and_complete(self, action: Action, tally: Tally, **may: bool) -> Any:
+        """Kill an action, look, run it to its end, look again; return its value."""
+        self.kill(action, tally)
+        self.look(tally, f"after {action.name} was killed", **may)
+        value, _seconds = self.actors.complete(action, self.place)
+        self.look(tally, f"after {action.name} was run again", **may)
+        return value
+
+
+def _kill_publish(world: Round, tally: Tally) -> None:
+    name = engine(RECIPES[0], world.new_engine())
+    action = Action("publish", (name.recipe, int(name.build[-6:])))
+    digest = world.kill_and_complete(action, tally)
+    if world.before.manifests.get(f"{name.path}/manifest.json") != digest:
+        tally.violations.append(f"{name} is not what its publisher was told")
+
+
+def _kill_promote(world: Round, tally: Tally) -> None:
+    store, number = world.store, world.chance.randint(1, _ENGINES)
+    found = read_channel(store, RECIPES[0], TARGET, CHANNEL)
+    moves = len(found.moves) if found is not None else 0
+    build = world.kill_and_complete(Action("promote", (RECIPES[0], number)), tally)
+    now = read_channel(store, RECIPES[0], TARGET, CHANNEL)
+    if now is None or now.head.move.build != build or len(now.moves) > moves + 1:
+        tally.violations.append(f"{build} was promoted, and the channel names {now and now.head.move.build}")
+
+
+def _kill_pull(world: Round, tally: Tally) -> None:
+    number = world.chance.randint(1, _ENGINES)
+    folder = Path(world.to) / str(engine(RECIPES[0], number))
+    # What is whole is not brought again; what is damaged is replaced, which must be no less safe.
+    match world.chance.randrange(3):
+        case 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        case 1 if (folder / "report.html").exists():
+            (folder / "report.html").unlink()
+            (folder / "report.html").write_bytes(b"noise")
+    damaged = folder.exists() and (folder / "report.html").read_bytes() == b"noise"
+    action = Action("pull", (RECIPES[0], number, world.to))
+    world.kill(action, tally)
+    if folder.exists() and not damaged:
+        client.check(folder, trust=world.judge if (folder / "manifest.json.sig").exists() else None)
+    world.actors.complete(action, world.place)
+    client.check(folder, trust=world.judge)
+    world.look(tally, "after a pull")
+    visible = {path.name for path in folder.iterdir()}
+    expected = {"manifest.json", "manifest.json.sig", *manifest_of(world.place, engine(RECIPES[0], number)).files}
+    if visible != expected:
+        tally.violations.append(f"pulled: {sorted(visible ^ expected)} should not be there, or should")
+
+
+def _kill_build(world: Round, tally: Tally) -> None:
+    action = Action("build", (str(world.place.folder / "recipe" / "tiny.yaml"),))
+    world.kill(action, tally)
+    world.look(tally, "after build was killed")
+    if world.chance.random() < 0.5:  # else the next one goes on from where this one was killed
+        world.actors.complete(action, world.place)
+        world.look(tally, "after build was run again")
+        if world.actors.complete(action, world.place)[0]:
+            tally.violations.append("a build that was run to its end left something to do")
+        _forget_half(world)
+
+
+def _forget_half(world: Round) -> None:
+    """Remove all engines, then half of the records, so that there is more to build and to kill."""
+    store = world.store
+    for prefix in ("engines/", "cache/actions/"):
+        # Manifests first, as a collector does.
+        for info in sorted(store.list(prefix), key=lambda info: not info.path.endswith("/manifest.json")):
+            if prefix == "engines/" or world.chance.random() < 0.5:
+                store.delete(info.path)
+    world.before = check(store, known=world.known).state
+
+
+_KILLERS: Final = {"build": _kill_build, "publish": _kill_publish, "promote": _kill_promote, "pull": _kill_pull}
+
+
+def kill_many(kind: str, kills: int, seed: int, places: Iterator[Place], actors: Actors) -> Tally:
+    """Kill one kind of action so often, on new stores as they are used up; return what it came to."""
+    chance, tally, begin = random.Random(f"{kind} {seed}"), Tally(), time.perf_counter()
+    world = None
+    while tally.kills < kills:
+        if world is None or tally.kills % _ROUND == 0:
+            world = _begin(kind, next(places), actors, chance, tally)
+        _KILLERS[kind](world, tally)
+        left = _left(world.place)
+        if left:
+            tally.violations.append(f"left in tmp after all: {left}")
+    tally.seconds = round(time.perf_counter() - begin, 1)
+    return tally
+
+
+def _begin(kind: str, place: Place, actors: Actors, chance: random.Random, tally: Tally) -> Round:
+    """Fill a new store, and measure how long the action takes when nobody kills it (the median of three)."""
+    world = Round(place, actors, chance)
+    write_tiny(place.folder / "recipe")
+    numbers = [world.new_engine() for _ in range(_ENGINES)]
+    taken = [actors.complete(Action("publish", (RECIPES[0], number)), place)[1] for number in numbers]
+    if kind == "build":
+        taken = [actors.complete(Action("build", (str(place.folder / "recipe" / "tiny.yaml"),)), place)[1]]
+        _forget_half(world)
+    elif kind == "promote":
+        taken = [actors.complete(Action("promote", (RECIPES[0], number)), place)[1] for number in numbers]
+    elif kind == "pull":
+        taken = [actors.complete(Action("pull", (RECIPES[0], number, world.to)), place)[1] for number in numbers]
+    tally.usual_seconds = round(statistics.median(taken), 4)
+    world.look(tally, "at the beginning")
+    return world
+
+
+def _left(place: Place) -> list[str]:
+    """Sweep a folder store's tmp as every writer does, and return what stays but empty names of an hour's life."""
+    store = place.store
+    if not isinstance(store, FolderStore):
+        return []
+    with store.scratch():
+        pass
+    return [path.name for path in (store.root / "tmp").iterdir() if path.suffix != ".fresh" or path.stat().st_size]
+
+
+@contextmanager
+def places_of(kind: str, folder: Path) -> Iterator[Iterator[Place]]:
+    """Yield an endless supply of new stores, in folders or in one S3 server."""
+    with ExitStack() as stack:
+        environment: Mapping[str, str] = {}
+        if kind == "s3":
+            from bench.faults.servers import s3_with_bucket
+
+            environment = stack.enter_context(s3_with_bucket(_BUCKET))
+
+        def supply() -> Iterator[Place]:
+            number = 0
+            while True:
+                number += 1
+                here = folder / f"{kind}-{number}"
+                uri = f"s3://{_BUCKET}/{folder.name}-{number}" if kind == "s3" else str(here / "store")
+                place = make_place(here, uri, environment)
+                place.enter()
+                yield place
+                shutil.rmtree(here, ignore_errors=True)
+
+        yield supply()
+
+
+def main() -> None:
+    """Kill as often as the command line says; write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--kills", type=int, default=1000, help="of all kinds and stores together")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--stores", default=",".join(STORES))
+    given = parser.parse_args()
+    kinds, stores, actors = given.kinds.split(","), given.stores.split(","), Actors()
+    share = -(-given.kills // (len(kinds) * len(stores)))
+    tallies: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as base:
+        for store in stores:
+            for kind in kinds:
+                folder = Path(base) / f"{kind}-on-{store}"
+                with places_of(store, folder) as places:
+                    tally = kill_many(kind, share, given.seed, places, actors)
+                tallies[f"{kind} on {store}"] = vars(tally)
+                print(f"{kind} on {store}: {vars(tally)}", flush=True)
+                write_json(given.result, _summary(given.seed, tallies))
+    if any(tally["violations"] for tally in tallies.values()):
+        raise SystemExit(1)
+
+
+def _summary(seed: int, tallies: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "what": "SIGKILL at random instants (bench/faults/kills.py)",
+        "seed": seed,
+        "kills": sum(tally["kills"] for tally in tallies.values()),
+        "killed_before_their_end": sum(tally["before_the_end"] for tally in tallies.values()),
+        "violations": sum(len(tally["violations"]) for tally in tallies.values()),
+        "by_kind": tallies,
+    }
+
+
+if __name__ == "__main__":
+    main()

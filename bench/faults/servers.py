@@ -1,0 +1,27 @@
+"""The S3 servers of the tests, with a bucket, for the long runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.servers import s3_environment, s3_server
+
+
+def make_bucket(endpoint: str, bucket: str) -> None:
+    """Make a bucket at an endpoint that takes the credentials test, test."""
+    import boto3
+
+    client = boto3.session.Session().client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+    )
+    client.create_bucket(Bucket=bucket)
+    client.close()
+
+
+@contextmanager
+def s3_with_bucket(bucket: str) -> Iterator[dict[str, str]]:
+    """Run moto's S3 server with a bucket; yield the environment that leads boto3 to it."""
+    with s3_server() as endpoint:
+        make_bucket(endpoint, bucket)
+        yield s3_environment(endpoint)
