@@ -61,7 +61,7 @@ def run(request: StageRequest) -> StageResult:
             "method": params["method"],
             "samples": feeds.samples,
             "batch": feeds.batch,
-            "tensors": len(kept.splitlines()) - 1,
+            "tensors": kept.count(b"\n") - 1,
             "constant": constant,
             "plugins": plugins,
             "log_lines": log.lines,
@@ -98,16 +98,18 @@ class Feeds:
 def without_zero_scales(cache: bytes) -> tuple[bytes, list[str]]:
     """Return a calibration cache without the tensors that have no usable scale, and their names.
 
-    A line is "tensor: " and the bits of a float32 in hex, after a first line that names the version and the method. A
-    tensor that the cache does not name makes TensorRT leave what takes it in fp32; one with a scale of zero ends it with an
-    assertion (8.6: `weightConvertors.cpp::quantizeBiasCommon`). Raises BackendError("bad data") for another text.
+    A line is "tensor: " and the bits of a float32 in hex without leading zeros (the code of 8.6 that writes it: zero is
+    "0"), after a first line that names the version and the method. A tensor that the cache does not name makes TensorRT
+    leave what takes it in fp32; one with a scale of zero ends it with an assertion (8.6:
+    `weightConvertors.cpp::quantizeBiasCommon`). Raises BackendError("bad data") for another text.
     """
-    header, *lines = cache.decode("utf-8", "surrogateescape").splitlines()
+    # Not `splitlines`: names of tensors may hold what Python takes for the end of a line, as U+001E.
+    header, *lines = cache.decode("utf-8", "surrogateescape").removesuffix("\n").split("\n")
     kept, constant = [header], []
     for line in lines:
         name, separator, bits = line.rpartition(": ")
         try:
-            scale = struct.unpack("!f", bytes.fromhex(bits.strip()))[0]
+            scale = struct.unpack("!f", struct.pack("!I", int(bits, 16)))[0]
         except (ValueError, struct.error) as err:
             raise BackendError(
                 "bad data", f"a line of the calibration cache is {line[:80]!r}", "this is another format; report it"
