@@ -14,7 +14,8 @@ from tests.unit.tasks.small_graphs import cnn
 
 def pytest_runtest_logreport(report):
     if report.failed and report.nodeid.startswith("tests/gpu/"):
-        sys.__stderr__.write(f"\n{report.nodeid} ({report.when})\n{report.longreprtext}\n")
+        said = "\n".join(text for _title, text in report.sections)
+        sys.__stderr__.write(f"\n{report.nodeid} ({report.when})\n{said}\n{report.longreprtext}\n")
         sys.__stderr__.flush()
 
 
