@@ -22,6 +22,16 @@ _MESSAGE_CHARS: Final = 1000
 # What the 8.6 builder says in VERBOSE lines before it times a layer's kernels; later versions have IProgressMonitor.
 _TIMED: Final = re.compile(r"^-+ Timing Runner: (.+?) \(|^\*+ Autotuning format combination")
 
+# What TensorRT says where cuBLAS or cuDNN is not there, or is another library of that name.
+_CUDA_LIBRARY: Final = (
+    r"SymbolAddress for cu(?:blas|dnn)\w* could not be loaded|Unable to load library: libcu(?:blas|dnn)"
+    r"|could not initialize cu(?:blas|dnn)"
+)
+_INSTALL_CUDA_LIBRARY: Final = (
+    "install the cuBLAS and cuDNN of this version (8.6: cuBLAS 12 and cuDNN 8), which it starts for plugins and for tactic "
+    "sources of their names; or name other build.tactic_sources: [jit-convolutions, edge-mask-convolutions]"
+)
+
 # The first pattern that matches decides, so specific ones come first. Wordings: TensorRT 8.6 on an H200, strings of the
 # libraries of 10.16 and 11.4, and TensorRT-RTX 1.7 on a CPU.
 _KINDS: Final = (
@@ -40,7 +50,7 @@ _KINDS: Final = (
             r"|unable to determine GPU|Unable to load library: libcuda"
         ),
     ),
-    ("missing package", r"Unable to load library: libnvinfer"),
+    ("missing package", rf"Unable to load library: libnvinfer|{_CUDA_LIBRARY}"),
     ("unsupported operator", r"No importer registered|UNSUPPORTED_\w+|INVALID_NODE|unsupported operator"),
     (
         # Before "no kernel": where memory runs out while kernels are timed, both are said, and this one is the cause.
@@ -149,7 +159,10 @@ class Log:
         """
         words = "\n    ".join([*([extra] if extra else []), *(self.errors[since:] or self.errors)[-8:]])
         kind = kind or kind_of(words, otherwise)
-        return BackendError(kind, f"{what}:\n    {words or 'TensorRT gave no reason'}", _ADVICE.get(kind, ""))
+        advice = _ADVICE.get(kind, "")
+        if kind == "missing package" and re.search(_CUDA_LIBRARY, words, re.IGNORECASE):
+            advice = _INSTALL_CUDA_LIBRARY
+        return BackendError(kind, f"{what}:\n    {words or 'TensorRT gave no reason'}", advice)
 
 
 def kind_of(words: str, otherwise: str = "crash") -> str:

@@ -241,6 +241,9 @@ def test_refusals_name_what_is_refused(on_rtx, model, params, kind, words):
         ('Assertion failed: creator && "Plugin not found, are the plugin name, version, and namespace correct?"', "missing plugin"),
         ("1: [runtime.cpp::parsePlan::314] Error Code 1: Serialization (Serialization assertion plan->header.magicTag == rt::kPLAN_MAGIC_TAG failed.)", "version mismatch"),
         ("6: [libLoader.cpp::Impl::293] Error Code 6: Internal Error (Unable to load library: libnvinfer_lean.so.8.6.0)", "missing package"),
+        ("3: SymbolAddress for cublasGetProperty could not be loaded, check function name against library symbol", "missing package"),
+        ("6: [libLoader.cpp::Impl::293] Error Code 6: Internal Error (Unable to load library: libcublas.so.12)", "missing package"),
+        ("6: [executionResources.cpp] Error Code 6: Could not initialize cudnn, please check cudnn installation.", "missing package"),
         ("4: [graphShapeAnalyzer.cpp::processCheck::862] Error Code 4: Internal Error (c: tensor volume exceeds (2^31)-1, dimensions are [1,16,16384,16384])", "bad profile"),
         # strings of the libraries, and of reports
         ("1: [pluginV2Runner.cpp::load::303] Error Code 1: Serialization (Serialization assertion creator failed.Cannot deserialize plugin since corresponding IPluginCreator not found in Plugin Registry)", "missing plugin"),
