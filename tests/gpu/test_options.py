@@ -189,7 +189,7 @@ def test_refittable_engines_keep_their_weights_replaceable(compiler, load):
     result, output = compiler(cnn(), profiles=SMALL, refit="weights")
     assert result.facts["settings"]["REFIT"] is True
     runner = load(output / "model.plan")
-    assert runner._engine.refittable
+    assert runner._open.loaded.engine.refittable
     x = images(4)
     assert relative(evaluate(cnn(), {"x": x})["y"], runner({"x": x})["y"]) < 1e-5
 
