@@ -38,6 +38,13 @@ PLANS: dict[str, dict[str, list[tuple[int, str]]]] = {
         ],
         "hunyuan": [(1, "fp16-rw"), (1, "int8-rw"), (8, "fp16-rw")],
     },
+    # What removing the mask, padding tokens and widening heads do to attention; engines only.
+    "pad": {
+        "vit": [(1, "fp16-mha"), (8, "fp16-mha"), (1, "int8-half"), (8, "int8-half"), (1, "fp16-mha-ln")],
+        "hunyuan4": [(1, "fp16-mha")],
+        "hunyuan4w": [(1, "fp16-mha")],
+        "vit640": [(1, "fp16-mha")],
+    },
     "levels": {
         "resnet50": [(1, "int8-o5")],
         "swin": [(1, "weak-rw-o5"), (1, "int8-mlp"), (8, "int8-rw")],
@@ -45,6 +52,10 @@ PLANS: dict[str, dict[str, list[tuple[int, str]]]] = {
         "hunyuan": [(8, "int8-rw"), (1, "weak-rw")],
     },
 }
+
+
+# Plans that time no PyTorch, and the seconds that they keep for measuring.
+EXPORTS = {"pad": 60.0}
 
 
 class Run:
@@ -100,7 +111,7 @@ class Run:
     def keep(self) -> None:
         """Write all results found in the work folder."""
         found: dict[str, Any] = {"command": sys.argv, "log": self.log, "models": {}}
-        for model in MODELS:
+        for model in dict.fromkeys((*MODELS, *self.asked.models)):
             base = self.asked.work / model
             row: dict[str, Any] = {"torch": read(base / "torch.json"), "engines": {}}
             for file in sorted(base.glob("b*/*/build.json")):
@@ -122,17 +133,26 @@ class Run:
             wanted = [model for model in models if not (asked.work / model / "exported").exists()]
         processes = {}
         for model in wanted:
-            command = [asked.torch, "-m", "bench.models.baselines", model, str(asked.work), "--batches", asked.batches]
+            batches = asked.batches
+            if asked.plan in EXPORTS:
+                batches = ",".join(map(str, sorted({1, *(batch for batch, _variant in PLANS[asked.plan][model])})))
+            command = [asked.torch, "-m", "bench.models.baselines", model, str(asked.work), "--batches", batches]
             if asked.dry:
-                command += ["--device", "cpu", "--small", "--export-only"]
-            env = {"TORCHINDUCTOR_CACHE_DIR": str(asked.work / "inductor"), "HF_HUB_OFFLINE": "1"}
+                command += ["--device", "cpu", "--small"]
+            if asked.dry or asked.plan in EXPORTS:
+                command += ["--export-only"]
+            env = {
+                "OMP_NUM_THREADS": "4",
+                "TORCHINDUCTOR_CACHE_DIR": str(asked.work / "inductor"),
+                "HF_HUB_OFFLINE": "1",
+            }
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             processes[model] = self.start(command, f"torch-{model}", base=other_python(), env=env, **pipes)
         limit = time.monotonic() + min(asked.torch_seconds, self.left() - 60)
         ready = {model: wait_for(process, "READY", limit) for model, process in processes.items()}
         self.say("PyTorch ready:", ready)
         for model, process in processes.items():
-            if ready[model] and not asked.dry:
+            if ready[model] and not asked.dry and asked.plan not in EXPORTS:
                 assert process.stdin is not None
                 process.stdin.write("go\n")
                 process.stdin.flush()
@@ -262,21 +282,24 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--plan", default="explore", help=f"{', '.join(PLANS)}, or model:batch:variant,...")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", help="those of the plan, else")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--steps", default="torch,build,measure")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--torch-seconds", type=float, default=240)
     parser.add_argument("--build-seconds", type=float, default=280)
-    parser.add_argument("--measure-seconds", type=float, default=120, help="kept free for measuring, at the end")
+    parser.add_argument("--measure-seconds", type=float, help="kept free for measuring, at the end")
     parser.add_argument("--torch", default="python3", help="the Python that has PyTorch")
     parser.add_argument("--timing-cache", action="store_true")
     parser.add_argument("--force", action="store_true", help="make again what is there")
     parser.add_argument("--dry", action="store_true", help="small models on a CPU; nothing is compiled")
     asked = parser.parse_args()
+    asked.models = asked.models.split(",") if asked.models else list(PLANS.get(asked.plan, MODELS))
+    if asked.measure_seconds is None:
+        asked.measure_seconds = EXPORTS.get(asked.plan, 120.0)
     run = Run(asked)
-    models = asked.models.split(",")
+    models = asked.models
     steps = asked.steps.split(",")
     try:
         if "torch" in steps:

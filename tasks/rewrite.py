@@ -7,18 +7,16 @@ not fit, the graph stays as it is. Who calls them compares the two graphs by run
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from tasks.graphs import FreshNames, array_of, fresh_names, hoist_constants
-
-Array = np.ndarray[Any, np.dtype[Any]]
-_MOVES: Final = ("Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten")
+from tasks.attention_rewrites import plain_softmax
+from tasks.graph_index import Graph, Linear, bypass, linear_of, projection_of
+from tasks.graphs import hoist_constants
 
 
 def rewrite(model: onnx.ModelProto, passes: tuple[str, ...]) -> dict[str, int]:
@@ -29,109 +27,12 @@ def rewrite(model: onnx.ModelProto, passes: tuple[str, ...]) -> dict[str, int]:
     hoist_constants(model)
     counts = {}
     for name in passes:
-        counts[name] = PASSES[name](_Graph(model))
+        counts[name] = PASSES[name](Graph(model))
         _drop_unused(model)
     return counts
 
 
-class _Graph:
-    """The top-level graph with who makes and who reads each tensor."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.fresh: FreshNames = fresh_names(model)
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.outputs = {value.name for value in model.graph.output}
-        self.index()
-
-    def index(self) -> None:
-        """Find makers and readers anew."""
-        self.maker: dict[str, onnx.NodeProto] = {}
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.model.graph.node:
-            for name in node.output:
-                self.maker[name] = node
-            for name in node.input:
-                self.readers[name].append(node)
-
-    def nodes(self) -> Iterator[onnx.NodeProto]:
-        """Yield the nodes that are there now and still there when their turn comes; passes may replace any meanwhile."""
-        for name in [node.output[0] for node in self.model.graph.node]:
-            node = self.maker.get(name)
-            if node is not None and node.output[0] == name:
-                yield node
-
-    def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """Return the node that alone reads a tensor which is no output of the graph."""
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.outputs else None
-
-    def value(self, name: str) -> Array | None:
-        """Return a constant's values."""
-        tensor = self.constants.get(name)
-        return None if tensor is None else array_of(tensor)
-
-    def add_constant(self, wanted: str, values: Array) -> str:
-        """Add a constant and return its name."""
-        name = self.fresh(wanted)
-        tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)
-        self.model.graph.initializer.append(tensor)
-        self.constants[name] = tensor
-        return name
-
-    def replace(self, old: list[onnx.NodeProto], new: list[onnx.NodeProto]) -> None:
-        """Put nodes where the first of the old ones was: they may read only what is known there."""
-        gone = {id(node) for node in old}
-        nodes: list[onnx.NodeProto] = []
-        placed = False
-        for node in self.model.graph.node:
-            if id(node) not in gone:
-                nodes.append(node)
-            elif not placed:
-                nodes.extend(new)
-                placed = True
-        copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(copied)
-        self.index()
-
-
-@dataclass
-class _Linear:
-    """A MatMul with a constant matrix, and the Add of a constant vector that alone reads it, if there is one."""
-
-    product: onnx.NodeProto
-    matrix: Array
-    output: str
-    bias: onnx.NodeProto | None = None
-    vector: Array | None = None
-    vector_name: str = ""
-
-
-def _linear(graph: _Graph, node: onnx.NodeProto | None) -> _Linear | None:
-    """Return the linear layer that a node belongs to: its MatMul, or its Add."""
-    if node is None:
-        return None
-    if node.op_type == "Add":
-        products = [graph.maker[name] for name in node.input if name in graph.maker]
-        found = [linear for linear in (_linear(graph, p) for p in products if p.op_type == "MatMul") if linear]
-        return next((linear for linear in found if linear.bias is node), None)
-    matrix = graph.value(node.input[1]) if node.op_type == "MatMul" else None
-    if matrix is None or matrix.ndim != 2:
-        return None
-    output = node.output[0]
-    linear = _Linear(node, matrix, output)
-    added = graph.only_reader(output)
-    if added is not None and added.op_type == "Add":
-        other = added.input[1] if added.input[0] == output else added.input[0]
-        vector = graph.value(other)
-        if vector is not None and vector.shape == matrix.shape[1:]:
-            linear.bias, linear.vector, linear.vector_name = added, vector, other
-            linear.output = added.output[0]
-    return linear
-
-
-def fold_scales(graph: _Graph) -> int:
+def fold_scales(graph: Graph) -> int:
     """Multiply a scalar factor of queries, keys or attention scores into the projection that they come from.
 
     x W c = x (W c): what is scaled must reach the factor through moves alone, and nothing else may read it on the way. A
@@ -143,10 +44,10 @@ def fold_scales(graph: _Graph) -> int:
         if factor is None:
             continue
         data, scale = factor
-        linear = _projection(graph, data)
+        linear = projection_of(graph, data)
         scores = graph.maker.get(data)
         if linear is None and scores is not None and scores.op_type == "MatMul" and graph.only_reader(data) is not None:
-            linear = _projection(graph, scores.input[0])
+            linear = projection_of(graph, scores.input[0])
         if linear is None or _shared(graph, linear):
             continue
         name = f"{linear.product.input[1]}_scaled"
@@ -155,12 +56,12 @@ def fold_scales(graph: _Graph) -> int:
             index = list(linear.bias.input).index(linear.vector_name)
             scaled = (linear.vector * scale).astype(linear.vector.dtype)
             linear.bias.input[index] = graph.add_constant(f"{linear.vector_name}_scaled", scaled)
-        _bypass(graph, node, data)
+        bypass(graph, node, data)
         count += 1
     return count
 
 
-def _factor(graph: _Graph, node: onnx.NodeProto) -> tuple[str, float] | None:
+def _factor(graph: Graph, node: onnx.NodeProto) -> tuple[str, float] | None:
     """Return what a node multiplies by a scalar constant, and the scalar."""
     if node.op_type not in ("Mul", "Div"):
         return None
@@ -174,38 +75,12 @@ def _factor(graph: _Graph, node: onnx.NodeProto) -> tuple[str, float] | None:
     return None
 
 
-def _projection(graph: _Graph, name: str) -> _Linear | None:
-    """Walk up through moves that nothing else reads; return the linear layer where they start."""
-    while graph.only_reader(name) is not None:
-        node = graph.maker.get(name)
-        if node is None:
-            return None
-        if node.op_type not in _MOVES:
-            return _linear(graph, node)
-        name = node.input[0]
-    return None
-
-
-def _shared(graph: _Graph, linear: _Linear) -> bool:
+def _shared(graph: Graph, linear: Linear) -> bool:
     """Say whether another node reads the product before its bias was added."""
     return linear.bias is None and graph.only_reader(linear.product.output[0]) is None
 
 
-def _bypass(graph: _Graph, node: onnx.NodeProto, source: str) -> None:
-    """Let the readers of a node read its input instead; the node goes."""
-    target = node.output[0]
-    if target in graph.outputs:
-        identity = helper.make_node("Identity", [source], [target], name=graph.fresh(f"{node.name}_kept"))
-        graph.replace([node], [identity])
-        return
-    for reader in graph.readers[target]:
-        for index, name in enumerate(reader.input):
-            if name == target:
-                reader.input[index] = source
-    graph.replace([node], [])
-
-
-def merge_projections(graph: _Graph) -> int:
+def merge_projections(graph: Graph) -> int:
     """Turn linear layers that read one tensor (queries, keys, values) into one, whose result is split.
 
     Their matrices must have one height and one type; a bias that one of them lacks is zero.
@@ -213,10 +88,10 @@ def merge_projections(graph: _Graph) -> int:
     count = 0
     groups: dict[str, list[str]] = defaultdict(list)
     for node in graph.model.graph.node:
-        if node.op_type == "MatMul" and _linear(graph, node) is not None:
+        if node.op_type == "MatMul" and linear_of(graph, node) is not None:
             groups[node.input[0]].append(node.output[0])
     for source, products in groups.items():
-        found = [_linear(graph, graph.maker[name]) for name in products]
+        found = [linear_of(graph, graph.maker[name]) for name in products]
         linears = [linear for linear in found if linear is not None]
         if len(linears) < 2 or len({(linear.matrix.shape[0], linear.matrix.dtype) for linear in linears}) > 1:
             continue
@@ -225,7 +100,7 @@ def merge_projections(graph: _Graph) -> int:
     return count
 
 
-def _merge(graph: _Graph, source: str, linears: list[_Linear]) -> None:
+def _merge(graph: Graph, source: str, linears: list[Linear]) -> None:
     stem = graph.fresh(f"{linears[0].product.name}_merged")
     matrix = np.concatenate([linear.matrix for linear in linears], axis=1)
     made = f"{stem}_product"
@@ -245,7 +120,7 @@ def _merge(graph: _Graph, source: str, linears: list[_Linear]) -> None:
     graph.replace(old, nodes)
 
 
-def drop_moves(graph: _Graph) -> int:
+def drop_moves(graph: Graph) -> int:
     """Drop what moves nothing: Identity, and Pad by zeros; join two Reshapes in a row into the last one."""
     count = 0
     for node in graph.nodes():
@@ -255,7 +130,7 @@ def drop_moves(graph: _Graph) -> int:
         else:
             idle = node.op_type == "Identity" and node.input[0] not in graph.constants
         if idle and node.output[0] not in graph.outputs:
-            _bypass(graph, node, node.input[0])
+            bypass(graph, node, node.input[0])
             count += 1
     for node in graph.nodes():
         if node.op_type != "Reshape":
@@ -273,7 +148,7 @@ def drop_moves(graph: _Graph) -> int:
     return count
 
 
-def decompose_layernorm(graph: _Graph) -> int:
+def decompose_layernorm(graph: Graph) -> int:
     """Write LayerNormalization over the last axis as the arithmetic that it stands for."""
     count = 0
     for node in graph.nodes():
@@ -326,8 +201,9 @@ def _drop_unused(model: onnx.ModelProto) -> None:
         model.graph.initializer.extend(copied)
 
 
-PASSES: Final[Mapping[str, Callable[[_Graph], int]]] = {
+PASSES: Final[Mapping[str, Callable[[Graph], int]]] = {
     "drop-moves": drop_moves,
+    "plain-softmax": plain_softmax,
     "fold-scales": fold_scales,
     "merge-projections": merge_projections,
     "decompose-layernorm": decompose_layernorm,

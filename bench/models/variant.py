@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import onnx
 
+from tasks.halves import to_half
 from tasks.process import Limits, run_stage
 from tasks.rewrite import rewrite
 
 REWRITES = ("drop-moves", "fold-scales", "merge-projections")
+FUSED = ("drop-moves", "plain-softmax", "fold-scales", "merge-projections")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Variant:
     io: str = "float32"
     method: str = "minmax"
     params: dict[str, Any] = field(default_factory=dict)
+    halves: bool = False  # what int8 leaves is typed fp16 in the graph, pairs and what they feed excepted
 
 
 def _with(**params: Any) -> dict[str, Any]:
@@ -46,6 +49,12 @@ def _with(**params: Any) -> dict[str, Any]:
 
 
 VARIANTS = {
+    "fp16-mha": Variant(FUSED),
+    "fp16-mha-ln": Variant((*FUSED, "decompose-layernorm")),
+    "weak-mha": Variant(FUSED, precision="weak"),
+    "weak-mha-ln": Variant((*FUSED, "decompose-layernorm"), precision="weak"),
+    "int8-mha": Variant(FUSED, precision="int8", keep="attention", params=_with(flags=["FP16"])),
+    "int8-half": Variant(FUSED, precision="int8", keep="attention", params=_with(flags=["FP16"]), halves=True),
     "fp16": Variant(),
     "fp16-native": Variant(io="native"),
     "fp16-rw": Variant(REWRITES),
@@ -143,7 +152,8 @@ class Maker:
 
     def stage(self, name: str, params: dict[str, Any], inputs: dict[str, Path], entry: str | None = None) -> Any:
         output = self.folder / name
-        shutil.rmtree(output, ignore_errors=True)
+        for left in (output, output.with_name(f"{name}.tmp")):  # a run that was cut leaves its scratch folder
+            shutil.rmtree(left, ignore_errors=True)
         output.mkdir(parents=True)
         started = time.monotonic()
         try:
@@ -202,7 +212,19 @@ class Maker:
         self.facts["typed"] = {
             name: value if not isinstance(value, list) else len(value) for name, value in result.facts.items()
         }
-        return self.folder / "type" / "model.onnx"
+        typed: Path = self.folder / "type" / "model.onnx"
+        if self.variant.halves:
+            self.halve(typed)
+        return typed
+
+    def halve(self, typed: Path) -> None:
+        """Write fp16 into an int8 graph wherever no pair is: TensorRT 8.6 reads pairs of fp32 only."""
+        model = onnx.load(typed)
+        pairs = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+        keep = {node.name for node in model.graph.node if pairs & set(node.input)}
+        result = to_half(model, "fp16", keep, native=False)
+        self.facts["halved"] = {"casts": result.casts, "kept": len(keep)}
+        onnx.save(result.model, typed)
 
     def compile(self, graph: Path) -> None:
         nodes = onnx.load(graph, load_external_data=False).graph.node
