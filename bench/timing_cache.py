@@ -1,6 +1,7 @@
 """What a timing cache saves, and when TensorRT refuses what it wrote itself. On a GPU host, about seven minutes:
 
     python bench/timing_cache.py RESULT.json [--seconds 560] [--only convolutions,attention,resnet50,vit]
+    python bench/timing_cache.py RESULT.json --quick    # the questions that matter most, in 170 seconds
 
 Every build and every probe is a process of its own, as in the product, and bounded. For each network (fp16, batch 1 to 8):
 
@@ -11,12 +12,16 @@ Every build and every probe is a process of its own, as in the product, and boun
 
 Then whether a cache of a network without parts for the graph compiler (Myelin) loads once it also holds such a part: two
 networks built one after the other with one cache. RESULT.json is written after each step.
+
+`--quick` writes small caches of all three kinds and that of a ResNet-50 (fp16, batch 1, the compiler's own level), loads all
+four in a fresh process, with and without the graph compiler at work there before, and rebuilds the ResNet-50 with its cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -62,6 +67,7 @@ def _build(request: StageRequest, path: Path, side: int, cache: Any, level: int 
     config.add_optimization_profile(profile)
     cache = cache if cache is not None else config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
+    request.params.setdefault("_kept", []).append((config, cache))  # type: ignore[attr-defined]  # what refers to them is returned
     if builder.build_serialized_network(network, config) is None:
         raise RuntimeError(log.errors[-3:])
     return config
@@ -135,6 +141,56 @@ def both(request: StageRequest) -> StageResult:
     return StageResult({CACHE: "x"}, {})
 
 
+def small_caches(request: StageRequest) -> StageResult:
+    """Build both small networks, each with an own cache and then the one with that of the other; keep what each holds."""
+    request.params["_session"] = _session(request)  # type: ignore[index]
+    outputs, found = {}, {}
+
+    def build(name: str, graph: str, side: str, cache: Any) -> Any:
+        started = time.monotonic()
+        cache = _build(request, request.inputs[graph], SIDES[side], cache).get_timing_cache()
+        data = bytes(memoryview(cache.serialize()))
+        (request.output_dir / f"{name}.cache").write_bytes(data)
+        outputs[f"{name}.cache"] = "x"
+        found[name] = {**_contents(data), **_loads(request, data), "seconds": round(time.monotonic() - started, 2)}
+        return cache
+
+    build("convolutions", "model.onnx", "convolutions", None)
+    build("both", "model.onnx", "convolutions", build("attention", "myelin.onnx", "attention", None))
+    return StageResult(outputs, {"same_process": found})
+
+
+def probe_all(request: StageRequest) -> StageResult:
+    """Load every cache in this process as it starts, and once more after the graph compiler has worked in it."""
+    request.params["_session"] = _session(request)  # type: ignore[index]
+    caches = {name: path.read_bytes() for name, path in request.inputs.items() if name.endswith(".cache")}
+    fresh = {name: _loads(request, data) for name, data in caches.items()}
+    prepare(request, "myelin")
+    return StageResult({}, {"fresh": fresh, "after_myelin": {n: _loads(request, data) for n, data in caches.items()}})
+
+
+def _loads(request: StageRequest, data: bytes) -> dict[str, Any]:
+    _trt, log, _logger, builder = request.params["_session"]
+    log.take_errors(0)
+    config = builder.create_builder_config()
+    cache = config.create_timing_cache(data)
+    taken = cache is not None and config.set_timing_cache(cache, False)
+    said = log.take_errors(0)
+    del cache, config  # in this order
+    return {"loads": bool(taken and not said), "said": [words[:200] for words in said]}
+
+
+def _contents(data: bytes) -> dict[str, Any]:
+    """What can be read of a cache: its size, both ends, and the text in it (Myelin's part is text, by its own words)."""
+    text = [found.decode() for found in re.findall(rb"[\x20-\x7e\n]{8,}", data)]
+    return {
+        "size": len(data),
+        "head": data[:96].hex(),
+        "tail": data[-256:].hex(),
+        "text": [t[:300] for t in text[-12:]],
+    }
+
+
 # ---- in the parent ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +199,7 @@ class Bench:
         from tasks.engines.cuda import device_properties, driver_version
 
         self.target, self.work, self.count = asked.result, work, 0
-        self.deadline = time.monotonic() + asked.seconds
+        self.deadline = time.monotonic() + (min(asked.seconds, SECONDS) if asked.quick else asked.seconds)
         self.device = device_properties()
         self.result: dict[str, Any] = {
             "command": " ".join(["python", *sys.argv]),
@@ -237,6 +293,37 @@ class Bench:
             inputs = {"model.onnx": graph, CACHE: cache, "myelin.onnx": myelin}
             step(f"prepared:{loads[0]}", self.run(f"{here}:compile_prepared", chosen, inputs)[0])
 
+    def quick(self, convolutions: Path, myelin: Path, resnet50: Path) -> None:
+        """Answer what matters most; what takes long comes late, and only where it can answer something."""
+        here, row = "bench.timing_cache", self.result
+        del row["networks"]
+        params = self.params("resnet50")
+        corner = [1, 3, SIDES["resnet50"], SIDES["resnet50"]]
+        params["profiles"] = [{"name": "p", "inputs": {"x": {"min": corner, "opt": corner, "max": corner}}}]
+        graphs = {"model.onnx": convolutions, "myelin.onnx": myelin}
+        row["small"], folder = self.run(f"{here}:small_caches", params, graphs)
+        self.keep()
+        caches = {path.name: path for path in folder.glob("*.cache")}
+        facts, folder = self.run("tasks.engines.trt:compile_plan", params, {"model.onnx": resnet50})
+        row["cold"] = {key: facts.get(key) for key in ("error", "seconds", "stage_seconds", "phases", "timing_cache")}
+        if (folder / CACHE).exists():
+            caches["resnet50.cache"] = folder / CACHE
+            row["resnet50"] = _contents((folder / CACHE).read_bytes())
+            row["resnet50"]["layers_of_the_graph_compiler"] = (folder / "layers.json").read_text().count("ForeignNode")
+        self.keep()
+        row["probes"], _ = self.run(f"{here}:probe_all", params, {**caches, "myelin.onnx": myelin})
+        self.keep()
+        if row["probes"].get("fresh", {}).get("resnet50.cache", {}).get("loads"):
+            inputs = {"model.onnx": resnet50, CACHE: caches["resnet50.cache"]}
+            facts, _ = self.run("tasks.engines.trt:compile_plan", params, inputs)
+            row["warm"] = {
+                key: facts.get(key) for key in ("error", "seconds", "stage_seconds", "phases", "timing_cache")
+            }
+        self.keep()
+        print(
+            json.dumps({key: row.get(key) for key in ("small", "cold", "probes", "warm")}, indent=1)[:6000], flush=True
+        )
+
     def mixed(self, convolutions: Path, myelin: Path) -> None:
         """Does a cache load that holds entries of both kinds of network?"""
         inputs = {"model.onnx": convolutions, "myelin.onnx": myelin}
@@ -272,6 +359,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--only", default=",".join(SIDES))
+    parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
@@ -284,6 +372,9 @@ def main() -> None:
         bench = Bench(asked, work)
         myelin = makers["attention"](work / "in" / "attention.onnx")
         convolutions = makers["convolutions"](work / "in" / "convolutions.onnx")
+        if asked.quick:
+            bench.quick(convolutions, myelin, half(makers["resnet50"](work / "in" / "resnet50.onnx")))
+            return
         names = asked.only.split(",")
         for name in names:
             bench.network(name, half(makers[name](work / "in" / f"{name}.onnx")), myelin)
