@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from tests.servers import s3_environment, s3_server
+from tests.servers import careless_s3_server, s3_environment, s3_server
 
 
 def make_bucket(endpoint: str, bucket: str) -> None:
@@ -24,4 +25,12 @@ def s3_with_bucket(bucket: str) -> Iterator[dict[str, str]]:
     """Run moto's S3 server with a bucket; yield the environment that leads boto3 to it."""
     with s3_server() as endpoint:
         make_bucket(endpoint, bucket)
+        yield s3_environment(endpoint)
+
+
+@contextmanager
+def rclone_with_bucket(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Run rclone's S3 server, which ignores conditional writes, over a new folder, with a bucket; yield as `s3_with_bucket`."""
+    (folder / bucket).mkdir(parents=True)
+    with careless_s3_server(folder) as endpoint:
         yield s3_environment(endpoint)

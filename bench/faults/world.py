@@ -25,6 +25,7 @@ from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
 from artifacts.errors import ArtifactError
 from artifacts.manifest import Manifest
+from artifacts.records import ActionRecord
 from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
 from artifacts.signing import Signer, open_signer
 from artifacts.store import Store, open_store
@@ -172,12 +173,36 @@ def build(place: Place, recipe: str) -> list[str]:
     return sorted(ran)
 
 
+def listed(place: Place, recipe: str) -> list[str]:
+    """Return the builds of a recipe, as every table has them."""
+    return [name.build for name in EngineCatalog(place.store).engines(recipe)]
+
+
+def keep(place: Place, number: int) -> bool:
+    """Keep a record of an action with one blob, and tell whether it is a hit then, its bytes being those that were kept."""
+    store = place.store
+    cache = ActionCache(store)
+    data = f"the output of action {number}\n".encode() * 2000
+    ref = ArtifactRef(digest_bytes(data), len(data), ENGINE_PLAN)
+    record = ActionRecord({"stage": "compile", "number": number}, {"model.plan": ref})
+    with store.scratch() as folder:
+        (folder / "out").write_bytes(data)
+        cache.put_blob(folder / "out", ref)
+        kept = cache.put_record(record)
+        found = cache.lookup("compile", record.key)
+        if found is not None:
+            cache.get_blob(ref, folder / "back")
+    return found == kept
+
+
 ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "publish": publish,
     "promote": promote,
     "rollback": rollback,
     "pull": pull,
     "follow": follow,
+    "listed": listed,
+    "keep": keep,
     "build": build,
 }
 
@@ -241,12 +266,14 @@ class Actors:
             return running.wait(timeout)
 
     def complete(self, action: Action, place: Place, timeout: float = 300) -> tuple[Any, float]:
-        """Run an action that has to end well; return its value, and the seconds that it took. Raises AssertionError."""
-        begin = time.perf_counter()
-        answer = self.run(action, place, timeout)
+        """Run an action that has to end well; return its value, and the seconds since it began. Raises AssertionError."""
+        with self.started(action, place) as running:
+            begin = time.perf_counter()
+            answer = running.wait(timeout)
+            taken = time.perf_counter() - begin
         if "value" not in answer:
             raise AssertionError(f"{action}: {answer}")
-        return answer["value"], time.perf_counter() - begin
+        return answer["value"], taken
 
 
 def _act(action: Action, place: Place, answers: Connection) -> None:
