@@ -1,6 +1,6 @@
 """TensorRT's own int8 calibration (8.6 and, weakly typed, 10): a cache of scales, found once and used by every build.
 
-TensorRT calibrates inside of a build. This one is made for that alone, at the lowest optimisation level, and what it would
+TensorRT calibrates inside of a build. This one is made for that alone, at a low optimisation level, and what it would
 build is not kept: the compilation proper gets the cache as an input, so that other options or profiles do not calibrate again.
 """
 
@@ -217,7 +217,8 @@ def _calibrate(trt: Any, log: Log, cuda: Cuda, feeds: Feeds, request: StageReque
     for flag in adapter(trt, "weak").type_flags(trt, network, request.inputs[GRAPH], {"precision": "int8"}):
         settings.flag(flag)
     settings.flag("TF32", on=False)
-    settings.attribute("builder_optimization_level", 0)
+    # Not 0: what 8.6 asserts of its timing cache (`context.optimizationLevel > 0`) need not hold in a calibration there.
+    settings.attribute("builder_optimization_level", 1)
     profile = add_profiles(trt, log, builder, network, config, [feeds.profile()])[0]
     if not config.set_calibration_profile(profile):
         raise log.failure(f"TensorRT {trt.__version__}: {_MISFIT}", otherwise="bad profile")

@@ -72,6 +72,8 @@ def test_a_refitted_plan_computes_with_the_new_weights(work, execute, typed, pre
     for shape in [(1, 8, 8), (4, 16, 16), (128, 8, 8)]:
         x = images(*shape)
         found = execute(output, x)
+        away = [relative(evaluate(cnn(seed), {"x": x})["y"], found) for seed in (7, 0)]
+        sys.stdout.write(f"{shape}: {away} from the new weights and the old\n")
         assert relative(evaluate(cnn(7), {"x": x})["y"], found) < bound
         assert relative(evaluate(cnn(0), {"x": x})["y"], found) > 0.1
     assert refitted.facts["size"] == (output / "model.plan").stat().st_size
