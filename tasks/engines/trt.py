@@ -36,6 +36,7 @@ from tasks.engines.trt_weights import (
     finds_by_name,
     network_sources,
     refittable,
+    require_unfolded,
 )
 from tasks.errors import BackendError
 from tasks.onnx_files import GRAPH, load_graph, opset_of
@@ -215,6 +216,8 @@ class Build:
 
         graph = self._request.inputs[GRAPH]
         try:
+            if self._sources is not None:
+                require_unfolded(self._log.warnings)
             found = refittable(self._trt, engine, self._logger, self._sources, graph)
         except NotRefittableError as err:
             if self._refit == "stripped":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +36,9 @@ _LAYERS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "CONSTANT": ("IConstantLayer", {"CONSTANT": "weights"}),
 }
 _DRAWS: Final = 100  # of a small weight, until no other has these values
+_FOLDED: Final = (
+    "folded weights cannot be refitted"  # "... into Myelin graph ... because the network contains QDQ nodes"
+)
 _NAMED: Final = 20  # in facts, of what may be hundreds
 _SMALL: Final = 64  # bytes: above, two draws are never equal
 
@@ -198,6 +201,15 @@ def refittable(
     if len(fixed) == len(weights):
         raise NotRefittableError("the plan takes none of the graph's weights back")
     return Refittable(slots, fixed)
+
+
+def require_unfolded(warnings: Iterable[str]) -> None:
+    """Raise NotRefittableError where 8.6 warned that it folded weights, as its graph compiler does beside Q/DQ pairs.
+
+    It does not tell which: a refit would leave old weights among new ones.
+    """
+    if any(_FOLDED in words for words in warnings):
+        raise NotRefittableError("TensorRT folded weights beside Q/DQ pairs, and takes no new ones for those")
 
 
 def _taken(slots: Collection[Slot], sources: Mapping[Slot, Source | None]) -> set[str]:

@@ -27,6 +27,7 @@ from tasks.engines.trt_weights import (
     network_sources,
     network_weights,
     refittable,
+    require_unfolded,
     transposed,
 )
 from tasks.errors import BackendError
@@ -282,3 +283,13 @@ def test_networks_without_numpy_types_and_with_double_names(rtx):
     made = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     module = SimpleNamespace(IConstantLayer=Layer, Weights=rtx.Weights)
     assert set(network_weights(module, made)) == {("b", "CONSTANT")}
+
+
+def test_weights_that_were_folded_beside_pairs_are_not_offered():
+    require_unfolded(["weights were cast", "Weights are affected by this issue: Detected subnormal FP16 values."])
+    folded = (
+        "Weights are folded into Myelin graph when building a refittable engine because the network contains QDQ nodes. "
+        "These folded weights cannot be refitted."
+    )
+    with pytest.raises(NotRefittableError, match="folded"):
+        require_unfolded(["another", folded])
