@@ -5,11 +5,11 @@
 Runs with the Python that has TensorRT (and this repository on its path); PyTorch is asked from the Python named by --torch.
 Steps, each in processes of their own, bounded, and resumable (what lies in --work is not made again):
 
-1. export and torch.compile of every model, all at once; then PyTorch's times, one model at a time, nothing else running
-2. engines: --jobs builds at once (tactics are then chosen on a busy GPU: for exploration), or --jobs 1 for figures to keep
+1. exports and torch.compile of every model, all at once; engines as their graphs come, --jobs builds at once
+2. PyTorch's times, one model at a time, nothing else running
 3. every engine, one at a time: parity, times, kernels, layers
 
-Results lie in OUT/models.json (all), rewritten after each step.
+Tactics are chosen while other builds use the GPU: where there are several, each model has one to itself. Results lie in OUT/models.json (all), rewritten after each step.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ PLANS: dict[str, dict[str, list[tuple[int, str]]]] = {
         "hunyuan4w": [(1, "fp16-mha")],
         "vit640": [(1, "fp16-mha")],
     },
+    # One engine or two for each model and batch size: what the table shows.
+    "final": {
+        "hunyuan": [(1, "fp16-mha"), (8, "fp16-mha")],
+        "swin": [(1, "weak-mha-ln"), (8, "weak-mha-ln")],
+        "resnet50": [(1, "int8"), (8, "int8"), (1, "fp16"), (8, "fp16")],
+        "vit": [(1, "fp16-mha"), (8, "fp16-mha"), (1, "int8-half"), (8, "int8-half")],
+    },
     "levels": {
         "resnet50": [(1, "int8-o5")],
         "swin": [(1, "weak-rw-o5"), (1, "int8-mlp"), (8, "int8-rw")],
@@ -68,6 +75,9 @@ class Run:
         self.lock = threading.Lock()
         self.log: list[str] = []
         self.cupti = cupti_of(asked.torch)
+        self.gpus = count_gpus()
+        self.exports: list[tuple[str, subprocess.Popen[str]]] = []
+        self.compiled: dict[str, subprocess.Popen[str]] = {}
         asked.work.mkdir(parents=True, exist_ok=True)
         asked.out.mkdir(parents=True, exist_ok=True)
 
@@ -124,47 +134,55 @@ class Run:
 
     # ---- PyTorch -----------------------------------------------------------------------------------------------
 
-    def torch(self, models: list[str]) -> None:
+    def command(self, model: str, step: str, batches: str) -> subprocess.Popen[str]:
         asked = self.asked
-        wanted = [
-            model for model in models if asked.force or not (read(asked.work / model / "torch.json") or {}).get("times")
-        ]
-        if asked.dry:
-            wanted = [model for model in models if not (asked.work / model / "exported").exists()]
-        processes = {}
-        for model in wanted:
-            batches = asked.batches
-            if asked.plan in EXPORTS:
-                batches = ",".join(map(str, sorted({1, *(batch for batch, _variant in PLANS[asked.plan][model])})))
-            command = [asked.torch, "-m", "bench.models.baselines", model, str(asked.work), "--batches", batches]
-            if asked.dry:
-                command += ["--device", "cpu", "--small"]
-            if asked.dry or asked.plan in EXPORTS:
-                command += ["--export-only"]
-            env = {
-                "OMP_NUM_THREADS": "4",
-                "TORCHINDUCTOR_CACHE_DIR": str(asked.work / "inductor"),
-                "HF_HUB_OFFLINE": "1",
-            }
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            processes[model] = self.start(command, f"torch-{model}", base=other_python(), env=env, **pipes)
-        limit = time.monotonic() + min(asked.torch_seconds, self.left() - 60)
-        ready = {model: wait_for(process, "READY", limit) for model, process in processes.items()}
+        command = [asked.torch, "-m", "bench.models.baselines", model, str(asked.work), "--step", step]
+        command += ["--batches", batches, *(["--device", "cpu", "--small"] if asked.dry else [])]
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(asked.work / "inductor"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "4"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        name = f"torch-{model}-{step}-{batches}"
+        return self.start(command, name, base=other_python(), env={**env, **self.gpu(model)}, **pipes)
+
+    def gpu(self, model: str) -> dict[str, str]:
+        """Return what gives each model a GPU of its own, where there are several."""
+        return {"CUDA_VISIBLE_DEVICES": str(self.asked.models.index(model) % self.gpus)} if self.gpus > 1 else {}
+
+    def prepare(self, jobs: list[tuple[str, int, str]]) -> None:
+        """Start the exports and the compilations of PyTorch, each in a process of its own."""
+        asked = self.asked
+        for model in asked.models:
+            batches = sorted({1, *(batch for other, batch, _variant in jobs if other == model)})
+            for batch in batches:
+                if not (asked.work / model / f"b{batch}" / "model.onnx").exists():
+                    self.exports.append((model, self.command(model, "export", str(batch))))
+            if asked.dry or asked.plan in EXPORTS or (read(asked.work / model / "torch.json") or {}).get("times"):
+                continue
+            self.compiled[model] = self.command(model, "time", asked.batches)
+
+    def torch(self) -> None:
+        """Let one model after the other be timed by PyTorch, while nothing else runs."""
+        limit = time.monotonic() + min(self.asked.torch_seconds, self.left() - 30)
+        ready = {model: wait_for(process, "READY", limit) for model, process in self.compiled.items()}
         self.say("PyTorch ready:", ready)
-        for model, process in processes.items():
-            if ready[model] and not asked.dry and asked.plan not in EXPORTS:
+        for model, process in self.compiled.items():
+            if ready[model]:
                 assert process.stdin is not None
                 process.stdin.write("go\n")
                 process.stdin.flush()
-                done = wait_for(process, "DONE", time.monotonic() + min(90, self.left()))
-                self.say(
-                    "PyTorch",
-                    model,
-                    "measured" if done else "not done",
-                    summary(read(asked.work / model / "torch.json")),
-                )
+                done = wait_for(process, "DONE", time.monotonic() + min(90, self.left() - 10))
+                times = summary(read(self.asked.work / model / "torch.json"))
+                self.say("PyTorch", model, "measured" if done else "not done", times)
             self.finish(process, 15 if ready[model] else 0)
             self.keep()
+
+    def exported(self, model: str, batch: int, until: float) -> bool:
+        """Wait until a graph is there; False where it will not come, or not in time."""
+        target = self.asked.work / model / f"b{batch}" / "model.onnx"
+        while not target.exists() and time.monotonic() < until:
+            if all(process.poll() is not None for other, process in self.exports if other == model):
+                break
+            time.sleep(0.5)
+        return target.exists()
 
     # ---- engines -----------------------------------------------------------------------------------------------
 
@@ -176,8 +194,9 @@ class Run:
             known = read(asked.work / model / f"b{batch}" / variant / "build.json") or {}
             if "compile" in known and not asked.force:
                 return
+            there = all(self.exported(model, needed, until - 30) for needed in {1, batch})
             seconds = min(asked.build_seconds, until - time.monotonic())
-            if seconds < 40 or not (asked.work / model / f"b{batch}" / "model.onnx").exists():
+            if seconds < 30 or not there:
                 self.say("not built:", *job, f"{seconds:.0f} s left")
                 return
             command = [sys.executable, "-m", "bench.models.variant", model, str(batch), variant, str(asked.work)]
@@ -187,7 +206,8 @@ class Run:
             if asked.dry:
                 command.append("--dry")
             began = time.monotonic()
-            process = self.start(command, f"build-{model}-b{batch}-{variant}", stdout=subprocess.DEVNULL)
+            name = f"build-{model}-b{batch}-{variant}"
+            process = self.start(command, name, stdout=subprocess.DEVNULL, env=self.gpu(model))
             status = self.finish(process, seconds + 10)
             facts = read(asked.work / model / f"b{batch}" / variant / "build.json") or {}
             words = facts.get("error", "")[:300] if status == 0 else f"ended with {status}"
@@ -204,14 +224,14 @@ class Run:
             if done or not (folder / "compile" / "model.plan").exists() or self.left() < 15:
                 continue
             command = [sys.executable, "-m", "bench.models.measure", model, str(batch), variant, str(self.asked.work)]
-            process = self.start(command, f"run-{model}-b{batch}-{variant}", stdout=subprocess.PIPE)
+            name = f"{model}-b{batch}-{variant}"
+            process = self.start(command, f"run-{name}", stdout=subprocess.PIPE, env=self.gpu(model))
             status = self.finish(process, min(60, self.left()))
             assert process.stdout is not None
             self.say(process.stdout.read().strip() or f"{model} {batch} {variant} ended with {status}")
             if status != 0 and "--no-kernels" not in command:  # CUPTI may be what failed
-                process = self.start(
-                    [*command, "--no-kernels"], f"run2-{model}-b{batch}-{variant}", stdout=subprocess.PIPE
-                )
+                command.append("--no-kernels")
+                process = self.start(command, f"run2-{name}", stdout=subprocess.PIPE, env=self.gpu(model))
                 self.finish(process, min(60, self.left()))
                 self.say(process.stdout.read().strip() if process.stdout else "")
             self.keep()
@@ -233,6 +253,15 @@ def wait_for(process: subprocess.Popen[str], word: str, limit: float) -> bool:
     while time.monotonic() < limit and thread.is_alive():
         thread.join(0.2)
     return seen.is_set()
+
+
+def count_gpus() -> int:
+    """Return how many GPUs the driver lists; 0 where there is no driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 
 def other_python() -> dict[str, str]:
@@ -299,14 +328,17 @@ def main() -> None:
     if asked.measure_seconds is None:
         asked.measure_seconds = EXPORTS.get(asked.plan, 120.0)
     run = Run(asked)
-    models = asked.models
     steps = asked.steps.split(",")
+    jobs = planned(asked.plan, asked.models)
     try:
         if "torch" in steps:
-            run.torch(models)
-        jobs = planned(asked.plan, models)
+            run.prepare(jobs)
         if "build" in steps:
             run.build(jobs, run.end - asked.measure_seconds)
+        for _model, process in run.exports:
+            run.finish(process, 1 if asked.dry else 0)
+        if "torch" in steps:
+            run.torch()
         if "measure" in steps and not asked.dry:
             run.measure(jobs)
     finally:

@@ -1,16 +1,20 @@
 """One model in PyTorch: export it, then time eager fp32, eager fp16 and torch.compile, when told that the GPU is free.
 
-    python -m bench.models.baselines MODEL FOLDER --batches 1,8
+    python -m bench.models.baselines MODEL FOLDER --step export --batches 1
+    python -m bench.models.baselines MODEL FOLDER --step time --batches 1,8
 
-Everything that needs no quiet GPU comes first: the export, the data, the compilations. Then it prints READY and waits for a
-line on its standard input; the times follow, written to FOLDER/MODEL/torch.json after each. The defaults of PyTorch hold
-(TF32 in convolutions and not in products); torch.compile has mode="reduce-overhead", which replays CUDA graphs.
+The first makes weights.pt and the data, where they are not there, and the graph of every batch size. The second waits for
+them, compiles, prints READY, and waits for a line on its standard input; the times follow, written to FOLDER/MODEL/torch.json
+after each. The defaults of PyTorch hold (TF32 in convolutions and not in products); torch.compile has mode="reduce-overhead",
+which replays CUDA graphs. What is timed gets no mask where every token sees every one (sources.unmasked): with the mask that
+transformers makes under torch.compile, its attention is three times slower than eager.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import sys
 import time
@@ -24,7 +28,7 @@ import numpy as np
 import torch
 
 from bench.models.clock import end_to_end, windows
-from bench.models.sources import SOURCES, build, export, write_data
+from bench.models.sources import SOURCES, build, export, unmasked, write_data
 
 
 class Subject:
@@ -58,15 +62,18 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--export-only", action="store_true")
+    parser.add_argument("--step", choices=("export", "time"), required=True)
     asked = parser.parse_args()
     job = Job(asked)
-    job.prepare()
-    print("READY", flush=True)
-    if not asked.export_only:
-        sys.stdin.readline()
-        with torch.inference_mode():
-            job.measure()
+    if asked.step == "export":
+        job.export()
+    else:
+        with unmasked():
+            job.prepare()
+            print("READY", flush=True)
+            sys.stdin.readline()
+            with torch.inference_mode():
+                job.measure()
     print("DONE", flush=True)
 
 
@@ -89,7 +96,8 @@ class Job:
         self.subjects: dict[tuple[str, int], Subject] = {}
 
     def keep(self) -> None:
-        (self.folder / "torch.json").write_text(json.dumps(self.result, indent=1) + "\n")
+        name = "torch" if self.asked.step == "time" else f"export-{self.asked.batches}"
+        (self.folder / f"{name}.json").write_text(json.dumps(self.result, indent=1) + "\n")
 
     def step(self, what: str, do: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -102,21 +110,37 @@ class Job:
             self.result["seconds"][what] = round(time.perf_counter() - started, 1)
             self.keep()
 
-    def prepare(self) -> None:
-        asked, name = self.asked, self.name
-        small, device = asked.small, asked.device
-        model = self.step("build", lambda: build(name, device, small=small))
-        count = 8 if small else 64
-        self.step("data", lambda: write_data(model, name, device, self.folder, count=count, calibration=count // 2))
+    def model(self) -> torch.nn.Module:
+        """Return the model with the weights that are kept, or make them: the first who asks, while the others wait."""
+        kept = self.folder / "weights.pt"
+        with (self.folder / "weights.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not kept.exists():
+                model = build(self.name, self.asked.device, small=self.asked.small)
+                count = 8 if self.asked.small else 64
+                self.step(
+                    "data",
+                    lambda: write_data(
+                        model, self.name, self.asked.device, self.folder, count=count, calibration=count // 2
+                    ),
+                )
+                torch.save(model.state_dict(), kept.with_suffix(".tmp"))
+                kept.with_suffix(".tmp").rename(kept)
+                return model
+        model = build(self.name, self.asked.device, small=self.asked.small, fitted=False)
+        model.load_state_dict(torch.load(kept, map_location=self.asked.device))
+        return model
+
+    def export(self) -> None:
+        model = self.step("build", self.model)
         for batch in self.batches:
             target = self.folder / f"b{batch}" / "model.onnx"
-            self.step(f"export {batch}", lambda: export(model, SOURCES[name].size, batch, target))  # noqa: B023  # runs now
-        (self.folder / "exported").touch()
-        if asked.export_only:
-            return
+            self.step(f"export {batch}", lambda: export(model, SOURCES[self.name].size, batch, target))  # noqa: B023  # runs now
+
+    def prepare(self) -> None:
+        model = self.step("build", self.model)
         data = np.load(self.folder / "data.npz")
-        half = copy.deepcopy(model).half()
-        self.models = {"fp32": model, "fp16": half}
+        self.models = {"fp32": model, "fp16": copy.deepcopy(model).half()}
         with torch.inference_mode():
             for batch in self.batches:
                 image = torch.from_numpy(data["image"][:batch])

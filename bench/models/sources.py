@@ -7,10 +7,11 @@ ones: they show speed, and that a graph is computed as it is written, but not wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,34 @@ SOURCES = {
 }
 
 
-def build(name: str, device: str, *, small: bool = False) -> nn.Module:
-    """Return the model in fp32, in evaluation mode, with weights of one seed."""
+@contextlib.contextmanager
+def unmasked() -> Iterator[None]:
+    """Let transformers' ViT make no mask where it would hide nothing.
+
+    When it is compiled or traced it makes one all the same, and PyTorch then has no fused attention for 577 tokens: its
+    products run in fp32 and the scores go through memory. Who knows that leaves the mask out, so the times do.
+    """
+    from transformers.models.vit import modeling_vit
+
+    made = getattr(modeling_vit, "create_bidirectional_mask", None)
+    if made is None:
+        yield
+        return
+    modeling_vit.create_bidirectional_mask = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        modeling_vit.create_bidirectional_mask = made
+
+
+def build(name: str, device: str, *, small: bool = False, fitted: bool = True) -> nn.Module:
+    """Return the model in fp32, in evaluation mode, with weights of one seed; unless `fitted`, others replace them."""
     torch.manual_seed(0)
     model = SOURCES[name].build(small).eval()
     model.requires_grad_(False)
     _calm(model)
     model = model.to(device)
-    if SOURCES[name].classifier:
+    if SOURCES[name].classifier and fitted:
         _set_statistics(model, SOURCES[name].size, device, small=small)
         _fit_classifier(model, SOURCES[name].size, device, small=small)
     return model
@@ -287,7 +308,8 @@ def export(model: nn.Module, size: int, batch: int, target: Path) -> dict[str, A
         output_names=["out"],
         do_constant_folding=True,
     )
-    target.write_bytes(held.getvalue())
+    target.with_suffix(".tmp").write_bytes(held.getvalue())
+    target.with_suffix(".tmp").rename(target)
     return {"bytes": target.stat().st_size}
 
 
