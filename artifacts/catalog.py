@@ -26,6 +26,7 @@ from artifacts.attestation import FOLDER, Attestation, effective
 from artifacts.cache import blob_path
 from artifacts.errors import IntegrityError, NotFoundError, SigningError
 from artifacts.host import Host
+from artifacts.leases import leased
 from artifacts.manifest import MANIFEST_NAME, FileEntry, Identity, Manifest
 from artifacts.provenance import PROVENANCE_TYPE
 from artifacts.refs import digest_bytes
@@ -33,7 +34,8 @@ from artifacts.signing import ATTESTATION_NAME, SIGNATURE_BYTES, Signer, hint_of
 from artifacts.store import Store
 
 HOST_SCHEMA: Final = 1
-_DIGITS: Final = 16
+SIGNATURES: Final = "signatures"
+SIGNATURE_DIGITS: Final = 16
 _MOST_SIGNATURES: Final = 32
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -77,7 +79,12 @@ class EngineCatalog:
         Of two that publish the same build the first wins; a damaged manifest is replaced. Raises NotFoundError
         where a blob is gone, StoreError, SigningError, and IntegrityError where another action's engine has this name.
         """
-        engine, data = EngineId.of(manifest.identity), manifest.to_bytes()
+        engine = EngineId.of(manifest.identity)
+        with leased(self.store, f"publish {engine}", [str(engine)]):
+            return self._publish(engine, manifest, signer)
+
+    def _publish(self, engine: EngineId, manifest: Manifest, signer: Signer | None) -> bytes:
+        data = manifest.to_bytes()
         for name, entry in manifest.files.items():
             self.store.copy(blob_path(entry.digest), f"{engine.path}/{name}")
         signature = self.sign(manifest, data, signer) if signer is not None else None
@@ -103,7 +110,7 @@ class EngineCatalog:
         Keys are fingerprints; what is no signature is passed over. Nothing is checked here. Raises StoreError.
         """
         found = {}
-        prefix = f"{engine.path}/signatures/{digest_bytes(data)[:_DIGITS]}-"
+        prefix = f"{engine.path}/{SIGNATURES}/{digest_bytes(data)[:SIGNATURE_DIGITS]}-"
         for info in islice(self.store.list(prefix), _MOST_SIGNATURES):
             if info.size <= SIGNATURE_BYTES:
                 signature = self.store.read(info.path)
@@ -119,14 +126,15 @@ class EngineCatalog:
         """
         data = self.manifest_bytes(engine)
         manifest = self.read_manifest(engine, data)
-        # The receiver's scratch, so that a folder links the files instead of copying them once more.
-        with other.store.scratch() as folder:
-            for name, entry in manifest.files.items():
-                self.fetch(engine, name, entry, folder / name)
-                other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
-        for signature in self.signatures(engine, data).values():
-            other._put_signature(engine, data, signature)
-        return other._complete(engine, manifest, data)
+        with leased(other.store, f"publish {engine}", [str(engine)]):
+            # The receiver's scratch, so that a folder links the files instead of copying them once more.
+            with other.store.scratch() as folder:
+                for name, entry in manifest.files.items():
+                    self.fetch(engine, name, entry, folder / name)
+                    other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
+            for signature in self.signatures(engine, data).values():
+                other._put_signature(engine, data, signature)
+            return other._complete(engine, manifest, data)
 
     def fetch(self, engine: EngineId, name: str, entry: FileEntry, target: Path) -> None:
         """Bring one file of an engine to the new path `target`, checked. Raises NotFoundError, StoreError, IntegrityError."""
@@ -283,7 +291,7 @@ class EngineCatalog:
         key = hint_of(signature)
         if key is None:
             raise SigningError(f"{engine}: the signature names no key, so that nobody could check it")
-        path = f"{engine.path}/signatures/{digest_bytes(data)[:_DIGITS]}-{key[:_DIGITS]}.sig"
+        path = f"{engine.path}/{SIGNATURES}/{digest_bytes(data)[:SIGNATURE_DIGITS]}-{key[:SIGNATURE_DIGITS]}.sig"
         self.store.write(path, signature)
         return path
 

@@ -167,6 +167,18 @@ class FolderStore:
         base = self._locate(folder) if folder else self._checked_root()
         return self._walk(base, f"{folder}/" if folder else "", start)
 
+    def touch(self, path: str) -> bool:
+        """Make an object count as written now, all its names in this store too; False where there is none. Raises StoreError."""
+        file = self._locate(path)
+        with self._faults(path):
+            try:
+                os.utime(file)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            except PermissionError:
+                return self._replace_by_copy(path, file)
+        return True
+
     def delete(self, path: str) -> None:
         """Remove an object; no error where there is none. Raises StoreError."""
         file = self._locate(path)
@@ -286,6 +298,18 @@ class FolderStore:
         else:
             temporary.replace(target)
         sync_folder(target.parent)
+        return True
+
+    def _replace_by_copy(self, path: str, file: Path) -> bool:
+        """Put a copy of another user's file, whose time only they may set, in its place."""
+        try:
+            with self._reading(path) as stream, self._temporary() as temporary:
+                with create_file(temporary, stat.S_IMODE(os.fstat(stream.fileno()).st_mode) & _MODE) as copy:
+                    shutil.copyfileobj(stream, copy, CHUNK_BYTES)
+                    sync_file(copy)
+                self._place(temporary, file)
+        except NotFoundError:
+            return False
         return True
 
     def _has_version(self, path: str, version: str) -> bool:

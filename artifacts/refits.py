@@ -53,7 +53,7 @@ class RefitIndex:
     def bases(self, identity: str) -> tuple[Base, ...]:
         """Return what may be refitted, the newest first; nothing where the list is lost or damaged."""
         try:
-            return _parse(self.store.read(_path(identity)))
+            return parse_bases(self.store.read(_path(identity)))
         except NotFoundError:
             return ()
 
@@ -68,7 +68,7 @@ class RefitIndex:
             data, version = self.store.read_versioned(path)
         except NotFoundError:
             return self.store.write(path, _dump((base,)), if_absent=True)
-        found = _parse(data)
+        found = parse_bases(data)
         if any(one.key == base.key for one in found):
             listed = tuple(
                 replace(one, engine=one.engine or base.engine) if one.key == base.key else one for one in found
@@ -86,7 +86,8 @@ def _dump(bases: tuple[Base, ...]) -> bytes:
     return canonical_json({"schema": _SCHEMA, "bases": [{"key": base.key, "engine": base.engine} for base in bases]})
 
 
-def _parse(data: bytes) -> tuple[Base, ...]:
+def parse_bases(data: bytes) -> tuple[Base, ...]:
+    """Return what a list names; nothing where it is damaged."""
     try:
         document = json.loads(data)
         if document["schema"] != _SCHEMA:

@@ -192,6 +192,32 @@ class S3Store:
         """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
         return self._pages(check_prefix(prefix))
 
+    def touch(self, path: str) -> bool:
+        """Make an object count as written now by copying it onto itself; False where there is none. Raises StoreError."""
+        from boto3.s3.transfer import TransferConfig
+
+        key = self._key(path)
+        try:
+            with self._faults(path):
+                head = self._client.head_object(Bucket=self.bucket, Key=key)
+                # S3 refuses such a copy unless it says what is to change.
+                self._client.copy(
+                    {"Bucket": self.bucket, "Key": key},
+                    self.bucket,
+                    key,
+                    ExtraArgs={
+                        "Metadata": head["Metadata"],
+                        "MetadataDirective": "REPLACE",
+                        "ContentType": head["ContentType"],
+                    },
+                    Config=TransferConfig(
+                        multipart_threshold=_COPY_BYTES, multipart_chunksize=_COPY_PART_BYTES, max_concurrency=_THREADS
+                    ),
+                )
+        except NotFoundError:
+            return False
+        return True
+
     def delete(self, path: str) -> None:
         """Remove an object; no error where there is none. Raises StoreError."""
         key = self._key(path)

@@ -89,6 +89,12 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix` (a folder prefix ends with `/`), sorted by path."""
 
+    def touch(self, path: str) -> bool:
+        """Make an object count as written now, its bytes unchanged; return False where there is none. Raises StoreError.
+
+        Its version may change, so that what is written by version is not to be touched.
+        """
+
     def delete(self, path: str) -> None:
         """Remove an object; no error where there is none."""
 

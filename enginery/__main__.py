@@ -23,6 +23,7 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.bench_commands": ("bench",),
     "enginery.channel_commands": ("promote", "rollback", "history"),
     "enginery.sign_commands": ("sign",),
+    "enginery.store_commands": ("gc", "pin", "unpin"),
     "enginery.host_commands": ("host", "doctor", "schema"),
 }
 _GARBAGE: Final = 100_000

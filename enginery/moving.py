@@ -12,6 +12,7 @@ from typing import Any
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import Channel, Move, SignedMove, move_channel
 from artifacts.errors import ChannelError, IntegrityError, NotFoundError, TrustError
+from artifacts.leases import leased
 from artifacts.manifest import Manifest
 from artifacts.promotion import MAX_SLOWER, compare_speed, objections
 from artifacts.refs import digest_bytes
@@ -39,6 +40,11 @@ class Mover:
         `waived` are the objections (`unexecuted`, `slower`) that do not count. Raises ChannelError where a rule forbids it,
         TrustError, SigningError, StoreError, IntegrityError, NotFoundError.
         """
+        # From here on no garbage collector removes it: what is checked is what the channel will name.
+        with leased(self.catalog.store, f"promote {engine}", [str(engine)]):
+            return self._promote(engine, channel, waived, max_slower)
+
+    def _promote(self, engine: EngineId, channel: str, waived: Collection[str], max_slower: float) -> SignedMove | None:
         manifest, data = self._engine(engine)
         if self.trust is not None:
             self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
@@ -94,7 +100,8 @@ class Mover:
                 self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
             return {"action": "rollback", "restores": goal.sequence, **self._fields(goal.build, manifest, data)}
 
-        move = self._move(recipe, target, channel, decide)
+        with leased(self.catalog.store, f"rollback {channel} of {recipe}/{target}", [f"{recipe}/{target}"]):
+            move = self._move(recipe, target, channel, decide)
         if move is None:
             raise AssertionError("a rollback always moves")
         return move

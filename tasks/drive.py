@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
 from recipes.plan import Plan
 from recipes.steps import Step
@@ -18,7 +19,17 @@ async def drive(session: BuildSession, run_step: RunStep, *, show_all: bool = Fa
     With `show_all`, `run_step` also gets every step that is cached or has failed already, once, so that it can be
     shown as such. Of two steps with one key (an unchanged graph is verified under two names) the first in the plan
     runs, and the other finds what it made. A cancelled session's plan is returned at once: its stages end by themselves.
+    While anything runs, the session holds a lease.
     """
+    planned = await asyncio.to_thread(session.plan)
+    if not planned.ready:
+        return await _drive(session, run_step, show_all)
+    with ExitStack() as stack:
+        await asyncio.to_thread(stack.enter_context, session.leased())
+        return await _drive(session, run_step, show_all)
+
+
+async def _drive(session: BuildSession, run_step: RunStep, show_all: bool) -> Plan:
     running: dict[asyncio.Task[Outcome], Step] = {}
     shown: set[str] = set()
     while True:

@@ -18,6 +18,7 @@ from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.host import Gpu, Host
 from artifacts.keys import Action
+from artifacts.leases import Lease, leased
 from artifacts.manifest import DeviceFacts, HostFacts, Manifest, Measured
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
@@ -52,6 +53,12 @@ def execute(catalog: EngineCatalog, engine: EngineId, host: Host, *, listen: Lis
     An execution that ends in an error attests nothing. Raises StoreError naming what is gone that the comparison needs,
     TaskError as the execution fails, IntegrityError for damage.
     """
+    # Garbage collectors keep what an engine that is in use came through.
+    with leased(catalog.store, f"verify {engine}", [str(engine)]) as lease:
+        return _execute(catalog, engine, host, listen, lease)
+
+
+def _execute(catalog: EngineCatalog, engine: EngineId, host: Host, listen: Listener, lease: Lease) -> Attestation:
     data = catalog.manifest_bytes(engine)
     manifest = catalog.read_manifest(engine, data)
     step = verify_step(catalog, engine, manifest, host)
@@ -62,7 +69,7 @@ def execute(catalog: EngineCatalog, engine: EngineId, host: Host, *, listen: Lis
     )
     runner = StepRunner(
         catalog.store,
-        ActionCache(catalog.store, catalog.warn),
+        ActionCache(catalog.store, catalog.warn, lambda: lease),
         limits,
         producer={"host": host.name, "os": host.os},
         listen=listen,

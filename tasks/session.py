@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from artifacts.cache import ActionCache
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
 from artifacts.host import Host
 from artifacts.keys import canonical_json
+from artifacts.leases import Lease, leased
 from artifacts.observed import ObservedStore
 from artifacts.records import ActionRecord
 from artifacts.refits import Base, RefitIndex, refit_identity
@@ -78,7 +79,7 @@ class BuildSession:
 
     def __post_init__(self) -> None:
         """Prepare the cache, the limits of stages and the explanations."""
-        self._cache = ActionCache(self.store, self._warn_once)
+        self._cache = ActionCache(self.store, self._warn_once, lambda: self._lease)
         self._seen = ObservedStore(self.store)
         self._versions: dict[str, str | None] = {}
         self._lock = threading.Lock()
@@ -91,6 +92,10 @@ class BuildSession:
         self._warned: set[str] = set()
         self._bases: dict[str, tuple[Base, ...]] = {}
         self._cancelled = threading.Event()
+        self._lease: Lease | None = None
+        self._leasing = threading.Lock()
+        self._holders = 0
+        self._lease_ends = ExitStack()
 
     @cached_property
     def _runner(self) -> StepRunner:
@@ -129,6 +134,28 @@ class BuildSession:
     def versions_read(self) -> dict[str, str | None]:
         """Return the versions of packages that this session's plans asked for."""
         return dict(self._versions)
+
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """Keep garbage collectors off what this build uses, for a block: what was planned before it is looked up anew.
+
+        Blocks of several threads share one lease.
+        """
+        with self._leasing:
+            if self._lease is None:
+                what = f"build {self.recipe_name}"
+                self._lease = self._lease_ends.enter_context(leased(self.store, what))
+                with self._lock:
+                    self._known.clear()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._leasing:
+                self._holders -= 1
+                if not self._holders:
+                    self._lease = None
+                    self._lease_ends.close()
 
     def plan(self) -> Plan:
         """Plan with what the store holds and what failed in this session."""
@@ -292,7 +319,7 @@ class BuildSession:
         with self._lock:
             if (stage, key) in self._known:
                 return self._known[stage, key]
-        record = ActionCache(cast("Store", self._seen), self._warn_once).lookup(stage, key)
+        record = ActionCache(cast("Store", self._seen), self._warn_once, lambda: self._lease).lookup(stage, key)
         if (
             record is not None
             and stage == "publish"

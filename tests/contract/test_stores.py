@@ -9,6 +9,7 @@ import os
 import random
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -363,6 +364,23 @@ class StoreContract:
             with store.scratch() as mine:
                 assert not folder.exists()
                 assert [path.name.split(".")[0] for path in mine.parent.iterdir()].count(folder.name) == 0
+
+    def test_touching_makes_an_object_new_and_leaves_its_bytes(
+        self, store: Store, make: Callable[[bytes], Path]
+    ) -> None:
+        ref = ArtifactRef(digest_bytes(b"blob"), 4, "application/onnx")
+        store.put_file("a/blob", make(b"blob"), ref)
+        store.write("a/small", b"small")
+        before = store.infos(["a/blob", "a/small"])
+        time.sleep(1.1)  # S3 tells seconds
+        assert store.touch("a/blob") is True
+        assert store.touch("a/small") is True
+        after = store.infos(["a/blob", "a/small"])
+        assert all(after[path].modified > before[path].modified for path in before)
+        assert (store.read("a/blob"), store.read("a/small")) == (b"blob", b"small")
+        assert store.touch("a/none") is False
+        assert store.touch("a/small/none") is False
+        assert store.info("a/none") is None
 
     # Many processes
 

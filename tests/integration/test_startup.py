@@ -41,7 +41,7 @@ SPARED = {
 }
 COMMANDS = (
     "validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
-    "host", "doctor", "schema",
+    "gc", "pin", "unpin", "host", "doctor", "schema",
 )  # fmt: skip
 
 
