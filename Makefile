@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip compiles what it copies, but not what is installed editable; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
 COMPILE := $(BIN)/python -m compileall -q artifacts enginery flows tasks recipes/*.py
 
-.PHONY: help demo test test-fast test-slow test-gpu check fix docs clean
+.PHONY: help demo test test-fast test-slow test-long test-gpu check fix docs clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,11 +50,14 @@ check: $(VENV)/.dev ## the gates: ruff, mypy --strict, lint-imports, fast tests,
 	$(MAKE) test-fast
 
 test-fast: $(VENV)/.dev $(VENV)/.bindings
-	ENGINERY_TRT_BINDINGS=$(VENV)/bindings/8:$(VENV)/bindings/10:$(VENV)/bindings/11 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" --cov --cov-report=term-missing:skip-covered
+	ENGINERY_TRT_BINDINGS=$(VENV)/bindings/8:$(VENV)/bindings/10:$(VENV)/bindings/11 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not gpu" --cov --cov-report=term-missing:skip-covered
 	$(BIN)/coverage report --include='artifacts/*,recipes/*.py' --fail-under=95 --skip-covered
 
 test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
-	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not long and not gpu"
+
+test-long: $(VENV)/.dev ## the tests marked long: full-size models, minutes and gigabytes each; not part of `make test`
+	$(BIN)/python -m pytest -v -m "long and not gpu"
 
 test-gpu: ## the tests that need a GPU, by PYTHON, which has enginery[tensorrt] and pytest: a process for each file
 	failed=; for file in tests/gpu/test_*.py; do \
