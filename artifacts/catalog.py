@@ -4,7 +4,7 @@ engines/<recipe>/<target>/<build>/     the engine's files, and manifest.json, wh
     signatures/<digest>-<key>.sig      signatures, each named by 16 digits of what it signs and of its key
     verification/                      what was found when it was executed later (artifacts.attestation)
 channels/<recipe>/<target>/<name>.json what a channel names, with its history (artifacts.channels)
-hosts/<host>.json                      a host's fingerprint
+hosts/<host>.json                      a host's fingerprint, with its history (artifacts.hosts)
 
 A folder without a manifest is not an engine: it is what a publication that died has left, or one
 that is under way. A signature's name says which manifest it is of, so that of two who publish one
@@ -13,6 +13,7 @@ build neither's signature meets the other's manifest, and several keys may sign 
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import json
 import re
@@ -236,10 +237,11 @@ class EngineCatalog:
         return {found.head.move.target: found.head.move.build for found in channels_of(self.store, recipe, name)}
 
     def record_host(self, host: Host) -> str:
-        """Keep a host's fingerprint, over an earlier one; return its path. Raises StoreError."""
+        """Keep a host's fingerprint, and what changed since an earlier one; return its path. Raises StoreError, IntegrityError."""
+        from artifacts.hosts import see_host
+
         path = host_path(host.name)
-        data = json.dumps({"schema": HOST_SCHEMA, **host.to_json()}, indent=1, sort_keys=True, ensure_ascii=False)
-        self.store.write(path, data.encode() + b"\n")
+        see_host(self.store, path, host, dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
         return path
 
     def host(self, name: str) -> Host:
