@@ -75,7 +75,7 @@ class Run:
         self.lock = threading.Lock()
         self.log: list[str] = []
         self.cupti = cupti_of(asked.torch)
-        self.gpus = count_gpus()
+        self.gpus = visible_gpus()
         self.exports: list[tuple[str, subprocess.Popen[str]]] = []
         self.compiled: dict[str, subprocess.Popen[str]] = {}
         asked.work.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,9 @@ class Run:
 
     def gpu(self, model: str) -> dict[str, str]:
         """Return what gives each model a GPU of its own, where there are several."""
-        return {"CUDA_VISIBLE_DEVICES": str(self.asked.models.index(model) % self.gpus)} if self.gpus > 1 else {}
+        if len(self.gpus) < 2:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.asked.models.index(model) % len(self.gpus)]}
 
     def prepare(self, jobs: list[tuple[str, int, str]]) -> None:
         """Start the exports and the compilations of PyTorch, each in a process of its own."""
@@ -255,13 +257,16 @@ def wait_for(process: subprocess.Popen[str], word: str, limit: float) -> bool:
     return seen.is_set()
 
 
-def count_gpus() -> int:
-    """Return how many GPUs the driver lists; 0 where there is no driver."""
+def visible_gpus() -> list[str]:
+    """Return what names each GPU in CUDA_VISIBLE_DEVICES: those that it names, else all; none where there is no driver."""
+    limited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if limited is not None:
+        return [name for name in limited.split(",") if name]
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(done.stdout.splitlines()) if done.returncode == 0 else 0
+        return []
+    return [str(index) for index in range(len(done.stdout.splitlines()))] if done.returncode == 0 else []
 
 
 def other_python() -> dict[str, str]:
