@@ -22,10 +22,12 @@ from enginery.output import (
     note,
     print_json,
 )
+from enginery.since import SinceOption
 from recipes.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
     from artifacts.store import Store
+    from enginery.since import Taken
     from recipes.plan import Plan
     from tasks.remembered import Remembered
     from tasks.session import BuildSession
@@ -51,6 +53,7 @@ def register(app: typer.Typer) -> None:
 def validate(
     recipes: RecipesArgument,
     show: Annotated[bool, typer.Option("--print", help="Print each recipe as merged with what it includes.")] = False,
+    since: SinceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check recipes and everything they name; report all faults at once, with file and line.
@@ -63,9 +66,10 @@ def validate(
     from recipes.loader import dump_merged, load
 
     faults: list[Fault] = []
-    names: dict[str, Path] = {}
+    paths, taken = _chosen(recipes, since)
+    names = {} if taken is None else taken.others
     good: list[tuple[Path, str]] = []
-    for path in recipe_paths(recipes):
+    for path in paths:
         try:
             loaded = load(path)
             gather(loaded)
@@ -79,7 +83,11 @@ def validate(
             typer.echo(f"# {path}\n{dump_merged(loaded)}")
     if as_json:
         listed = [fault_json(fault) for fault in faults]
-        print_json({"valid": [{"file": str(path), "name": name} for path, name in good], "faults": listed})
+        valid = [
+            {"file": str(path), "name": name} | ({"since": taken.to_json(path)} if taken is not None else {})
+            for path, name in good
+        ]
+        print_json({"valid": valid, "faults": listed})
     elif not show:
         for path, name in good:
             typer.echo(f"{path}: ok ({name})")
@@ -95,18 +103,27 @@ def plan(
         bool, typer.Option("--explain", help="Say for every stage why it runs, with the value that changed.")
     ] = False,
     target: TargetOption = None,
+    since: SinceOption = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, as for a comment on a pull request.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a build would run, and why. Touches nothing, runs no code of a recipe, starts no server.
 
-    Example: enginery plan recipes/digits.yaml --explain
+    Examples: enginery plan recipes/digits.yaml --explain; enginery plan recipes --since origin/main --markdown
     """
     from enginery.tables import print_plan
 
-    documents = _plan_reports(recipes, store, target or [])
+    paths, taken = _chosen(recipes, since)
+    documents = _plan_reports(paths, store, target or [], taken)
     if as_json:
-        print_json(documents[0] if len(documents) == 1 else documents)
+        print_json(documents[0] if len(documents) == 1 and taken is None else documents)
+    elif markdown:
+        from enginery.markdown import plan_markdown
+
+        typer.echo(plan_markdown(documents, taken))
     else:
         for document in documents:
             print_plan(document, explain=explain)
@@ -117,6 +134,7 @@ def plan(
 def build(
     recipes: RecipesArgument,
     target: TargetOption = None,
+    since: SinceOption = None,
     store: StoreOption = DEFAULT_STORE,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many stages run at once.")] = 2,
     as_json: JsonOption = False,
@@ -137,10 +155,11 @@ def build(
 
         require_signer()  # before hours of compiling
     opened = open_store(store)
-    paths, show = recipe_paths(recipes), (lambda _report: None) if as_json else print_build
+    paths, taken = _chosen(recipes, since)
+    show = (lambda _report: None) if as_json else print_build
     memory = PlanMemory(opened, tuple(target or ()))
     fresh = {path: found for path, found in memory.recall(paths).items() if found.is_latest}
-    sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs)
+    sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs, taken=taken)
     reports: list[dict[str, Any]] = []
     for path in paths:
         if path in fresh:
@@ -151,7 +170,9 @@ def build(
 
             reports.append(build_session(sessions[path], show=show, verbose=verbose, quiet=as_json, memory=memory))
     if as_json:
-        print_json(reports[0] if len(reports) == 1 else reports)
+        if taken is not None:
+            reports = [report | {"since": taken.to_json(path)} for path, report in zip(paths, reports, strict=True)]
+        print_json(reports[0] if len(reports) == 1 and taken is None else reports)
     raise typer.Exit(_worst([document["status"] for document in reports]))
 
 
@@ -174,6 +195,18 @@ def recipe_paths(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _chosen(recipes: list[Path], since: str | None) -> tuple[list[Path], Taken | None]:
+    """Return the recipes that are meant; with a revision those that changes since touch, which is told on stderr."""
+    paths = recipe_paths(recipes)
+    if since is None:
+        return paths, None
+    from enginery.since import touched_since
+
+    taken = touched_since(paths, since)
+    taken.tell()
+    return list(taken.files), taken
+
+
 def name_faults(names: dict[str, Path], path: Path, name: str) -> list[Fault]:
     """Take up a recipe's name among `names`, and tell if it is another recipe's: their engines would be mixed."""
     first = names.setdefault(name, path)
@@ -190,16 +223,17 @@ def _states_version(file: Path) -> bool:
         return not file.is_dir()  # the loader says what is wrong with it
 
 
-def _plan_reports(recipes: list[Path], store: str, targets: list[str]) -> list[dict[str, Any]]:
+def _plan_reports(
+    paths: list[Path], store: str, targets: list[str], taken: Taken | None = None
+) -> list[dict[str, Any]]:
     """Plan every recipe, but for those whose plan is known to be fresh still."""
     from artifacts.store import open_store
     from tasks.remembered import PlanMemory
 
     opened = open_store(store)
-    paths = recipe_paths(recipes)
     memory = PlanMemory(opened, tuple(targets))
     fresh = memory.recall(paths)
-    sessions = _sessions(paths, opened, targets, known=fresh)
+    sessions = _sessions(paths, opened, targets, known=fresh, taken=taken)
     documents = {path: found.report for path, found in fresh.items()}
     if sessions:
         from tasks.report import plan_report
@@ -207,6 +241,8 @@ def _plan_reports(recipes: list[Path], store: str, targets: list[str]) -> list[d
         plans = dict(zip(sessions, _plans(list(sessions.values())), strict=True))
         documents |= {path: plan_report(planned) for path, planned in plans.items()}
         memory.keep([(sessions[path], planned) for path, planned in plans.items()])
+    if taken is not None:
+        documents = {path: document | {"since": taken.to_json(path)} for path, document in documents.items()}
     return [documents[path] for path in paths]
 
 
@@ -222,12 +258,18 @@ def _plans(sessions: list[BuildSession]) -> list[Plan]:
 
 
 def _sessions(
-    paths: list[Path], store: Store, targets: list[str], *, known: Mapping[Path, Remembered], jobs: int = 2
+    paths: list[Path],
+    store: Store,
+    targets: list[str],
+    *,
+    known: Mapping[Path, Remembered],
+    jobs: int = 2,
+    taken: Taken | None = None,
 ) -> dict[Path, BuildSession]:
     """Open every recipe but those that are `known`, before anything is run, so that all faults of all are told at once."""
     sessions: dict[Path, BuildSession] = {}
     faults: list[Fault] = []
-    names: dict[str, Path] = {}
+    names = {} if taken is None else taken.others
     for path in paths:
         if path in known:
             faults.extend(name_faults(names, path, known[path].report["recipe"]))

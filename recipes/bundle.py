@@ -55,7 +55,8 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
         members=members,
         digests={name: walk.digests[name] for name in members},
         packages=tuple(sorted(walk.packages)),
-        looked_for=walk.looked_for if not include else None,
+        looked_for=walk.looked_for,
+        globs=tuple((pattern, _absolute(recipe_root)) for pattern in include),
     )
 
 
@@ -169,7 +170,7 @@ class _Walk:
     def include(self, pattern: str, recipe_root: Path) -> None:
         """Add what a glob matches (a folder stands for all that is in it); Python files are followed like imports."""
         folder = _absolute(recipe_root)
-        found = sorted(set(_matches(pattern, folder)))
+        found = sorted(set(matching(pattern, folder)))
         if not found:
             what = f"{pattern!r} matches no file in {recipe_root}"
             raise RecipeError([Fault(str(self._shown), 0, "include", what)])
@@ -253,7 +254,8 @@ def _entry_name(path: Path, module: str) -> str:
     return f"{module.replace('.', '/')}/__init__.py" if path.name == "__init__.py" else plain
 
 
-def _matches(pattern: str, folder: Path) -> Iterator[Path]:
+def matching(pattern: str, folder: Path) -> Iterator[Path]:
+    """Yield the files that an `include` glob takes, relative to a folder; a folder stands for all that is in it."""
     for name in glob.iglob(pattern, root_dir=folder, recursive=True):  # noqa: PTH207  pathlib's ** took no files before 3.13
         path = Path(os.path.normpath(folder / name))
         for file in _below(path) if path.is_dir() else [path]:

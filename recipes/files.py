@@ -40,7 +40,7 @@ class CodeBundle:
     `digest` and `size` are the tar's; `entry` is `module:callable` inside it; `members` maps names in the tar to
     local files, `digests` to their SHA-256; `packages` are the installed packages that the code imports (top-level
     import names, standard library excepted). `looked_for` has every path at which a module was looked for, and whether
-    a file was there; None where that does not tell what the bundle would be (globs).
+    a file was there (None: not known); `globs` the patterns that took further files, each with its folder.
     """
 
     digest: str
@@ -50,6 +50,7 @@ class CodeBundle:
     digests: Mapping[str, str]
     packages: tuple[str, ...]
     looked_for: Mapping[Path, bool] | None = field(default=None, compare=False, repr=False)
+    globs: tuple[tuple[str, Path], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _added(value: object, trace: FileTrace) -> bool:
             trace.files[os.path.abspath(value.address)] = value.digest  # noqa: PTH100
         return True
     if isinstance(value, CodeBundle):
-        if value.looked_for is None:
+        if value.looked_for is None or value.globs:
             return False
         for name, path in value.members.items():
             trace.files[os.path.abspath(path)] = value.digests[name]  # noqa: PTH100
