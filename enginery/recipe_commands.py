@@ -112,7 +112,8 @@ def plan(
 ) -> None:
     """Show what a build would run, and why. Touches nothing, runs no code of a recipe, starts no server.
 
-    Examples: enginery plan recipes/digits.yaml --explain; enginery plan recipes --since origin/main --markdown
+    Example: enginery plan recipes/digits.yaml --explain
+    Example: enginery plan recipes --since origin/main --markdown
     """
     from enginery.tables import print_plan
 
