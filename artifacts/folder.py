@@ -24,9 +24,10 @@ from artifacts.files import (
     sync_file,
     sync_folder,
 )
+from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_size
 from artifacts.scratch import held_folder, held_name, sweep
-from artifacts.store import ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
+from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
 # Before the umask: nobody but the owner may write, and content-addressed bytes not even the owner.
 _MODE: Final = 0o644
@@ -42,6 +43,8 @@ class FolderStore:
         # Absolute at once: the working directory may change later.
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - Path.resolve() would follow links, and show another path
         self._tmp = self.root / "tmp"
+        # None: not looked for yet.
+        self._has_layout: bool | None = None
 
     def __repr__(self) -> str:
         return f"FolderStore({str(self.root)!r})"
@@ -232,8 +235,10 @@ class FolderStore:
             raise store_error(f"{self.uri}: {prefix or '/'}", err) from err
         for name, entry in found:
             if name.endswith("/"):
-                if prefix or name not in ("tmp/", "locks/"):
+                if prefix or name[:-1] not in RESERVED:
                     yield from self._walk(Path(entry.path), prefix + name, "")
+                continue
+            if not prefix and name in RESERVED:
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -250,7 +255,29 @@ class FolderStore:
                 return self.root
             if not is_folder:
                 raise StoreError(f"{self.uri} is a file, not a folder; give another --store")
+            if self._has_layout is None:
+                self._has_layout = self._read_layout()
         return self.root
+
+    def _read_layout(self) -> bool:
+        """Tell whether the store says its layout; raises StoreError where it is none that this release knows."""
+        try:
+            data = (self.root / LAYOUT_NAME).read_bytes()
+        except FileNotFoundError:
+            return False
+        require_layout(self.uri, data)
+        return True
+
+    def _put_layout(self) -> None:
+        with held_name(self._tmp) as temporary:
+            with create_file(temporary, _MODE) as stream:
+                stream.write(layout_document())
+                sync_file(stream)
+            with suppress(FileExistsError):
+                os.link(temporary, self.root / LAYOUT_NAME)
+        sync_folder(self.root)
+        # Whoever was faster may be a newer release.
+        self._has_layout = self._read_layout()
 
     def _locate(self, path: str) -> Path:
         check_path(path)
@@ -283,6 +310,8 @@ class FolderStore:
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         make_folders(self._tmp)
+        if not self._has_layout:
+            self._put_layout()
         with held_name(self._tmp) as path:
             yield path
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError
 from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
+from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
-from artifacts.s3_faults import Place, s3_faults
+from artifacts.s3_faults import Place, error_code, is_absent, s3_faults
 from artifacts.scratch import held_folder, sweep, system_scratch
 from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
@@ -52,6 +53,8 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self.bucket = bucket
         self.prefix = prefix
+        # None: not looked for yet.
+        self._has_layout: bool | None = None
 
     @classmethod
     def from_uri(cls, uri: str) -> S3Store:
@@ -99,11 +102,12 @@ class S3Store:
         require_one_condition(if_absent, if_version)
         key = self._key(path)
         with self._faults(path):
+            client = self._writer()
             if if_absent:
                 return self._conditional.put_new(key, data)
             if if_version is not None:
                 return self._conditional.put_over(key, data, if_version)
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+            client.put_object(Bucket=self.bucket, Key=key, Body=data)
             return True
 
     def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
@@ -153,7 +157,7 @@ class S3Store:
 
         origin, key = self._key(source), self._key(target)
         with self._faults(source):
-            self._client.copy(
+            self._writer().copy(
                 {"Bucket": self.bucket, "Key": origin},
                 self.bucket,
                 key,
@@ -248,6 +252,48 @@ class S3Store:
 
     @cached_property
     def _client(self) -> S3Client:
+        client = self._connection
+        self._has_layout = self._read_layout()
+        return client
+
+    def _writer(self) -> S3Client:
+        """Return the client for a write, which leaves the store with a document of its layout."""
+        client = self._client
+        if not self._has_layout:
+            self._put_layout()
+        return client
+
+    def _read_layout(self) -> bool:
+        """Tell whether the store says its layout; raises StoreError where it is none that this release knows."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = self._connection.get_object(Bucket=self.bucket, Key=self._layout_key)
+        except ClientError as err:
+            if is_absent(error_code(err)):
+                return False
+            raise
+        with closing(answer["Body"]) as body:
+            require_layout(self.uri, body.read())
+        return True
+
+    def _put_layout(self) -> None:
+        from botocore.exceptions import ClientError
+
+        # Where the condition is ignored, another of this release would have written the same.
+        with suppress(ClientError):
+            self._connection.put_object(
+                Bucket=self.bucket, Key=self._layout_key, Body=layout_document(), IfNoneMatch="*"
+            )
+        # Whoever was faster may be a newer release; where nothing could be written, the write itself will say why.
+        self._has_layout = self._read_layout()
+
+    @property
+    def _layout_key(self) -> str:
+        return f"{self.prefix}/{LAYOUT_NAME}" if self.prefix else LAYOUT_NAME
+
+    @cached_property
+    def _connection(self) -> S3Client:
         from boto3.session import Session
         from botocore.config import Config
 
@@ -270,7 +316,7 @@ class S3Store:
 
     @property
     def _place(self) -> Place:
-        client = self.__dict__.get("_client")
+        client = self.__dict__.get("_connection")
         return Place(self.uri, self.bucket, client.meta.endpoint_url if client is not None else "S3")
 
     def _faults(self, path: str) -> AbstractContextManager[None]:

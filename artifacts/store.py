@@ -1,8 +1,8 @@
 """The store's edge: named objects with atomic writes, in a folder or in S3.
 
 Everything above this Protocol (blobs, records, engines) is the same for every store. Paths are
-relative, use `/`, and never contain `..`, an empty part or a backslash. The first parts `tmp` and
-`locks` belong to the store itself. Reading creates nothing.
+relative, use `/`, and never contain `..`, an empty part or a backslash. The first parts `tmp`,
+`locks` and `store.json` (`artifacts.layout`) belong to the store itself. Reading creates nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from artifacts.errors import AddressError, StoreError
+from artifacts.layout import LAYOUT_NAME
 from artifacts.refs import ArtifactRef
 
 PATH_BYTES: Final = 900
 PART_BYTES: Final = 255
-RESERVED: Final = ("tmp", "locks")
+RESERVED: Final = ("tmp", "locks", LAYOUT_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def check_path(path: str) -> str:
             f"not an object path: {path!r} (expected printable parts joined by '/', no '..', no '\\', <= {PATH_BYTES} bytes)"
         )
     if path.split("/", 1)[0] in RESERVED:
-        raise StoreError(f"not an object path: {path!r} ({' and '.join(RESERVED)} belong to the store itself)")
+        raise StoreError(f"not an object path: {path!r} ({', '.join(RESERVED)} belong to the store itself)")
     return path
 
 

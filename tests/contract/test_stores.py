@@ -43,7 +43,7 @@ BAD_PATHS = [
     "\ud800",
     "x" * 901,
 ]
-BAD_PATHS += ["a/" + "x" * 256, "tmp/a", "locks/a", "tmp", "é" * 128]
+BAD_PATHS += ["a/" + "x" * 256, "tmp/a", "locks/a", "tmp", "store.json", "é" * 128]
 GOOD_PATHS = ["a", "b/c/d", "with space/é 中.txt", "percent%20+plus", "x" * 255, ".hidden/..b", "a.b"]
 # Empty, one byte, under, at and over one part of a multipart upload.
 SIZES = [0, 1, (16 << 20) - 1, 16 << 20, (33 << 20) + 5]
@@ -247,6 +247,52 @@ class StoreContract:
         assert again.uri == store.uri
         assert again.read("a") == b"1"
         assert store.uri in repr(store) or store.uri.removeprefix("file://") in repr(store)
+
+    def test_a_store_says_its_layout(self, store: Store, put_layout: Callable[[bytes | None], bytes | None]) -> None:
+        list(store.list(""))
+        assert put_layout(None) is None  # reading creates nothing
+        store.write("a", b"1")
+        assert json.loads(put_layout(None)) == {"enginery": "store", "layout": 1}
+        assert [found.path for found in store.list("")] == ["a"]
+
+    @pytest.mark.parametrize(
+        ("document", "said"),
+        [
+            (b'{"layout": 2}', "has layout 2, and this release knows layouts up to 1; .*upgrade this one"),
+            (b'{"layout": "1"}', "does not say which layout"),
+            (b"[" * 10**5, "does not say which layout"),
+            (b"", "does not say which layout"),
+        ],
+    )
+    def test_a_newer_or_strange_layout_is_refused_by_everything(
+        self,
+        uri: str,
+        make: Callable[[bytes], Path],
+        put_layout: Callable[[bytes | None], bytes | None],
+        document: bytes,
+        said: str,
+    ) -> None:
+        open_store(uri).write("a", b"1")
+        put_layout(document)
+        source = make(b"x")
+        for call in (
+            lambda store: store.read("a"),
+            lambda store: store.read_versioned("a"),
+            lambda store: store.write("a", b"x"),
+            lambda store: store.write("b", b"x", if_absent=True),
+            lambda store: store.put_file("b", source, ref_of(b"x")),
+            lambda store: store.get_file("a", ref_of(b"1"), source.with_name("target")),
+            lambda store: store.copy("a", "b"),
+            lambda store: store.info("a"),
+            lambda store: store.infos(["a"]),
+            lambda store: list(store.list("")),
+            lambda store: store.touch("a"),
+            lambda store: store.delete("a"),
+        ):
+            with pytest.raises(StoreError, match=said):
+                call(open_store(uri))
+        put_layout(b'{"layout": 1, "more": "is ignored"}')
+        assert [found.path for found in open_store(uri).list("")] == ["a"]
 
     # Files
 
@@ -517,6 +563,18 @@ class TestFolderStore(StoreContract):
 
         return change
 
+    @pytest.fixture
+    def put_layout(self, tmp_path: Path) -> Callable[[bytes | None], bytes | None]:
+        """Return what replaces the document of the layout, or (None) tells what it is."""
+        path = tmp_path / "store" / "store.json"
+
+        def put(data: bytes | None) -> bytes | None:
+            if data is not None:
+                path.write_bytes(data)
+            return path.read_bytes() if path.exists() else None
+
+        return put
+
     def test_lock_excludes(self, store: Store) -> None:
         store.write("counter", b"0")
         start = SPAWN.Barrier(3)
@@ -567,6 +625,25 @@ class TestS3Store(StoreContract):
             client.put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=data)
 
         yield change
+        client.close()
+
+    @pytest.fixture
+    def put_layout(self, uri: str) -> Iterator[Callable[[bytes | None], bytes | None]]:
+        import boto3
+
+        client = boto3.session.Session().client("s3")
+        bucket, _slash, prefix = uri.removeprefix("s3://").partition("/")
+        place = {"Bucket": bucket, "Key": f"{prefix}/store.json"}
+
+        def put(data: bytes | None) -> bytes | None:
+            if data is not None:
+                client.put_object(Body=data, **place)
+            try:
+                return client.get_object(**place)["Body"].read()
+            except client.exceptions.NoSuchKey:
+                return None
+
+        yield put
         client.close()
 
     def test_lock_is_none(self, store: Store) -> None:
