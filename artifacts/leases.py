@@ -7,7 +7,7 @@ A lease protects what was written or used since it began (with `FRESH_SECONDS` b
 holds one makes older objects that they rely on count as used (`Lease.use`). Both sides write first and look afterwards: a
 holder writes (the lease, or the time of an object) and then waits for sweeps that are under way; a sweeper writes its
 sweep and then reads leases and times. So of the two at least one sees the other. Ages are told by the store's
-clock, never by this host's. What is not renewed for `LIFE_SECONDS` is dead. See docs/adr/0006-garbage.md.
+clock, never by this host's. A sweep whose process has ended on this machine is waited for no more; what is not renewed for `LIFE_SECONDS` is dead. See docs/adr/0006-garbage.md.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from artifacts.errors import ArtifactError, StoreError
-from artifacts.store import Store
+from artifacts.store import ObjectInfo, Store
 
 LEASES: Final = "leases/"
 SWEEPS: Final = "sweeps/"
@@ -33,6 +34,8 @@ FRESH_SECONDS: Final = 3600.0
 _RENEW_SECONDS: Final = 60.0
 _SCHEMA: Final = 1
 _LONGEST_WAIT: Final = 0.5
+# A request that a killed process had sent may be carried out after its end; none takes so long.
+_UNDER_WAY_SECONDS: Final = 120.0
 
 
 @dataclass
@@ -74,10 +77,19 @@ class Lease(Notice):
         """Wait until every sweep that is under way has ended; later ones see what was written before this. Raises StoreError."""
         for sweep in list(self.store.list(SWEEPS)):
             found, wait = self.store.info(sweep.path), 0.01
-            while found is not None and not is_dead(found.modified, self.now()):
+            while found is not None and not is_dead(found.modified, self.now()) and not self._left(found):
                 time.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
                 found = self.store.info(sweep.path)
+
+    def _left(self, sweep: ObjectInfo) -> bool:
+        """Tell whether a process of this machine left a sweep that has ended, and so has all that it had sent."""
+        if not self.store.uri.startswith("file:") and self.now() - sweep.modified < _UNDER_WAY_SECONDS:
+            return False
+        try:
+            return _has_ended(json.loads(self.store.read(sweep.path))["process"])
+        except (ArtifactError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return False
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ def read_leases(store: Store) -> tuple[LeaseFacts, ...]:
 @contextmanager
 def _noticed(store: Store, folder: str, document: dict[str, Any]) -> Iterator[Notice]:
     path = f"{folder}{uuid.uuid4().hex}.json"
-    document = {"schema": _SCHEMA, **document, "host": platform.node(), "pid": os.getpid()}
+    document = {"schema": _SCHEMA, **document, "host": platform.node(), "pid": os.getpid(), "process": _this_process()}
     store.write(path, _dump(document))
     try:
         since = time.monotonic()
@@ -164,6 +176,42 @@ def _renew(store: Store, path: str, data: bytes, done: threading.Event) -> None:
     while not done.wait(_RENEW_SECONDS):
         with suppress(ArtifactError):  # tried again in a minute
             store.write(path, data)
+
+
+def _this_process() -> dict[str, Any] | None:
+    """Return what tells this process from every other one; None where the system does not say (no /proc)."""
+    machine = _machine()
+    return None if machine is None else {"machine": machine, "pid": os.getpid(), "start": _start(os.getpid())}
+
+
+def _has_ended(process: dict[str, Any]) -> bool:
+    """Tell whether a process is known to have ended: only of this machine's, of this container's, can that be known."""
+    if process["machine"] is None or process["machine"] != _machine() or type(process["pid"]) is not int:
+        return False
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    start = _start(process["pid"])
+    return start is not None and process["start"] is not None and start != process["start"]
+
+
+def _machine() -> str | None:
+    """Return the boot, and the namespace that process numbers are of (proc(5), namespaces(7))."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _start(pid: int) -> str | None:
+    """Return when a process was started, in ticks since the boot: field 22 of /proc/PID/stat (proc(5))."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def _dump(document: dict[str, Any]) -> bytes:

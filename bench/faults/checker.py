@@ -45,7 +45,7 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "lost": "What was visible once stays: manifests byte for byte, moves of channels, records; but for what gc removed.",
 }
 # What is JSON and says nothing that anybody relies on unchecked.
-_HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "pins/")
+_HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "sweeps/", "pins/", "removed/")
 # Of no concern here: caches of the compiler and what was set aside as damaged. `store.json` says the layout's version.
 _OTHER: Final = ("timing/", "quarantine/")
 _TEMPORARY: Final = (".part", ".lock", ".fresh", ".new", ".tmp")
@@ -109,6 +109,7 @@ class _Checker:
         self.manifests: dict[str, str] = {}
         self.channels: dict[str, tuple[str, ...]] = {}
         self.records: set[str] = set()
+        self.publications: dict[str, str] = {}
 
     def check(self) -> Report:
         for info in list(self.store.list("")):
@@ -117,6 +118,8 @@ class _Checker:
             if info.path.endswith(_TEMPORARY):
                 self._violation("names", f"{info.path} is a temporary name")
             look(info.path)
+        # The record of a publication whose engine is gone is a miss, and is removed before the engine is published anew.
+        self.records -= {path for path, engine in self.publications.items() if engine not in self.manifests}
         self.report.state = State(self.manifests, self.channels, frozenset(self.records))
         return self.report
 
@@ -235,6 +238,8 @@ class _Checker:
             if path != f"cache/actions/{record.stage}/{record.key}.json":
                 self._violation("record", f"{path}: is the record of {record.stage} {record.key}")
             self.records.add(path)
+            if record.stage == "publish":
+                self.publications[path] = f"{record.facts.get('path')}/{MANIFEST_NAME}"
             blobs = {name: blob_path(ref.digest) for name, ref in record.outputs.items()}
             there = self.store.infos(blobs.values())
             for name, blob in blobs.items():

@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from artifacts.catalog import EngineCatalog
 from artifacts.channels import read_channel
 from artifacts.folder import FolderStore
+from artifacts.pins import pin
 from bench.faults.checker import State, check, lost
 from bench.faults.recipe import write_tiny
 from bench.faults.world import (
@@ -38,9 +40,12 @@ from bench.faults.world import (
     manifest_of,
     write_json,
 )
+from bench.faults.world import keep as world_keep
+from bench.faults.world import promote as world_promote
+from bench.faults.world import publish as world_publish
 from enginery import client
 
-KINDS: Final = ("build", "publish", "pull", "promote")
+KINDS: Final = ("build", "publish", "pull", "promote", "gc")
 STORES: Final = ("folder", "s3")
 # A store is used for so many kills, then begun anew, so that checking all of it stays cheap.
 _ROUND: Final = 25
@@ -69,6 +74,7 @@ class Round:
         self.known: set[str] = set()
         self.before = State()
         self.next = 0
+        self.pinned: set[int] = set()
         self.to = str(place.folder / "pulled")
 
     def new_engine(self) -> int:
@@ -76,9 +82,9 @@ class Round:
         self.next += 1
         return self.next
 
-    def look(self, tally: Tally, when: str, **may: bool) -> None:
-        """Check the store, and that nothing of what it showed is gone; `may` is as in `lost`."""
-        report = check(self.store, self.judge, known=self.known)
+    def look(self, tally: Tally, when: str, *, collected: bool = False, **may: bool) -> None:
+        """Check the store, and that nothing of what it showed is gone; `collected` is as in `check`, `may` as in `lost`."""
+        report = check(self.store, self.judge, collected=collected, known=self.known)
         tally.checks += 1
         found = report.violations + lost(self.before, report.state, **may)
         tally.violations += [f"{when}: {name}: {words}" for name, words in found]
@@ -154,6 +160,34 @@ def _kill_build(world: Round, tally: Tally) -> None:
         _forget_half(world)
 
 
+def _kill_gc(world: Round, tally: Tally) -> None:
+    """Half of the new engines are named by the channel or a pin; the others, their blobs and records may go."""
+    store, place = world.store, world.place
+    numbers = [world.new_engine() for _ in range(4)]
+    for number in numbers:
+        world_publish(place, RECIPES[0], number)
+        world_keep(place, number)
+    world_promote(place, RECIPES[0], numbers[0])
+    pin(EngineCatalog(store), engine(RECIPES[0], numbers[1]), "bench", "because")
+    report = check(store, world.judge, collected=True, known=world.known)
+    named = [engine(RECIPES[0], number) for number in world.pinned | {numbers[0], numbers[1]}]
+    world.pinned.add(numbers[1])
+    stays = {f"{name.path}/manifest.json" for name in named}
+    world.before = State({path: report.state.manifests[path] for path in stays}, report.state.channels)
+    world.kill(Action("collect"), tally)
+    world.look(tally, "after gc was killed", collected=True)
+    world.before = State({path: report.state.manifests[path] for path in stays}, report.state.channels)
+    for _twice in range(2):  # the files of engines go with the collection after the one that made them invisible
+        world.actors.complete(Action("collect"), place)
+    world.look(tally, "after gc was run again", collected=True)
+    left = {info.path for info in store.list("engines/")} - {
+        info.path for name in named for info in store.list(f"{name.path}/")
+    }
+    left |= {info.path for info in store.list("cache/actions/")}
+    if set(world.before.manifests) != stays or left:
+        tally.violations.append(f"gc left {sorted(left)}, and the engines {sorted(world.before.manifests)}")
+
+
 def _forget_half(world: Round) -> None:
     """Remove all engines, then half of the records, so that there is more to build and to kill."""
     store = world.store
@@ -165,7 +199,13 @@ def _forget_half(world: Round) -> None:
     world.before = check(store, known=world.known).state
 
 
-_KILLERS: Final = {"build": _kill_build, "publish": _kill_publish, "promote": _kill_promote, "pull": _kill_pull}
+_KILLERS: Final = {
+    "build": _kill_build,
+    "publish": _kill_publish,
+    "promote": _kill_promote,
+    "pull": _kill_pull,
+    "gc": _kill_gc,
+}
 
 
 def kill_many(kind: str, kills: int, seed: int, places: Iterator[Place], actors: Actors) -> Tally:
@@ -194,10 +234,13 @@ def _begin(kind: str, place: Place, actors: Actors, chance: random.Random, tally
         _forget_half(world)
     elif kind == "promote":
         taken = [actors.complete(Action("promote", (RECIPES[0], number)), place)[1] for number in numbers]
+    elif kind == "gc":
+        taken = [actors.complete(Action("collect"), place)[1]]
+        world.before = State()
     elif kind == "pull":
         taken = [actors.complete(Action("pull", (RECIPES[0], number, world.to)), place)[1] for number in numbers]
     tally.usual_seconds = round(statistics.median(taken), 4)
-    world.look(tally, "at the beginning")
+    world.look(tally, "at the beginning", collected=kind == "gc")
     return world
 
 

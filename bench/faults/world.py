@@ -23,7 +23,9 @@ from typing import Any, Final
 from artifacts.cache import ActionCache
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
+from artifacts.collector import Collector
 from artifacts.errors import ArtifactError
+from artifacts.garbage import Policy
 from artifacts.manifest import Manifest
 from artifacts.records import ActionRecord
 from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
@@ -178,6 +180,12 @@ def listed(place: Place, recipe: str) -> list[str]:
     return [name.build for name in EngineCatalog(place.store).engines(recipe)]
 
 
+def collect(place: Place, grace: float = 0.0) -> list[str]:
+    """Collect what no channel and no pin names; return the paths that were removed."""
+    policy = Policy(keep_days=0, keep_newest=0, keep_moves=1, grace=grace)
+    return sorted(removal.path for removal in Collector(place.store, policy).collect().removed)
+
+
 def keep(place: Place, number: int) -> bool:
     """Keep a record of an action with one blob, and tell whether it is a hit then, its bytes being those that were kept."""
     store = place.store
@@ -203,6 +211,7 @@ ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "follow": follow,
     "listed": listed,
     "keep": keep,
+    "collect": collect,
     "build": build,
 }
 

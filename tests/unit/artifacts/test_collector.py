@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from artifacts import leases
 from artifacts.cache import ActionCache, blob_path, record_path
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import move_channel
@@ -322,3 +325,32 @@ def test_a_collector_that_ends_anywhere_leaves_only_whole_engines_and_the_next_o
             assert shop.cache.lookup(record.stage, record.key) is not None  # records go before their blobs
     assert gone == everything
     assert shop.whole() == ["fp16-c"]
+
+
+SWEEPER = """
+import sys, time
+from artifacts.leases import sweeping
+from artifacts.store import open_store
+with sweeping(open_store(sys.argv[1])):
+    print("sweeping", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_sweep_whose_process_was_killed_here_is_not_waited_for(tmp_path: Path):
+    store = FolderStore(tmp_path / "store")
+    with subprocess.Popen([sys.executable, "-c", SWEEPER, store.uri], stdout=subprocess.PIPE, text=True) as sweeper:
+        try:
+            assert sweeper.stdout.readline() == "sweeping\n"
+            [sweep] = list(store.list("sweeps/"))
+            document = json.loads(store.read(sweep.path))
+            assert not leases._has_ended(document["process"])
+        finally:
+            sweeper.kill()
+    assert leases._has_ended(document["process"])
+    assert not leases._has_ended(document["process"] | {"machine": "another"})
+    assert leases._has_ended(document["process"] | {"pid": os.getpid()})  # its number, given to another process
+    begin = time.monotonic()
+    with leased(store, "build digits"):
+        pass
+    assert time.monotonic() - begin < 30  # not the ten minutes after which what is not renewed counts as dead
