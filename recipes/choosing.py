@@ -9,6 +9,7 @@ from typing import Any, Final
 from artifacts.timings import best_ms, mean_ms
 from recipes.schema import EXACTNESS, PRECISIONS, QUANTIZED, Precision, Recipe, Target
 
+# fp8 and int8-dynamic are tried where `candidates` names them.
 # The order in which candidates are tried: first what is fastest on most GPUs, so that a budget is spent on that; ONNX
 # Runtime's CPU kernels are mostly for fp32 and int8.
 _ORDER: Final[Mapping[str, tuple[Precision, ...]]] = {

@@ -17,7 +17,8 @@ from recipes.schema import QUANTIZED, Acceptance, Parity, Precision
 # ask for (facts: peers.md); 1e-4 leaves room for reordered sums in deep graphs. tf32 and fp16 keep 10 mantissa bits
 # (unit roundoff 2^-11 = 4.9e-4) and bf16 keeps 7 (2^-8 = 3.9e-3); both are given about 20 roundoffs, since errors grow
 # with depth. int8: the measured 8.4e-3 of a small net (facts: tensorrt.md section 8) grows to several percent in real
-# ones, so its bound only catches collapse, and the metric is the gate that matters.
+# ones, so its bound only catches collapse, and the metric is the gate that matters. fp8 keeps 3 mantissa bits (2^-4 =
+# 6e-2 of any one value), and is bounded alike.
 # (Constructed without validation: constants need none, and its schema would be built at start-up.)
 DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
     "fp32": Parity.model_construct(relative_l2=1e-4),
@@ -26,6 +27,9 @@ DEFAULT_PARITY: Final[Mapping[Precision, Parity]] = {
     "bf16": Parity.model_construct(relative_l2=8e-2, cosine=0.99),
     "int8": Parity.model_construct(relative_l2=0.25, cosine=0.97),
     "int8-fp16": Parity.model_construct(relative_l2=0.25, cosine=0.97),
+    "int8-dynamic": Parity.model_construct(relative_l2=0.25, cosine=0.97),
+    "fp8": Parity.model_construct(relative_l2=0.25, cosine=0.97),
+    "fp8-fp16": Parity.model_construct(relative_l2=0.25, cosine=0.97),
 }
 
 

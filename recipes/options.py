@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from recipes.nodes import Key
-from recipes.schema import QUANTIZED, DeviceClass, Options, Pinned, Plugin, Precision, Recipe, Target, size_bytes
+from recipes.schema import INT8, DeviceClass, Options, Pinned, Plugin, Precision, Recipe, Target, size_bytes
 
 # Scratch memory that a tactic may ask for, which the engine needs again wherever it runs. A data-centre GPU serves nothing
 # else, so the compiler's own default holds (all of its memory). A workstation's has 8 GiB and more, and draws a desktop. A
@@ -71,7 +71,7 @@ def may_refit(recipe: Recipe) -> bool:
 
 def uses_calibrator(recipe: Recipe, runtime: str, precision: Precision) -> bool:
     """Tell whether int8 ranges of an engine come from TensorRT's calibrator rather than from Q/DQ pairs."""
-    return runtime == "tensorrt" and precision in QUANTIZED and recipe.precision.int8 == "calibrator"
+    return runtime == "tensorrt" and precision in INT8 and recipe.precision.int8 == "calibrator"
 
 
 def refusals(options: Options, runtime: str, gpu: str, version: str | None) -> Found:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
 from recipes.options import PINS, may_refit, stated_plugins
 from recipes.schema import (
+    FP8,
     QUANTIZED,
     Benchmark,
     Calibration,
@@ -236,18 +237,25 @@ class Pipeline:
             for file in files
         ]
 
-    def calibrate(self, spec: Calibration, files: DatasetFiles) -> Output:
-        """Find the range of every tensor that int8 may quantise; kept layers do not enter, so changing them re-uses it."""
+    def calibrate(self, precision: Precision, spec: Calibration, files: DatasetFiles) -> Output:
+        """Find the range of every tensor that may be quantised; kept layers do not enter, so changing them re-uses it.
+
+        Entropy weighs the 128 levels of int8, which fp8 has not: its ranges are the least and greatest values then.
+        """
         data = self.calibration_data(spec, files)
+        own = precision in FP8 and spec.method == "entropy"
         params = {
-            "method": spec.method,
+            "method": "minmax" if own else spec.method,
             "percentile": spec.percentile if spec.method == "percentile" else None,
             "batch": spec.batch,
             "tensors": self.interface,
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy")
         step = self.steps.add(
-            "calibrate", params=params, inputs=[*graph_files(self.simplify), data], toolchain=toolchain
+            "calibrate:fp8" if own else "calibrate",
+            params=params,
+            inputs=[*graph_files(self.simplify), data],
+            toolchain=toolchain,
         )
         return Output(step, "ranges.json")
 
@@ -260,7 +268,7 @@ class Pipeline:
         inputs = graph_files(self.simplify)
         spec, files = self.recipe.precision.calibration, self.files.calibration
         if precision in QUANTIZED and spec is not None and files is not None:
-            inputs.append(self.calibrate(spec, files))
+            inputs.append(self.calibrate(precision, spec, files))
         full = precision in ("fp32", "tf32")
         params = {
             "precision": "fp32" if full else precision,

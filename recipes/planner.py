@@ -20,7 +20,7 @@ from recipes.options import calibrator_refusal, compile_params, options_of, refu
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import QUANTIZED, Asked, Precision, Recipe, Target
+from recipes.schema import FP8, INT8, QUANTIZED, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Output, Step, Steps
 from recipes.targets import lowers_beside_pairs, refusal
@@ -110,7 +110,7 @@ class _Engines:
         """Describe building one precision up to the verdict on it; `waiting` says what this host lacks to compile it."""
         recipe = self.pipeline.recipe
         refused = refusal(base.runtime, base.gpu, precision, base.runtime_version or None)
-        if refused is None and precision in QUANTIZED and recipe.precision.int8 == "calibrator":
+        if refused is None and precision in INT8 and recipe.precision.int8 == "calibrator":
             refused = calibrator_refusal(base.options, base.runtime, base.runtime_version or None)
         if refused is not None:
             return base, Verdict(passed=False, reasons=(refused,))
@@ -168,7 +168,7 @@ class _Engines:
         if precision == "int8-fp16":
             # Half Q/DQ pairs begin with opset 19, of which 8.6 reads 17: it gets the int8 graph, and lowers the rest of it.
             return "int8" if weak or lowers_beside_pairs(engine.runtime, engine.runtime_version) else precision
-        return "fp32" if weak and precision not in ("int8", "tf32") else precision
+        return "fp32" if weak and precision not in ("int8", "tf32", *FP8) else precision
 
     def _portable_gates(self) -> list[Step]:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""

@@ -20,9 +20,9 @@ CODE_PATTERN: Final = r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$"
 SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(MiB|GiB)$"
 DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16", "int8-dynamic"]
 # `auto` stands for the fastest of several that passes its gates; it is asked for alone, and never given.
-Asked = Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16", "auto"]
+Asked = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16", "int8-dynamic", "auto"]
 Runtime = Literal["tensorrt-rtx", "tensorrt", "onnxruntime"]
 Contender = Literal["torch", "torch-fp16", "torch-compile", "onnxruntime"]
 DType = Literal["float32", "float16", "int64", "int32", "bool", "uint8", "int8"]
@@ -43,14 +43,18 @@ GPUS: Final[dict[str, tuple[str, ...]]] = {
     "onnxruntime": ("cpu",),
 }
 PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
-    "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"),
-    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"),
-    "onnxruntime": ("fp32", "fp16", "int8", "int8-fp16"),
+    "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16"),
+    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16"),
+    "onnxruntime": ("fp32", "fp16", "int8", "int8-fp16", "int8-dynamic"),
 }
 # How much of fp32 a precision keeps. fp16 and bf16 trade range for digits, so neither is above the other.
-EXACTNESS: Final[dict[Precision, int]] = {"int8": 0, "int8-fp16": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3}
+EXACTNESS: Final[dict[Precision, int]] = {
+    "int8": 0, "int8-fp16": 0, "int8-dynamic": 0, "fp8": 0, "fp8-fp16": 0, "fp16": 1, "bf16": 1, "tf32": 2, "fp32": 3
+}  # fmt: skip
 # Those that need calibrated ranges: Q/DQ pairs in an fp32 graph, or in a half one.
-QUANTIZED: Final[tuple[Precision, ...]] = ("int8", "int8-fp16")
+INT8: Final[tuple[Precision, ...]] = ("int8", "int8-fp16")
+FP8: Final[tuple[Precision, ...]] = ("fp8", "fp8-fp16")
+QUANTIZED: Final[tuple[Precision, ...]] = (*INT8, *FP8)
 
 
 class Model(BaseModel):

@@ -13,7 +13,7 @@ from typing import Final
 from recipes.choosing import candidates_of
 from recipes.nodes import Key, near
 from recipes.options import calibrator_refusal, options_of, place_of, refusals, version_numbers
-from recipes.schema import GPUS, PRECISIONS, QUANTIZED, Precision, Recipe, Target
+from recipes.schema import FP8, GPUS, INT8, PRECISIONS, Precision, Recipe, Target
 
 Found = Iterator[tuple[Key, str]]
 
@@ -24,6 +24,8 @@ _CARDS: Final = {
     "rtx6000ada": "sm89", "h100": "sm90", "h200": "sm90", "gh200": "sm90", "b200": "sm100", "gb200": "sm100",
     "b300": "sm103", "thor": "sm110", "rtx5090": "sm120", "rtxpro6000": "sm120", "dgxspark": "sm121",
 }  # fmt: skip
+# Tensor cores multiply fp8 from compute capability 8.9 on; for older ones TensorRT-RTX says "Cannot compile for target(s)".
+_BEFORE_FP8: Final = ("sm75", "sm80", "sm86", "sm87")
 _VERSION: Final = re.compile(r"[0-9]+(\.[0-9]+){2,3}([a-z.+-][A-Za-z0-9.+-]*)?")
 
 
@@ -57,7 +59,16 @@ def refusal(runtime: str, gpu: str, precision: Precision, version: str | None = 
     major = _major(version)
     if runtime == "tensorrt" and major is not None and major < 10 and precision == "bf16":
         return f"TensorRT {version} has no bf16; it begins with TensorRT 10"
+    if precision in FP8:
+        if gpu in _BEFORE_FP8:
+            return f"{gpu} has no fp8; it begins with sm89 (Ada), allowed: {', '.join(_with_fp8(runtime))}"
+        if runtime == "tensorrt" and major is not None and major < 10:
+            return f"TensorRT {version} has no fp8; it begins with TensorRT 10"
     return None
+
+
+def _with_fp8(runtime: str) -> list[str]:
+    return [gpu for gpu in GPUS[runtime] if gpu not in _BEFORE_FP8]
 
 
 def lowers_beside_pairs(runtime: str, version: str | None) -> bool:
@@ -156,7 +167,7 @@ def _check_options(recipe: Recipe) -> Found:
                     yield where, why
         asked = target.precision if target.precision is not None else recipe.precision.build
         refused = calibrator_refusal(options, target.runtime, target.version)
-        if not set(QUANTIZED).isdisjoint(asked) and recipe.precision.int8 == "calibrator" and refused is not None:
+        if not set(INT8).isdisjoint(asked) and recipe.precision.int8 == "calibrator" and refused is not None:
             yield ("precision", "int8"), refused
         if options.typing == "weak" and target.runtime == "tensorrt" and recipe.precision.io == "native":
             yield (

@@ -1,7 +1,7 @@
 """The `type` stage: a precision written into the graph, so that no compiler has to be told.
 
-fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `quantize`, and int8-fp16 is both: int8 pairs, and
-halves everywhere else.
+fp32 and tf32 leave the graph as it is; fp16 and bf16 are `halves`, int8 is `quantize`, fp8 is `fp8` on top of it, and int8-fp16
+and fp8-fp16 are both: pairs, and halves everywhere else. int8-dynamic is `dynamic`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import onnx
 
 from artifacts.refs import ONNX, ONNX_DATA
 from tasks import halves, quantize
+from tasks.dynamic import quantize_dynamic
 from tasks.errors import BackendError
+from tasks.fp8 import LEAST_OPSET, as_fp8
 from tasks.graphs import (
     hoist_constants,
     matching_nodes,
@@ -55,14 +57,20 @@ def run(request: StageRequest) -> StageResult:
     keep = matching_nodes(model, params["keep"])
     facts["kept"] = sorted(keep)
     request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
-    pairs = precision in ("int8", "int8-fp16")
+    pairs = precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")
     if pairs:
-        if precision == "int8-fp16":
-            model = _raised(model, _PAIRS_OPSET, precision)
-        result = quantize.quantize(model, quantize.read_ranges(inputs["ranges.json"]), keep)
-        model = result.model
+        fp8 = precision.startswith("fp8")
+        if precision != "int8":
+            model = _raised(model, LEAST_OPSET if fp8 else _PAIRS_OPSET, precision)
+        ranges = quantize.read_ranges(inputs["ranges.json"])
+        known = {name for node in model.graph.node for name in node.output}
+        result = quantize.quantize(model, ranges, keep, residual_pairs=not fp8)
+        model = as_fp8(result.model, ranges, known) if fp8 else result.model
         facts |= {"quantized": len(result.nodes), "constant": list(result.constant)}
-    if precision != "int8":
+    if precision == "int8-dynamic":
+        model, nodes = quantize_dynamic(model, keep)
+        facts |= {"quantized": len(nodes)}
+    if precision not in ("int8", "fp8", "int8-dynamic"):
         half: halves.Half = "bf16" if precision == "bf16" else "fp16"
         if half == "bf16":
             model = _raised(model, _BF16_OPSET, precision)

@@ -97,11 +97,13 @@ def zero_range(low: float, high: float) -> bool:
     return max(abs(low), abs(high)) < _LEAST_BOUND
 
 
-def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], keep: set[str]) -> Quantized:
+def quantize(
+    model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], keep: set[str], *, residual_pairs: bool = True
+) -> Quantized:
     """Return the graph with symmetric int8 Q/DQ pairs around what OPERATORS take, nodes of `keep` excepted.
 
     `ranges` are calibrated float32 bounds by tensor. A node that takes a tensor whose range is zero stays fp32: any
-    scale for it would be invented, and a scale of zero breaks TensorRT. Node names must be unique. The model given is
+    scale for it would be invented, and a scale of zero breaks TensorRT. Node names must be unique; `residual_pairs` gives `residuals` pairs too. The model given is
     changed. Raises BackendError("bad data") where a range is missing or no node is left to quantise, "unsupported
     operator" below opset 13.
     """
@@ -139,7 +141,8 @@ def quantize(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], 
     _restore_betas(model, betas)
     _restore_outputs(model, outputs, known)
     _restore_exact_inputs(model, keep | constant, known)
-    _quantize_residuals(model, sums, ranges)
+    if residual_pairs:
+        _quantize_residuals(model, sums, ranges)
     return Quantized(model, nodes, tuple(sorted(constant)))
 
 
@@ -157,7 +160,7 @@ def _with_pairs(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in sorted(ranges.items())
     }
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), _without_advice():
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), without_advice():
         output = Path(folder, "model.onnx")
         quantizer = QDQQuantizer(
             save_and_reload_model_with_shape_infer(model),
@@ -278,7 +281,7 @@ def _options(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Drop the advice to run quant_pre_process: the graph was simplified, and that step may lose dynamic axes."""
 
     def wanted(record: logging.LogRecord) -> bool:

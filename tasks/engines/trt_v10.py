@@ -12,7 +12,7 @@ class StronglyTyped:
 
     # 9 to 20 is what 10.0 documents; later ones read more, and their parser says what it cannot.
     opset: int | None = None
-    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16")
+    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16")
 
     def network_flags(self, trt: Any) -> int:
         """Return STRONGLY_TYPED."""

@@ -11,7 +11,7 @@ class Typed:
     """11.0 and later (TensorRT-RTX has the same interface)."""
 
     opset: int | None = None
-    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16")
+    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16")
 
     def network_flags(self, trt: Any) -> int:
         """Return 0: there is nothing to choose."""

@@ -146,8 +146,8 @@ BROKEN = {
     "gpu of onnxruntime": (lambda d: d["targets"][1].update(gpus=["cuda"]), "targets[1].gpus[0]: onnxruntime does not build for 'cuda' (allowed: cpu)"),
     "gpu twice": (lambda d: d["targets"][0].update(gpus=["sm89", "sm89"]), "targets[0].gpus[1]: tensorrt-rtx for sm89 is asked for above already"),
     "target twice": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm120", "sm89"]}), "targets[2].gpus[1]: tensorrt-rtx for sm89 is asked for by targets[0] already"),
-    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16)"),
-    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16), and precision.build asks for it: state this target's own precision"),
+    "precision of a runtime": (lambda d: d["targets"][1].update(precision=["fp32", "bf16"]), "targets[1].precision[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16, int8-dynamic)"),
+    "precision by default": (lambda d: d["precision"].update(build=["bf16", "int8"]) or d["targets"][1].pop("precision"), "targets[1]: onnxruntime has no precision bf16 (allowed: fp32, fp16, int8, int8-fp16, int8-dynamic), and precision.build asks for it: state this target's own precision"),
     "precision twice": (lambda d: d["targets"][1].update(precision=["fp32", "fp32"]), "targets[1].precision[1]: fp32 is named twice"),
     "turing fp32": (lambda d: d["targets"].append({"runtime": "tensorrt-rtx", "gpus": ["sm75"], "precision": ["fp16", "fp32"]}), "targets[2].precision[1]: TensorRT-RTX does not compile fp32 for sm75 (Turing); allowed: fp16"),
     "turing int8": (lambda d: d["targets"][0].update(gpus=["sm75"]), "targets[0]: TensorRT-RTX does not compile int8 for sm75 (Turing); allowed: fp16, and precision.build asks for it"),
@@ -274,10 +274,23 @@ def test_every_combination_that_runtimes_offer_is_known():
             assert any(refusal(runtime, gpu, precision) is None for gpu in gpus)
     assert (
         refusal("onnxruntime", "cpu", "tf32")
-        == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8, int8-fp16)"
+        == "onnxruntime has no precision tf32 (allowed: fp32, fp16, int8, int8-fp16, int8-dynamic)"
     )
     assert refusal("tensorrt", "sm75", "fp32") is None
     assert refusal("tensorrt", "sm89", "bf16", "10.16.1.11") is None
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-fp16"])
+def test_fp8_begins_with_ada_and_tensorrt_10(precision):
+    for gpu in ("sm89", "sm90", "sm120"):
+        assert refusal("tensorrt", gpu, precision, "10.16.1.11") is None
+    assert refusal("tensorrt-rtx", "sm121", precision) is None
+    assert "sm86 has no fp8; it begins with sm89 (Ada), allowed: sm89, sm120, sm121" in str(
+        refusal("tensorrt-rtx", "sm86", precision)
+    )
+    assert refusal("tensorrt", "sm89", precision, "8.6.1") == "TensorRT 8.6.1 has no fp8; it begins with TensorRT 10"
+    assert "onnxruntime has no precision" in str(refusal("onnxruntime", "cpu", precision))
+    assert "tensorrt has no precision int8-dynamic" in str(refusal("tensorrt", "sm90", "int8-dynamic"))
 
 
 def test_opset_ceilings(tmp_path):

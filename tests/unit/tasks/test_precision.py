@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -516,6 +517,71 @@ def test_weights_beside_the_graph_stay_beside_it(tmp_path, kind):
     assert verify.run(StageRequest("verify", PARITY, inputs, report)).facts["parity"]["relative_l2"] < 0.05
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("fp8", TensorProto.FLOAT), ("fp8-fp16", TensorProto.FLOAT16)])
+def test_fp8_has_symmetric_e4m3_pairs_whose_scales_reach_448(tmp_path, kind, scale):
+    ranges = ranges_of(tmp_path, cnn())
+    model, facts = typed(tmp_path, cnn(), kind, ranges_json=ranges)
+    assert facts["quantized"] == 3
+    assert model.opset_import[0].version == 19
+    tensors = weights(model)
+    pairs = [entry for entry in model.graph.node if entry.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(pairs) == 2 * 6
+    for entry in pairs:
+        zero = tensors[entry.input[2]]
+        assert zero.data_type == TensorProto.FLOAT8E4M3FN
+        assert set(zero.raw_data) == {0}
+        assert tensors[entry.input[1]].data_type == scale
+        assert zero.dims == tensors[entry.input[1]].dims
+    known = json.loads(ranges.read_text())
+    scales = {entry.input[0]: array_of(tensors[entry.input[1]]) for entry in pairs if entry.op_type == "QuantizeLinear"}
+    assert scales["r1"] == pytest.approx(max(map(abs, known["r1"])) / 448, rel=1e-3)
+    peaks = np.abs(array_of(weights(cnn())["w1"])).max(axis=(1, 2, 3))
+    assert scales["w1"] == pytest.approx(peaks / 448, rel=1e-3)
+
+
+def test_the_cpu_runs_fp8_pairs_as_the_type_is_defined(tmp_path):
+    import ml_dtypes
+
+    model, _facts = typed(tmp_path, cnn(), "fp8", ranges_json=ranges_of(tmp_path, cnn()))
+    scale = next(array_of(weights(model)[one.input[1]]) for one in model.graph.node if one.input[0] == "x")
+    pair = [one for one in model.graph.node if one.input[0] == "x" or one.input[0] == "x_QuantizeLinear_Output"]
+    rounded = pair[-1].output[0]
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(rounded, TensorProto.FLOAT, None))
+    x = np.linspace(-2, 2, 128, dtype=np.float32).reshape(2, 1, 8, 8)  # the range is 0 to 1: half of it is clipped
+    expected = (x / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    options = onnxruntime.SessionOptions()  # optimised, the pair would move into a QLinearConv, which knows no fp8
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert np.array_equal(found.run([rounded], {"x": x})[0], expected)
+
+
+def test_fp8_is_close_to_fp32_and_keeps_what_is_kept(tmp_path):
+    x, ranges = images(seed=3), ranges_of(tmp_path, cnn())
+    reference = evaluate(cnn(), {"x": x})
+    found = parity_of(tmp_path, typed(tmp_path, cnn(), "fp8", ranges_json=ranges)[0], reference, x)
+    assert 1e-3 < found["relative_l2"] < 0.1
+    part, facts = typed(tmp_path, cnn(), "fp8", keep=["body/conv"], ranges_json=ranges)
+    assert facts["kept"] == ["body/conv"]
+    assert producer(part, "c2").input[0] == "r1"
+
+
+def test_dynamic_int8_needs_no_ranges_and_has_a_scale_for_each_column(tmp_path):
+    x = images(seed=3)
+    reference = evaluate(cnn(), {"x": x})
+    model, facts = typed(tmp_path, cnn(), "int8-dynamic")
+    assert facts["quantized"] == 1
+    assert [one.op_type for one in model.graph.node].count("MatMulInteger") == 1
+    assert any(tensor.data_type == TensorProto.INT8 and tensor.dims == [16, 10] for tensor in model.graph.initializer)
+    assert any(
+        tensor.data_type == TensorProto.FLOAT and tensor.dims == [10] and "scale" in name
+        for name, tensor in weights(model).items()
+    )
+    assert 1e-4 < parity_of(tmp_path, model, reference, x)["relative_l2"] < 0.05
+    with pytest.raises(BackendError, match="would quantise no node"):
+        typed(tmp_path, cnn(), "int8-dynamic", keep=["head/*"])
+
+
 BUILD = """
 import sys
 import tensorrt_rtx as trt
@@ -541,8 +607,8 @@ def test_tensorrt_rtx_builds_every_typed_graph(tmp_path):
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("needs tensorrt-rtx: pip install 'enginery[tensorrt-rtx]'")
     paths = []
-    for kind, keep in itertools.product(["fp16", "bf16", "int8"], [(), ("body/*",)]):
-        extra = {"ranges_json": ranges_of(tmp_path, cnn())} if kind == "int8" else {}
+    for kind, keep in itertools.product(["fp16", "bf16", "int8", "fp8", "fp8-fp16"], [(), ("body/*",)]):
+        extra = {"ranges_json": ranges_of(tmp_path, cnn())} if "8" in kind else {}
         model, _facts = typed(tmp_path, cnn(), kind, keep=keep, **extra)
         paths.append(tmp_path / f"{kind}-{len(keep)}.onnx")
         onnx.save(model, paths[-1])
