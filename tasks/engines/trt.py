@@ -36,6 +36,7 @@ from tasks.engines.trt_weights import (
     finds_by_name,
     network_sources,
     refittable,
+    require_one_profile,
     require_unfolded,
 )
 from tasks.errors import BackendError
@@ -218,6 +219,7 @@ class Build:
         try:
             if self._sources is not None:
                 require_unfolded(self._log.warnings)
+                require_one_profile(self._request.params["profiles"])
             found = refittable(self._trt, engine, self._logger, self._sources, graph)
         except NotRefittableError as err:
             if self._refit == "stripped":

@@ -212,6 +212,17 @@ def require_unfolded(warnings: Iterable[str]) -> None:
         raise NotRefittableError("TensorRT folded weights beside Q/DQ pairs, and takes no new ones for those")
 
 
+def require_one_profile(profiles: Sequence[Mapping[str, Any]]) -> None:
+    """Raise NotRefittableError for a plan of 8.6 with several profiles, whose kernels do not all take new weights.
+
+    Measured with 8.6.0 on an H100 (bench/results/gpu_tests_h100.txt): a small convolutional network with two profiles, refitted,
+    was right in the first and wrong in the second (fp16), or ended the refit with a CUDA error (fp32).
+    """
+    if len(profiles) > 1:
+        names = ", ".join(str(profile["name"]) for profile in profiles)
+        raise NotRefittableError(f"TensorRT 8.6 does not put new weights into every profile of several ({names})")
+
+
 def _taken(slots: Collection[Slot], sources: Mapping[Slot, Source | None]) -> set[str]:
     """Return the weights that every layer which reads them takes back."""
     readers: dict[str, list[Slot]] = {}

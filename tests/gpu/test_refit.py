@@ -18,7 +18,7 @@ from tasks import halves
 from tasks.engines.trt_weights import Refittable
 from tasks.errors import BackendError
 from tasks.structure import structure_digest
-from tests.gpu.compiling import VECTOR, at_opset, relative
+from tests.gpu.compiling import PROFILES, VECTOR, at_opset, relative
 from tests.gpu.recipes import write_recipe
 from tests.integration.building import RECIPES, environment
 from tests.unit.tasks.small_graphs import cnn, evaluate, graph, images, node
@@ -63,13 +63,15 @@ def half(model):
 
 
 @pytest.mark.parametrize(("typed", "precision", "bound"), [(lambda model: model, "fp32", 1e-5), (half, "fp16", 5e-3)])
-def test_a_refitted_plan_computes_with_the_new_weights(work, execute, typed, precision, bound):
-    compiled, base = work("compile", typed(cnn()), precision=precision)
+def test_a_refitted_plan_computes_with_the_new_weights(work, execute, trt, typed, precision, bound):
+    several = hasattr(trt, "OnnxParserRefitter")
+    params = {"precision": precision, "profiles": PROFILES if several else PROFILES[1:]}
+    compiled, base = work("compile", typed(cnn()), **params)
     assert "structure" in compiled.facts["refit"], compiled.facts["refit"]
     assert compiled.facts["refit"]["fixed"] == []
     assert compiled.facts["refit"]["structure"] == structure_digest(at_opset(typed(cnn(7))))
-    refitted, output = work("refit", typed(cnn(7)), base, precision=precision)
-    for shape in [(1, 8, 8), (4, 16, 16), (128, 8, 8)]:
+    refitted, output = work("refit", typed(cnn(7)), base, **params)
+    for shape in [(1, 8, 8), (128, 8, 8), *([(4, 16, 16)] if several else [])]:
         x = images(*shape)
         found = execute(output, x)
         away = [relative(evaluate(cnn(seed), {"x": x})["y"], found) for seed in (7, 0)]
@@ -80,6 +82,14 @@ def test_a_refitted_plan_computes_with_the_new_weights(work, execute, typed, pre
     assert refitted.facts["settings"] == compiled.facts["settings"]
     # What was refitted can be loaded by a process that never saw the graph, and the base is as it was.
     assert relative(evaluate(cnn(0), {"x": images(2)})["y"], execute(base, images(2))) < bound
+
+
+def test_a_plan_of_8_6_with_several_profiles_is_not_offered(work, trt):
+    if hasattr(trt, "OnnxParserRefitter"):
+        pytest.skip(f"TensorRT {trt.__version__} refits from ONNX files, all profiles at once")
+    compiled, _base = work("compile", cnn())
+    assert "(online, bulk)" in compiled.facts["refit"]["refused"]
+    assert "refit.safetensors" not in compiled.outputs
 
 
 def attention(seed=0):
@@ -133,11 +143,12 @@ def test_a_transformer_block_is_refitted(work, execute):
 
 def test_what_the_plan_does_not_take_back_stops_a_refit(work):
     """Whatever weights a version folds away: one that is written down as fixed must be what it was."""
-    _compiled, base = work("compile", cnn())
+    one = {"profiles": PROFILES[:1]}
+    _compiled, base = work("compile", cnn(), **one)
     how = Refittable.read(base / "refit.safetensors")
     Refittable(how.slots, {**how.fixed, "b1": "0" * 64}).write(base)
     with pytest.raises(BackendError, match="does not take back: b1") as caught:
-        work("refit", cnn(3), base)
+        work("refit", cnn(3), base, **one)
     assert caught.value.kind == "wrong result"
 
 
@@ -207,6 +218,7 @@ def test_digits_are_refitted_in_half_and_compiled_in_int8_whose_ranges_moved(dev
     document = yaml.safe_load((RECIPES / "digits-gpu.yaml").read_text())
     document["targets"] = [{"runtime": "tensorrt", "gpus": [gpu]}]
     document["precision"] |= {"build": ["int8", "fp16"], "fallback": {}}
+    document["profiles"].pop("online")  # 8.6 refits plans of one profile
     document["build"] |= {"refit": "weights", "optimization_level": 1}
     recipe = tmp_path / "digits-gpu.yaml"
     recipe.write_text(yaml.safe_dump(document, sort_keys=False))

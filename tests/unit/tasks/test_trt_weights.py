@@ -27,6 +27,7 @@ from tasks.engines.trt_weights import (
     network_sources,
     network_weights,
     refittable,
+    require_one_profile,
     require_unfolded,
     transposed,
 )
@@ -283,6 +284,12 @@ def test_networks_without_numpy_types_and_with_double_names(rtx):
     made = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     module = SimpleNamespace(IConstantLayer=Layer, Weights=rtx.Weights)
     assert set(network_weights(module, made)) == {("b", "CONSTANT")}
+
+
+def test_several_profiles_of_8_6_are_not_offered():
+    require_one_profile([{"name": "online"}])
+    with pytest.raises(NotRefittableError, match=r"\(online, bulk\)"):
+        require_one_profile([{"name": "online"}, {"name": "bulk"}])
 
 
 def test_weights_that_were_folded_beside_pairs_are_not_offered():
