@@ -131,6 +131,7 @@ class EngineCatalog:
             # The receiver's scratch, so that a folder links the files instead of copying them once more.
             with other.store.scratch() as folder:
                 for name, entry in manifest.files.items():
+                    (folder / name).parent.mkdir(exist_ok=True)  # a part's own
                     self.fetch(engine, name, entry, folder / name)
                     other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
             for signature in self.signatures(engine, data).values():

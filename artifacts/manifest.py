@@ -1,7 +1,9 @@
-"""Manifest, version 1: what an engine is, what it may run on, where it came from, what was measured.
+"""Manifest, versions 1 and 2: what an engine is, what it may run on, where it came from, what was measured.
 
 Written once, strictly, beside the engine's files; read for ever: within a version, keys that this
 release does not know are ignored, so a constraint that a reader must not ignore needs a new version.
+Version 2 is written for engines of several graphs alone: each is described under `parts`, as version 1
+describes an engine, and a reader of version 1 must not take one of them for the whole.
 Names, never numbers, stand for precisions, types and GPUs. See docs/manifest.md.
 """
 
@@ -17,6 +19,7 @@ from artifacts.refs import ArtifactRef
 from artifacts.store import is_relative_path
 
 MANIFEST_SCHEMA: Final = 1
+PARTS_SCHEMA: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,126}$")]
@@ -392,15 +395,29 @@ class Provenance(Part):
     )
 
 
+class PartFacts(Part):
+    """One graph of an engine that has several: what version 1 says of an engine's only one."""
+
+    plan: str = Field(description="Which of the files a runtime loads: PART/NAME.")
+    inputs: dict[str, TensorFacts]
+    outputs: dict[str, TensorFacts]
+    profiles: tuple[Profile, ...]
+    precision: PrecisionFacts
+    calibration: CalibrationFacts | None
+    verification: Verification
+    benchmark: BenchmarkFacts | None = None
+    refitted_from: RefittedFrom | None = None
+
+
 class Manifest(Part):
     """The document that is published beside an engine's files, as manifest.json."""
 
     model_config = ConfigDict(title="Enginery manifest, version 1")
 
-    schema_version: Literal[1] = Field(alias="schema", description="Checked before anything else.")
+    schema_version: Literal[1, 2] = Field(alias="schema", description="Checked before anything else.")
     identity: Identity
     compatibility: Compatibility
-    plan: str = Field(description="Which of the files a runtime loads.")
+    plan: str = Field(description="Which of the files a runtime loads; empty where there are parts.")
     files: dict[str, FileEntry]
     inputs: dict[str, TensorFacts]
     outputs: dict[str, TensorFacts]
@@ -410,14 +427,22 @@ class Manifest(Part):
     verification: Verification
     benchmark: BenchmarkFacts | None = Field(default=None, description="null: its speed was not measured.")
     provenance: Provenance
+    parts: dict[Name, PartFacts] = Field(
+        default_factory=dict,
+        description="Version 2: the graphs by name. Inputs, outputs and profiles are theirs; `verification` sums theirs up.",
+    )
 
     @model_validator(mode="after")
     def _files_are_plain_names(self) -> Manifest:
+        if bool(self.parts) != (self.schema_version == PARTS_SCHEMA):
+            raise ValueError(f"schema {self.schema_version} with {len(self.parts)} parts")
         for name in self.files:
-            if "/" in name or not is_relative_path(name) or name == MANIFEST_NAME:
+            folder, _slash, plain = name.rpartition("/")
+            if folder not in ("", *self.parts) or "/" in plain or not is_relative_path(name) or name == MANIFEST_NAME:
                 raise ValueError(f"{name!r} cannot be the name of an engine's file")
-        if self.plan not in self.files:
-            raise ValueError(f"the plan {self.plan!r} is not among the files")
+        for plan in [part.plan for part in self.parts.values()] or [self.plan]:
+            if plan not in self.files:
+                raise ValueError(f"the plan {plan!r} is not among the files")
         for name in self.compatibility.plugins:
             if name not in self.files:
                 raise ValueError(f"the plugin library {name!r} is not among the files")
@@ -428,13 +453,39 @@ class Manifest(Part):
         """Bytes of all files together."""
         return sum(entry.size for entry in self.files.values())
 
+    def part(self, name: str) -> Manifest:
+        """Return one part's manifest, as if it were an engine of its own: names of files without the part's folder.
+
+        Raises KeyError.
+        """
+        part = self.parts[name]
+        own = {
+            file.removeprefix(f"{name}/"): entry
+            for file, entry in self.files.items()
+            if file.startswith(f"{name}/") or "/" not in file
+        }
+        return self.model_copy(
+            update={
+                "schema_version": MANIFEST_SCHEMA,
+                "parts": {},
+                "plan": part.plan.removeprefix(f"{name}/"),
+                "files": own,
+                **{
+                    field: getattr(part, field)
+                    for field in (
+                        "inputs", "outputs", "profiles", "precision", "calibration", "verification", "benchmark",
+                    )
+                },
+            }
+        )  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values; optional parts that it does not have are left out."""
         document = self.model_dump(mode="json", by_alias=True)
         if not self.precision.candidates:
             del document["precision"]["candidates"]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}
-        return {name: part for name, part in document.items() if part is not None or name not in optional}
+        return {name: part for name, part in document.items() if part not in (None, {}) or name not in optional}
 
     def to_bytes(self) -> bytes:
         """Serialise the manifest as indented JSON, for people who read the store."""
@@ -454,10 +505,12 @@ class Manifest(Part):
         if not isinstance(document, dict) or "schema" not in document:
             raise IntegrityError('manifest: no schema version (expected an object with "schema": 1)')
         found = document["schema"]
-        if type(found) is not int or found != MANIFEST_SCHEMA:
-            newer = type(found) is int and found > MANIFEST_SCHEMA
+        if type(found) is not int or found not in (MANIFEST_SCHEMA, PARTS_SCHEMA):
+            newer = type(found) is int and found > PARTS_SCHEMA
             advice = "written by a newer Enginery; upgrade this one" if newer else "not a manifest of Enginery"
-            raise IntegrityError(f"manifest: schema {found!r}, this release reads {MANIFEST_SCHEMA} ({advice})")
+            raise IntegrityError(
+                f"manifest: schema {found!r}, this release reads {MANIFEST_SCHEMA} and {PARTS_SCHEMA} ({advice})"
+            )
         try:
             return cls.model_validate_json(data)
         except ValidationError as err:

@@ -147,6 +147,16 @@ def _device_refusals(needs: Compatibility, devices: Sequence[Gpu]) -> list[str]:
 
 
 def _shape_refusals(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    if manifest.parts:  # an input of a part is PART/INPUT
+        reasons = [
+            f"has no part {name.partition('/')[0]!r}" for name in shapes if name.partition("/")[0] not in manifest.parts
+        ]
+        for part in manifest.parts:
+            own = {
+                name.removeprefix(f"{part}/"): shape for name, shape in shapes.items() if name.startswith(f"{part}/")
+            }
+            reasons += [f"{part}: {why}" for why in _shape_refusals(manifest.part(part), own)]
+        return reasons
     unknown = [name for name in shapes if name not in manifest.inputs]
     if unknown:
         return [f"has no input {', '.join(unknown)} (has: {', '.join(manifest.inputs)})"]

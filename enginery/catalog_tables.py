@@ -39,6 +39,11 @@ def engine_json(manifest: Manifest) -> dict[str, Any]:
         "metric": measured.metric.model_dump() if measured.metric is not None else None,
         "benchmark": _timing(manifest),
         "executed": manifest.verification.engine.executed,
+        **(
+            {"parts": {name: {"precision": part.precision.given} for name, part in manifest.parts.items()}}
+            if manifest.parts
+            else {}
+        ),
     }
 
 
@@ -121,6 +126,7 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
     ]
     asked = "" if precision.asked == precision.given else f" (asked {precision.asked})"
     rows.append(("precision", f"{precision.given}{asked}, inputs and outputs {precision.io}"))
+    rows += [row for name in manifest.parts for row in _part_rows(name, manifest.part(name))]
     rows += [
         ("candidate", f"{one.name}  p50 {p50} ms, CUDA graph {graph}; {what}")
         for one in precision.candidates
@@ -149,6 +155,31 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
         tools = ", ".join(f"{name} {found}" for name, found in step.toolchain.items() if found is not None)
         add_row(table, step.id, f"{step.seconds:.1f}", "reused" if step.reused else "built", tools)
     print_table(out, table)
+
+
+def _part_rows(name: str, part: Manifest) -> list[tuple[str, str]]:
+    """Return what is told of one part of an engine."""
+    given, asked = part.precision.given, part.precision.asked
+    tensors = [
+        f"{kind} {tensor}  {facts.dtype} {_axes(facts.shape)}"
+        for kind, found in (("input", part.inputs), ("output", part.outputs))
+        for tensor, facts in found.items()
+    ]
+    profiles = [
+        f"profile {profile.name}  {tensor} {_axes(span.min)} .. {_axes(span.opt)} .. {_axes(span.max)}"
+        for profile in part.profiles
+        for tensor, span in profile.inputs.items()
+    ]
+    refused = [f"refused {one.precision}: {'; '.join(one.reasons)}" for one in part.precision.tried]
+    said = [
+        given if given == asked else f"{given} (asked {asked})",
+        *refused,
+        *tensors,
+        *profiles,
+        f"graph {_measured_text(part.verification.graph)}",
+        f"engine itself {_measured_text(part.verification.engine)}",
+    ]
+    return [(f"part {name}", text) for text in said]
 
 
 def age_text(created: str, now: dt.datetime | None = None) -> str:

@@ -48,7 +48,10 @@ TrustCheck = Callable[[bytes, bytes | None], None]
 
 @dataclass(frozen=True)
 class PulledEngine:
-    """An engine in a local folder, its bytes checked; `plan` is the file that the runtime loads. Not to be written to."""
+    """An engine in a local folder, its bytes checked; `plan` is the file that the runtime loads. Not to be written to.
+
+    `plan` is the folder itself where the engine has parts.
+    """
 
     folder: Path
     plan: Path
@@ -135,28 +138,45 @@ def load(
 ) -> Runner:
     """Load a pulled engine into this process, and return what runs it: `load(folder)(image=array)["logits"]`.
 
+    One of several parts gives them by name, all of them loaded: `load(folder)["encoder"](image=array)["states"]`.
+
     `engine` is its folder, or its plan inside of it. Before a byte of it reaches a runtime: `trust` is asked about the
     manifest and its signature, every file's digest is compared with the manifest, and the host with what the engine needs.
     `device` is the index of a CUDA device (default: the first that fits), `graphs` allows CUDA graphs, `threads` bounds the
     threads of ONNX Runtime. Raises NotFoundError where there is no manifest; IntegrityError for damage; RefusedError where
     this host may not load it, or its gates did not pass; whatever `trust` raises; and BackendError as the runtime fails.
     """
-    from tasks.runner import brings_host_code, open_runner
+    from tasks.runner import PartedRunner, brings_host_code, open_runner
 
     folder = engine.folder if isinstance(engine, PulledEngine) else _engine_folder(Path(engine))
     manifest = check(folder, trust=trust)
     reasons = refusals(manifest, Request.of_host(probe_host()), {})
     if reasons:
         raise RefusedError(str(manifest.identity), reasons, "enginery resolve says which engine fits here")
-    return open_runner(
-        _plan_bytes(folder, manifest),
-        manifest,
-        device=device,
-        graphs=graphs,
-        threads=threads,
-        host_code=brings_host_code(manifest),
-        plugins=[folder / name for name in manifest.compatibility.plugins],
-    )
+    plugins = [folder / name for name in manifest.compatibility.plugins]
+
+    def opened(folder: Path, manifest: Manifest) -> Runner:
+        return open_runner(
+            _plan_bytes(folder, manifest),
+            manifest,
+            device=device,
+            graphs=graphs,
+            threads=threads,
+            host_code=brings_host_code(manifest),
+            plugins=plugins,
+        )
+
+    if not manifest.parts:
+        return opened(folder, manifest)
+    parts: dict[str, Runner] = {}
+    try:
+        for name in manifest.parts:
+            parts[name] = opened(folder / name, manifest.part(name))
+    except BaseException:
+        for part in parts.values():
+            part.close()
+        raise
+    return PartedRunner(parts, manifest)
 
 
 def check(folder: Path, *, trust: TrustCheck | Unchecked | None = None) -> Manifest:
@@ -255,9 +275,12 @@ def _bring(
         whole = temporary / "engine"
         whole.mkdir()
         for file, entry in manifest.files.items():
+            (whole / file).parent.mkdir(exist_ok=True)  # a part's own
             catalog.fetch(name, file, entry, whole / file)
             with (whole / file).open("rb") as stream:
                 os.fsync(stream.fileno())
+        for part in manifest.parts:
+            sync_folder(whole / part)
         with create_file(whole / MANIFEST_NAME, 0o644) as stream:
             stream.write(data)
             sync_file(stream)

@@ -14,7 +14,7 @@ from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
 from recipes.onnx_data import NotOnnxError, external_locations, location_fault
 from recipes.options import PINS, stated_pins, stated_plugins
-from recipes.schema import Dataset, FileReference, TorchSource
+from recipes.schema import Dataset, FileReference, Metric, TorchSource
 
 if TYPE_CHECKING:
     from recipes.loader import LoadedRecipe
@@ -75,6 +75,7 @@ class RecipeFiles:
     metric: CodeBundle | None = None
     plugins: Mapping[str, LocalFile] = field(default_factory=dict)
     pins: Mapping[tuple[str, str], LocalFile] = field(default_factory=dict)  # by option and digest
+    parts: Mapping[str, RecipeFiles] = field(default_factory=dict)  # of each part: the shared files, and its own data
 
 
 # What the `fetch` stage reads from a folder (tasks/datasets.py): what is read has to be what is digested.
@@ -136,15 +137,35 @@ class _Gatherer:
             weights = self._weights(source.weights) if source.weights is not None else None
         else:
             model = self._model(source.model)
-        calibration = self._dataset(("precision", "calibration"), recipe.precision.calibration)
+        plugins, pins = self._plugins(), self._pins()
+        data = self._data((), recipe.precision.calibration, recipe.acceptance.metric)
+        parts = {}
+        for name, part in recipe.parts.items():
+            if code is not None and part.module is not None and isinstance(source, TorchSource):
+                self._part_module(name, part.module, source)
+            calibration = part.precision.calibration if part.precision is not None else None
+            metric = part.acceptance.metric if part.acceptance is not None else None
+            own = self._data(("parts", name), calibration, metric)
+            parts[name] = RecipeFiles(code, weights, model, *own, plugins, pins)
+        return RecipeFiles(code, weights, model, *data, plugins, pins, parts)
+
+    def _data(
+        self, at: Key, calibrating: Dataset | None, measured: Metric | None
+    ) -> tuple[DatasetFiles | None, DatasetFiles | None, CodeBundle | None]:
+        """Return the calibration data, the labelled data and the metric's code of a recipe, or of one part of it."""
+        calibration = self._dataset((*at, "precision", "calibration"), calibrating)
         labelled, metric = None, None
-        if recipe.acceptance.metric is not None:
-            at: Key = ("acceptance", "metric")
-            labelled = self._dataset((*at, "data"), recipe.acceptance.metric.data)
-            if is_code_reference(recipe.acceptance.metric.name):
-                metric = self._code((*at, "name"), recipe.acceptance.metric.name)
-            self._held_out((*at, "data", "data"), calibration, labelled)
-        return RecipeFiles(code, weights, model, calibration, labelled, metric, self._plugins(), self._pins())
+        if measured is not None:
+            here: Key = (*at, "acceptance", "metric")
+            labelled = self._dataset((*here, "data"), measured.data)
+            if is_code_reference(measured.name):
+                metric = self._code((*here, "name"), measured.name)
+            self._held_out((*here, "data", "data"), calibration, labelled)
+        return calibration, labelled, metric
+
+    def _part_module(self, part: str, name: str, source: TorchSource) -> None:
+        """Fault a part whose callable is not in the model's file."""
+        self._code(("parts", part, "module"), f"{source.model.rpartition(':')[0]}:{name}", source.include)
 
     def _fault(self, at: Key, what: str) -> None:
         self.faults.append(self.loaded.fault(at, what))

@@ -23,7 +23,7 @@ from recipes.yaml_text import Document, read
 MAX_INCLUDE_DEPTH: Final = 8
 MAX_INCLUDES: Final = 64
 
-# Every field of the schema that holds a path; "*" stands for each item of a list.
+# Every field of the schema that holds a path; "*" stands for each item of a list, or value of a mapping.
 PATH_FIELDS: Final[tuple[Key, ...]] = (
     ("source", "model"),
     ("source", "model", "file"),
@@ -40,6 +40,11 @@ PATH_FIELDS: Final[tuple[Key, ...]] = (
     ("acceptance", "metric", "name"),
     ("acceptance", "metric", "data", "data"),
     ("acceptance", "metric", "data", "include", "*"),
+    ("parts", "*", "precision", "calibration", "data"),
+    ("parts", "*", "precision", "calibration", "include", "*"),
+    ("parts", "*", "acceptance", "metric", "name"),
+    ("parts", "*", "acceptance", "metric", "data", "data"),
+    ("parts", "*", "acceptance", "metric", "data", "include", "*"),
     ("publish", "to"),
 )
 _CODE: Final = re.compile(r"[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*")
@@ -176,6 +181,8 @@ def _mapped(node: Node, path: Key, change: Callable[[Node], Node]) -> Node:
     part, rest = path[0], path[1:]
     if part == "*" and isinstance(node.value, list):
         return replace(node, value=[_mapped(item, rest, change) for item in node.value])
+    if part == "*" and isinstance(node.value, dict):
+        return replace(node, value={name: _mapped(item, rest, change) for name, item in node.value.items()})
     if isinstance(node.value, dict) and part in node.value:
         return replace(node, value={**node.value, part: _mapped(node.value[part], rest, change)})
     return node

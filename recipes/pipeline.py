@@ -42,6 +42,8 @@ class Pipeline:
     files: RecipeFiles
     version: Version
     steps: Steps
+    part: str = ""  # which part of the model this is, where it has any
+    module: str | None = None  # what makes the part of the model: a callable beside that of the model
     profiles: list[dict[str, Any]] = field(init=False)
     tensors: dict[str, Any] = field(init=False)
     interface: dict[str, Any] = field(init=False)
@@ -56,20 +58,24 @@ class Pipeline:
 
     # ---- what comes from outside -------------------------------------------------------------------------------
 
+    def id(self, stage: str, subject: str = "") -> str:
+        """Return a step's id: the stage, the part where the model has any, the subject where there is one."""
+        return ":".join(filter(None, (stage, self.part, subject)))
+
     def versions(self, *packages: str) -> dict[str, str | None]:
         """Return the full version of each package, None where it is not installed."""
         return {package: self.version(package) for package in sorted(packages)}
 
-    def _code(self, subject: str, bundle: CodeBundle) -> Output:
+    def _code(self, step_id: str, bundle: CodeBundle) -> Output:
         params = {"kind": "code", "members": dict(bundle.digests)}
         local = (bundle, {"code.tar": bundle.digest})
-        return Output(self.steps.add(f"fetch:{subject}", params=params, local=local), "code.tar")
+        return Output(self.steps.add(step_id, params=params, local=local), "code.tar")
 
     @cached_property
     def _source_files(self) -> list[Output]:
         found: list[Output] = []
         if self.files.code is not None:
-            found.append(self._code("code", self.files.code))
+            found.append(self._code("fetch:code", self.files.code))
         # External data is named below the graph that it belongs to: its own name may be any, also that of a subject.
         named = [("weights", self.files.weights)] + [
             ("model" if file.name == "model.onnx" else f"model/{file.name}", file) for file in self.files.model
@@ -103,7 +109,7 @@ class Pipeline:
         if files.code is not None:
             toolchain |= self.versions(*files.code.packages)
         step = self.steps.add(
-            f"fetch:{subject}", params=params, toolchain=toolchain, local=(files, {name: files.digest})
+            self.id("fetch", subject), params=params, toolchain=toolchain, local=(files, {name: files.digest})
         )
         return Output(step, "dataset.safetensors")
 
@@ -114,7 +120,8 @@ class Pipeline:
         common = {"framework": source.framework, "tensors": self.tensors, "outputs": self.recipe.outputs}
         if isinstance(source, TorchSource):
             entry = self.files.code.entry if self.files.code is not None else ""
-            return common | {"entry": entry, "arguments": source.arguments, "seed": source.seed}
+            part = {"part": self.part, "module": self.module} if self.part else {}
+            return common | {"entry": entry, "arguments": source.arguments, "seed": source.seed, **part}
         return common
 
     def _source_toolchain(self, *packages: str) -> dict[str, Any]:
@@ -128,7 +135,7 @@ class Pipeline:
         if isinstance(self.recipe.source, OnnxSource):
             params = self._source_params() | {"opset": export.opset}
             return self.steps.add(
-                "export", params=params, inputs=self._source_files, toolchain=self._source_toolchain("onnx")
+                self.id("export"), params=params, inputs=self._source_files, toolchain=self._source_toolchain("onnx")
             )
         params = self._source_params() | {
             "exporter": export.exporter,
@@ -136,14 +143,17 @@ class Pipeline:
             "trace": trace_shapes(self.recipe),
         }
         toolchain = self._source_toolchain("torch", "onnxscript", "onnx")
-        return self.steps.add("export", params=params, inputs=self._source_files, toolchain=toolchain)
+        return self.steps.add(self.id("export"), params=params, inputs=self._source_files, toolchain=toolchain)
 
     @cached_property
     def reference(self) -> Output:
         """Keep the source framework's own outputs on seeded inputs, at min, opt and max of every profile."""
         params = self._source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}
         step = self.steps.add(
-            "reference:parity", params=params, inputs=self._source_files, toolchain=self._reference_toolchain()
+            self.id("reference", "parity"),
+            params=params,
+            inputs=self._source_files,
+            toolchain=self._reference_toolchain(),
         )
         return Output(step, "reference.safetensors")
 
@@ -160,12 +170,12 @@ class Pipeline:
             "batch": self.evaluation_batch,
         }
         step = self.steps.add(
-            "reference:labelled",
+            self.id("reference", "labelled"),
             params=params,
             inputs=[*self._source_files, data],
             toolchain=self._reference_toolchain(),
         )
-        code = [self._code("metric", self.files.metric)] if self.files.metric is not None else []
+        code = [self._code(self.id("fetch", "metric"), self.files.metric)] if self.files.metric is not None else []
         return [data, Output(step, "outputs.safetensors"), *code]
 
     @cached_property
@@ -198,7 +208,7 @@ class Pipeline:
         }
         packages = ("onnx", "onnxruntime", *(() if simplifier == "none" else (simplifier,)))
         return self.steps.add(
-            "simplify", params=params, inputs=graph_files(self.export), toolchain=self.versions(*packages)
+            self.id("simplify"), params=params, inputs=graph_files(self.export), toolchain=self.versions(*packages)
         )
 
     def calibration_data(self, spec: Calibration, files: DatasetFiles) -> Output:
@@ -252,7 +262,7 @@ class Pipeline:
         }
         toolchain = self.versions("onnx", "onnxruntime", "numpy")
         step = self.steps.add(
-            "calibrate:fp8" if own else "calibrate",
+            self.id("calibrate", "fp8" if own else ""),
             params=params,
             inputs=[*graph_files(self.simplify), data],
             toolchain=toolchain,
@@ -279,7 +289,7 @@ class Pipeline:
         # tf32 is a flag of the compiler: its graph is the fp32 one.
         name = "fp32" if full else precision
         return self.steps.add(
-            f"type:{name}", params=params, inputs=inputs, toolchain=self.versions("onnx", "onnxruntime")
+            self.id("type", name), params=params, inputs=inputs, toolchain=self.versions("onnx", "onnxruntime")
         )
 
     def verify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +32,8 @@ class EnginePlan:
 
     Of one asked for as `auto`, `candidates` says what became of each, `chosen` which it is, `variant` how its steps are told
     from those of its precision at another level, and `tolerated` which steps may fail, as another candidate takes their place.
+
+    An engine of several graphs has one of these for each in `parts`, and of its own only what it takes to publish them.
     """
 
     target: str
@@ -54,6 +57,7 @@ class EnginePlan:
     candidates: tuple[Candidate, ...] = ()
     chosen: Candidate | None = None
     tolerated: tuple[str, ...] = ()
+    parts: Mapping[str, EnginePlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

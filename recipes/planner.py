@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from artifacts.host import Host
@@ -17,10 +17,11 @@ from recipes.choosing import Candidate, candidates_of
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge, parity_bounds
 from recipes.options import calibrator_refusal, compile_params, options_of, refusals, uses_calibrator
+from recipes.parts import built_in, part_recipe
 from recipes.pipeline import Pipeline, Version, graph_files
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.refitting import Bases, Compilation, Refits
-from recipes.schema import FP8, INT8, QUANTIZED, Asked, Precision, Recipe, Target
+from recipes.schema import EXACTNESS, FP8, INT8, QUANTIZED, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Output, Step, Steps
 from recipes.targets import lowers_beside_pairs, refusal
@@ -54,10 +55,17 @@ def plan(
     refitted (`artifacts.refits`); `spent` has the seconds that this build has spent on steps, by key.
     """
     steps = Steps(lookup, previous, failures or {})
-    engines = _Engines(Pipeline(recipe, files, version, steps), host, Refits(steps, bases), spent or {})
-    chosen = selection or Selection()
+    refits, chosen = Refits(steps, bases), selection or Selection()
+    whole = _Engines(Pipeline(recipe, files, version, steps), host, refits, spent or {})
+    parts = {
+        name: replace(
+            whole,
+            pipeline=Pipeline(part_recipe(recipe, name), files.parts[name], version, steps, name, part.module),
+        )
+        for name, part in recipe.parts.items()
+    }
     planned = [
-        engines.plan(target, gpu, asked)
+        _in_parts(whole, parts, target, gpu, asked) if parts else whole.plan(target, gpu, asked)
         for target in recipe.targets
         for gpu in target.gpus
         if chosen.includes(target.runtime, gpu)
@@ -74,18 +82,29 @@ class _Engines:
     host: Host
     refits: Refits
     spent: Mapping[str, float]
+    parts: Mapping[str, _Engines] = field(default_factory=dict)
 
     def plan(self, target: Target, gpu: str, asked: Asked) -> EnginePlan:
         """Plan one engine: the first precision of the chain that passes its gates is compiled and published."""
-        recipe = self.pipeline.recipe
+        engine = self.passing(target, gpu, asked)
+        return self.published(engine, target) if engine.state == "run" and engine.compile is not None else engine
+
+    def base(self, target: Target, gpu: str, asked: Asked) -> EnginePlan:
+        """Return an engine of which nothing is planned yet."""
         version = self.host.runtimes.get(target.runtime, target.version or "")
         name = "-".join(part for part in (target.runtime, version, gpu) if part)
-        options = options_of(recipe, target)
-        base = EnginePlan(name, target.runtime, version, gpu, asked, None, "run", options=options)
+        options = options_of(self.pipeline.recipe, target)
+        return EnginePlan(name, target.runtime, version, gpu, asked, None, "run", options=options)
+
+    def passing(self, target: Target, gpu: str, asked: Asked) -> EnginePlan:
+        """Plan one engine up to its publication, of which it has the steps before where it is in the state `run`."""
+        recipe = self.pipeline.recipe
+        base = self.base(target, gpu, asked)
+        options, version = base.options, base.runtime_version
         for step in self._portable_gates():
             verdict = self._verdict(step, "fp32")
             if verdict is not None and not verdict.passed:
-                what = "exported" if step.subject == "export" else "simplified"
+                what = "exported" if step.subject.endswith("export") else "simplified"
                 return replace(base, state="failed", why=f"the {what} graph fails: {', '.join(verdict.reasons)}")
         waiting = self._waits(target, gpu)
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)
@@ -100,8 +119,7 @@ class _Engines:
             if engine.state == "waiting":
                 return replace(engine, trials=tuple(trials))
             if verdict is None or verdict.passed:
-                engine = replace(engine, benchmark=self._benchmark(engine), trials=tuple(trials))
-                return self._published(engine, target)
+                return replace(engine, benchmark=self._benchmark(engine), trials=tuple(trials))
         return replace(
             base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials)
         )
@@ -117,7 +135,7 @@ class _Engines:
         # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
         source = self._typed(base, precision)
         typed = self.pipeline.typed(source)
-        graph = self.pipeline.verify(f"verify:{source}", "graph", typed, tf32=source == "tf32")
+        graph = self.pipeline.verify(self.pipeline.id("verify", source), "graph", typed, tf32=source == "tf32")
         verdict = self._verdict(graph, source)
         wanted = replace(base, given=precision, typed=source, verify=graph)
         if waiting is not None and (verdict is None or verdict.passed):
@@ -158,7 +176,7 @@ class _Engines:
         asked = self.pipeline.recipe.benchmark
         if engine.benchmark is not None and asked is not None and asked.compare:
             engine = replace(engine, benchmark=self._timed(engine, compare=asked.compare))
-        return self._published(engine, target)
+        return engine
 
     def _typed(self, engine: EnginePlan, precision: Precision) -> Precision:
         """Return the precision of the graph that the compiler gets: a higher one where it is to lower the graph itself."""
@@ -174,8 +192,8 @@ class _Engines:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""
         export, simplify = self.pipeline.export, self.pipeline.simplify
         return [
-            self.pipeline.verify("verify:export", "graph", export),
-            self.pipeline.verify("verify:simplify", "graph", simplify),
+            self.pipeline.verify(self.pipeline.id("verify", "export"), "graph", export),
+            self.pipeline.verify(self.pipeline.id("verify", "simplify"), "graph", simplify),
         ]
 
     def _verdict(self, step: Step, precision: Precision) -> Verdict | None:
@@ -236,7 +254,7 @@ class _Engines:
                 params["calibrator"] = calibration.method
                 inputs.append(self._calibrate(engine, gates))
         return Compilation(
-            f"{engine.runtime}:{engine.gpu}:{precision}{engine.variant}",
+            ":".join(filter(None, (self.pipeline.part, engine.runtime, engine.gpu, f"{precision}{engine.variant}"))),
             params=params,
             inputs=inputs,
             toolchain=self._compiler(engine),
@@ -249,7 +267,7 @@ class _Engines:
         if spec is None or files is None:
             raise ValueError(f"{engine.target}: there is no calibration data")
         step = self.pipeline.steps.add(
-            f"calibrate:{engine.runtime}:{engine.gpu}",
+            self.pipeline.id("calibrate", f"{engine.runtime}:{engine.gpu}"),
             params={
                 "runtime": engine.runtime,
                 "gpu": engine.gpu,
@@ -289,7 +307,8 @@ class _Engines:
         """Verify the compiled engine itself, where this host can execute it; `again`, where a refitted one failed."""
         if engine.compile is None or engine.runtime == "tensorrt-rtx":
             return None
-        step_id = f"verify:{engine.runtime}:{engine.gpu}:{precision}{engine.variant}" + (":compiled" if again else "")
+        subject = f"{engine.runtime}:{engine.gpu}:{precision}{engine.variant}" + (":compiled" if again else "")
+        step_id = self.pipeline.id("verify", subject)
         if engine.runtime == "onnxruntime":
             return self.pipeline.verify(step_id, "engine", engine.compile)
         return self.pipeline.verify(
@@ -315,8 +334,11 @@ class _Engines:
         on_gpu = {**self._device(engine), "device": gpu.device() if gpu is not None else None}
         device = on_gpu if engine.runtime == "tensorrt" else {"cpu": self.host.cpu, "os": self.host.os}
         return self.pipeline.benchmark(
-            f"benchmark:{engine.runtime}:{engine.gpu}:{engine.given}{engine.variant}"
-            + (":compared" if engine.chosen is not None else ""),
+            self.pipeline.id(
+                "benchmark",
+                f"{engine.runtime}:{engine.gpu}:{engine.given}{engine.variant}"
+                + (":compared" if engine.chosen is not None else ""),
+            ),
             self._engine_files(engine, engine.compile),
             engine.engine_verify,
             executor=self._executor(engine),
@@ -340,28 +362,41 @@ class _Engines:
             **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         }
 
-    def _published(self, engine: EnginePlan, target: Target) -> EnginePlan:
+    def published(self, engine: EnginePlan, target: Target) -> EnginePlan:
         """Publish a compiled engine; everything that its manifest states enters the key, but for times and names."""
+        params, measured, inputs, gates = self._stated(engine)
+        return self._publish(engine, target, params, measured, inputs, gates)
+
+    def published_in_parts(self, engine: EnginePlan, target: Target) -> EnginePlan:
+        """Publish the engines of all parts as one: in one step, so that a reader sees all of them or none."""
+        stated: dict[str, Any] = {}
+        measured: dict[str, Mapping[str, Any] | None] = {}
+        inputs: list[Output] = []
+        gates: list[Step] = []
+        for name, part in engine.parts.items():
+            owner = self.parts[name]
+            stated[name], found, files, before = owner._stated(part)  # noqa: SLF001  of the same class
+            stated[name] |= {"asked": part.asked, "given": part.given}
+            measured |= {f"{name}/{what}": facts for what, facts in found.items()}
+            # Libraries of plugins are the whole engine's; every other file is named as other parts' files are.
+            shared = {id(output) for output in files if output.name.startswith("plugin-")}
+            inputs += [output if id(output) in shared else replace(output, folder=name) for output in files]
+            gates += before
+        params = {"parts": stated, "tried": _refused(engine)}
+        return self._publish(
+            engine, target, params, measured, list({output.placed: output for output in inputs}.values()), gates
+        )
+
+    def _stated(
+        self, engine: EnginePlan
+    ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any] | None], list[Output], list[Step]]:
+        """Return what is stated of a compiled graph: parameters, what was measured, its files and what has to pass."""
         if engine.given is None or engine.compile is None or engine.verify is None:
             raise ValueError(f"{engine.target}: nothing to publish")
         recipe = self.pipeline.recipe
         executed = engine.engine_verify
-        wish = list(target.precision or recipe.precision.build)
-        params = {
-            "recipe": recipe.name,
-            "target": engine.target,
-            "runtime": engine.runtime,
-            "runtime_version": engine.runtime_version,
-            "gpu": engine.gpu,
-            "asked": engine.asked,
-            "given": engine.given,
-            # Readers prefer what the recipe names first, so what it names before this is part of what is published.
-            "more_wanted": wish[: wish.index(engine.asked)],
-            "tried": [
-                {"precision": trial.precision, "reasons": list(trial.verdict.reasons)}
-                for trial in engine.trials
-                if trial.verdict is not None and not trial.verdict.passed
-            ],
+        params: dict[str, Any] = {
+            "tried": _refused(engine),
             "inputs": self.pipeline.interface,
             "profiles": self.pipeline.profiles,
             "gates": {
@@ -369,8 +404,6 @@ class _Engines:
                 "metric": _metric_gate(recipe),
             },
             "calibration": self.pipeline.calibration_digest() if engine.given in QUANTIZED else None,
-            "to": recipe.publish.to,
-            **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         }
         if engine.chosen is not None:
             # Not the times, but which measurements they are, as for the benchmark below.
@@ -384,7 +417,7 @@ class _Engines:
             "executed": False,
             "reason": f"{engine.runtime} engines for {engine.gpu} do not run on this host",
         }
-        measured = {
+        measured: dict[str, Mapping[str, Any] | None] = {
             "typed": self.pipeline.typed(engine.typed or engine.given).facts,
             "graph": engine.verify.facts,
             "engine": executed.facts if executed is not None else not_executed,
@@ -399,11 +432,38 @@ class _Engines:
             inputs += [
                 made for name in PINNED if (made := Output(engine.compile, name)).ref is not None and made not in inputs
             ]
+        return params, measured, inputs, [gate for gate in (engine.verify, executed, timed) if gate is not None]
+
+    def _publish(
+        self,
+        engine: EnginePlan,
+        target: Target,
+        stated: Mapping[str, Any],
+        measured: Mapping[str, Mapping[str, Any] | None],
+        inputs: Sequence[Output],
+        gates: Sequence[Step],
+    ) -> EnginePlan:
+        recipe = self.pipeline.recipe
+        wish = list(target.precision or recipe.precision.build)
+        params = {
+            "recipe": recipe.name,
+            "target": engine.target,
+            "runtime": engine.runtime,
+            "runtime_version": engine.runtime_version,
+            "gpu": engine.gpu,
+            "asked": engine.asked,
+            "given": engine.given,
+            # Readers prefer what the recipe names first, so what it names before this is part of what is published.
+            "more_wanted": wish[: wish.index(engine.asked)],
+            "to": recipe.publish.to,
+            **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
+            **stated,
+        }
         step = self.pipeline.steps.add(
             f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
             params=params,
             inputs=inputs,
-            gates=[gate for gate in (engine.verify, executed, timed) if gate is not None],
+            gates=gates,
             measured=measured,
         )
         state: Literal["cached", "run", "failed"] = "run"
@@ -412,6 +472,41 @@ class _Engines:
         elif step.state in ("failed", "blocked"):
             state = "failed"
         return replace(engine, state=state, why="; ".join(step.why), publish=step)
+
+
+def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gpu: str, asked: Asked) -> EnginePlan:
+    """Plan one engine of several parts: each gives way by its own chain, and what one cannot have the whole has not.
+
+    Where a part has no precision that passes, the whole gives way by the recipe's chain: every part is asked for the next.
+    """
+    base, trials = whole.base(target, gpu, asked), list[Trial]()
+    if asked == "auto":
+        return replace(base, state="failed", why="auto chooses for models of one graph")
+    for precision in (asked, *whole.pipeline.recipe.precision.fallback.get(asked, ())):
+        made = {
+            name: engines.passing(target, gpu, built_in(whole.pipeline.recipe.parts[name], precision))
+            for name, engines in parts.items()
+        }
+        waiting = next((one.why for one in made.values() if one.state == "waiting"), None)
+        reasons = tuple(f"{name}: {one.why}" for name, one in made.items() if one.state == "failed")
+        if reasons:
+            trials.append(Trial(precision, Verdict(passed=False, reasons=reasons)))
+            continue
+        engine = replace(base, parts=made, trials=tuple(trials))
+        if waiting is not None:
+            return replace(engine, state="waiting", why=waiting)
+        # What people call it by: the least exact that any part was given.
+        given = min((one.given for one in made.values() if one.given is not None), key=EXACTNESS.__getitem__)
+        return replace(whole, parts=parts).published_in_parts(replace(engine, given=given), target)
+    return replace(base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials))
+
+
+def _refused(engine: EnginePlan) -> list[dict[str, Any]]:
+    return [
+        {"precision": trial.precision, "reasons": list(trial.verdict.reasons)}
+        for trial in engine.trials
+        if trial.verdict is not None and not trial.verdict.passed
+    ]
 
 
 def _at_level(base: EnginePlan, level: int | None) -> EnginePlan:

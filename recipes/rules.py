@@ -10,6 +10,7 @@ from recipes.choosing import candidates_of
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
 from recipes.options import PINS, options_of, place_of, stated_pins, stated_plugins
+from recipes.parts import check_parts, part_recipe, place_in
 from recipes.schema import (
     EXACTNESS,
     GPUS,
@@ -50,7 +51,14 @@ def check(recipe: Recipe) -> list[tuple[Key, str]]:
         _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins, _pins,
         _publish,
     )  # fmt: skip
-    return [found for rule in rules for found in rule(recipe)]
+    if not recipe.parts:
+        return [found for rule in rules for found in rule(recipe)]
+    found = list(check_parts(recipe))
+    if isinstance(recipe.source, TorchSource) and not any("auto" in what for _at, what in found):
+        for name in recipe.parts:
+            own = part_recipe(recipe, name)
+            found += [(place_in(recipe, name, at), what) for rule in rules for at, what in rule(own)]
+    return list(dict.fromkeys(found))
 
 
 def asked_precisions(recipe: Recipe) -> tuple[Precision, ...]:
@@ -111,6 +119,8 @@ def _export(recipe: Recipe) -> Found:
 
 
 def _inputs(recipe: Recipe) -> Found:
+    if not recipe.inputs:
+        yield ("inputs",) if "inputs" in recipe.model_fields_set else (), "inputs is required, and missing"
     for name, tensor in recipe.inputs.items():
         at: Key = ("inputs", name)
         if not name.strip():

@@ -18,6 +18,8 @@ AXIS_PATTERN: Final = r"^[a-z][a-z0-9_]*$"
 SHA256_PATTERN: Final = r"^[0-9a-f]{64}$"
 CODE_PATTERN: Final = r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$"
 SIZE_PATTERN: Final = r"^[1-9][0-9]{0,8}(MiB|GiB)$"
+PART_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,30}$"
+IDENTIFIER_PATTERN: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
 DURATION_PATTERN: Final = r"^[1-9][0-9]{0,8}[smh]$"
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8-fp16", "int8", "int8-fp16", "int8-dynamic"]
@@ -271,6 +273,44 @@ class Acceptance(Model):
     metric: Metric | None = Field(default=None, description="A gate on labelled data.")
 
 
+class PartPrecision(Model):
+    """What one part is built in, where that differs from what the engine is asked in; the rest is the recipe's."""
+
+    build: dict[Precision, Precision] = Field(
+        default_factory=dict, description="Precision that the engine is asked in -> what this part is built in instead."
+    )
+    fallback: dict[Precision, list[Precision]] | None = Field(
+        default=None, description="Instead of precision.fallback, for this part alone."
+    )
+    keep: list[str] | None = Field(default=None, description="Instead of precision.keep.")
+    io: Literal["float32", "native"] | None = Field(default=None, description="Instead of precision.io.")
+    calibration: Calibration | None = Field(
+        default=None, description="The data that this part's int8 ranges are found on."
+    )
+
+
+class Part(Model):
+    """One graph of a model that becomes several: what it says stands before what the recipe says."""
+
+    module: Annotated[str, Field(pattern=IDENTIFIER_PATTERN)] | None = Field(
+        default=None,
+        description="Callable in the file of source.model that takes the model, and returns the module to export; "
+        "default: the model's attribute of the part's name.",
+    )
+    inputs: dict[str, Tensor] = Field(
+        min_length=1, description="Input name -> type and shape: the names of forward's parameters."
+    )
+    outputs: list[str] = Field(min_length=1, description="Names of the outputs, in order.")
+    profiles: dict[str, dict[Axis, Range]] | None = Field(
+        default=None, description="As for a recipe; default: the recipe's, for the axes that this part has."
+    )
+    export: Export | None = Field(default=None, description="Instead of the recipe's.")
+    precision: PartPrecision | None = Field(default=None, description="What differs from the recipe's.")
+    acceptance: Acceptance | None = Field(
+        default=None, description="This part's own gates; parity bounds that it does not state are the recipe's."
+    )
+
+
 class Plugin(Model):
     """A shared library of TensorRT plugins: code that runs in the compiler and wherever the engine does."""
 
@@ -409,8 +449,13 @@ class Recipe(Model):
     description: str = Field(default="", description="What the model does, for people; no key depends on it.")
     source: Source = Field(description="Where the model comes from.")
     export: Export = Field(default_factory=Export, description="How it becomes an ONNX graph.")
+    parts: dict[Annotated[str, Field(pattern=PART_PATTERN)], Part] = Field(
+        default_factory=dict,
+        description="Part name -> one graph of the model; they are published as one engine. Instead of inputs and outputs.",
+    )
     inputs: dict[str, Tensor] = Field(
-        min_length=1, description="Input name -> type and shape; for torch the names of forward's parameters."
+        default_factory=dict,
+        description="Input name -> type and shape; for torch the names of forward's parameters. Required without parts.",
     )
     outputs: list[str] | None = Field(default=None, description="Names of the outputs, in order; required for torch.")
     profiles: dict[str, dict[Axis, Range]] = Field(

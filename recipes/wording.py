@@ -14,7 +14,9 @@ from recipes.schema import (
     AXIS_PATTERN,
     CODE_PATTERN,
     DURATION_PATTERN,
+    IDENTIFIER_PATTERN,
     NAME_PATTERN,
+    PART_PATTERN,
     SHA256_PATTERN,
     SIZE_PATTERN,
     OnnxSource,
@@ -27,6 +29,8 @@ _FRAMEWORKS: Final[Mapping[str, type[BaseModel]]] = {"torch": TorchSource, "onnx
 _PATTERNS: Final[Mapping[str, str]] = {
     NAME_PATTERN: "a name of lower-case letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit",
     AXIS_PATTERN: "the name of a dynamic axis: lower-case letters, digits and '_', beginning with a letter",
+    PART_PATTERN: "a name of lower-case letters, digits, '_' and '-', at most 31, beginning with a letter",
+    IDENTIFIER_PATTERN: "the name of a callable in the file of source.model",
     SHA256_PATTERN: "a SHA-256: 64 lower-case hex digits",
     CODE_PATTERN: "file.py:callable",
     SIZE_PATTERN: "a size, such as 512MiB or 4GiB",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts import manifest as m
 from artifacts.host import Host
 from recipes.gates import judge
+from recipes.parts import part_recipe
 from recipes.plan import EnginePlan
 from recipes.planner import PLAN_NAMES
 from recipes.refitting import PLAN
@@ -45,32 +46,103 @@ def engine_manifest(
     if step.action is None or engine.given is None:
         raise ValueError(f"{step.id}: there is nothing to publish")
     params, key = step.action.params, step.action.key
-    used = {passed.id: passed for passed in lineage(engine, steps)}
-    typed = used[_typed_id(engine.typed or engine.given)].facts or {}
-    compiled = (engine.compile.facts if engine.compile is not None else None) or {}
-    recipe = loaded.recipe
-    return m.Manifest(
-        schema=m.MANIFEST_SCHEMA,
-        identity=m.Identity(
+    graphs = engine.parts or {"": engine}
+    passed_through = {name: {passed.id: passed for passed in lineage(one, steps, name)} for name, one in graphs.items()}
+    facts = {
+        name: _part(
+            name, one, params["parts"][name] if name else params, params["measured"], passed_through[name], loaded
+        )
+        for name, one in graphs.items()
+    }
+    ids = {step_id for used in passed_through.values() for step_id in used}
+    used = {passed.id: passed for passed in steps if passed.id in ids}
+    first = next(iter(graphs.values()))
+    provenance = m.Provenance(
+        key=key,
+        recipe_digest=loaded.digest,
+        recipe_text=dump_merged(loaded),
+        source={
+            name: ref.digest
+            for passed in used.values()
+            if passed.record is not None and passed.id.startswith(_SOURCES)
+            for name, ref in passed.record.outputs.items()
+        },
+        git=_git(loaded.path),
+        host=m.HostFacts(name=host.name, os=host.os, arch=host.arch, driver=host.driver),
+        enginery=version("enginery") or "unknown",
+        steps=tuple(_step_facts(passed, built) for passed in used.values()),
+        refitted_from=_refitted_from(engine),
+    )
+    described: dict[str, Any] = {
+        "identity": m.Identity(
             recipe=params["recipe"], target=params["target"], build=f"{engine.given}-{key[:16]}", created=now
         ),
-        compatibility=m.Compatibility(
+        "compatibility": m.Compatibility(
             runtime=params["runtime"],
             runtime_version=params["runtime_version"],
             gpus=(params["gpu"],),
             os=host.os,
             arch=host.arch,
-            device=_device(engine),
+            device=_device(first),
             plugins=tuple(sorted(name for name in step.inputs if name.startswith("plugin-"))),
             dla_core=params.get("dla_core"),
         ),
-        plan=PLAN_NAMES[engine.runtime],
-        files={
+        "files": {
             name: m.FileEntry(digest=ref.digest, size=ref.size, media_type=ref.media_type)
             for name, ref in step.inputs.items()
         },
+        "provenance": provenance,
+    }
+    if engine.parts:
+        whole = m.PrecisionFacts(
+            asked=params["asked"],
+            given=params["given"],
+            wish=_wish(loaded.recipe, engine),
+            tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
+            kept=(),
+            io="float32" if all(part.precision.io == "float32" for part in facts.values()) else "native",
+        )
+        return m.Manifest(
+            schema=m.PARTS_SCHEMA,
+            plan="",
+            inputs={},
+            outputs={},
+            profiles=(),
+            precision=whole,
+            calibration=None,
+            verification=_summed_up({name: part.verification for name, part in facts.items()}),
+            parts=facts,
+            **described,
+        )
+    only = facts[""]
+    return m.Manifest(
+        schema=m.MANIFEST_SCHEMA,
+        **{name: getattr(only, name) for name in m.PartFacts.model_fields if name != "refitted_from"},
+        **described,
+    )
+
+
+def _part(
+    name: str,
+    engine: EnginePlan,
+    params: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    used: Mapping[str, Step],
+    loaded: LoadedRecipe,
+) -> m.PartFacts:
+    """Describe one graph: the only one of an engine (its name is empty), or one part of several."""
+    if engine.given is None:
+        raise ValueError(f"{name or engine.target}: there is nothing to publish")
+    recipe = part_recipe(loaded.recipe, name) if name else loaded.recipe
+    typed = used[_typed_id(engine.typed or engine.given, name)].facts or {}
+    compiled = (engine.compile.facts if engine.compile is not None else None) or {}
+    exported = used[_step_id("export", name)].facts or {}
+    own = {what: measured[f"{name}/{what}" if name else what] for what in ("graph", "engine")}
+    plan = PLAN_NAMES[engine.runtime]
+    return m.PartFacts(
+        plan=f"{name}/{plan}" if name else plan,
         inputs=_tensors(params["inputs"], typed.get("inputs", {})),
-        outputs=_tensors((used["export"].facts or {}).get("outputs", {}), typed.get("outputs", {})),
+        outputs=_tensors(exported.get("outputs", {}), typed.get("outputs", {})),
         profiles=tuple(_read(m.Profile, profile) for profile in params["profiles"]),
         precision=m.PrecisionFacts(
             asked=params["asked"],
@@ -84,29 +156,45 @@ def engine_manifest(
             io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),
         calibration=_calibration(params["calibration"], next(iter(_calibrations(used)), None)),
-        verification=_verification(params, recipe, engine.given),
+        verification=_verification({**params, "measured": own}, recipe, engine.given),
         benchmark=_benchmark(engine.benchmark),
-        provenance=m.Provenance(
-            key=key,
-            recipe_digest=loaded.digest,
-            recipe_text=dump_merged(loaded),
-            source={
-                name: ref.digest
-                for passed in used.values()
-                if passed.record is not None and passed.id.startswith(_SOURCES)
-                for name, ref in passed.record.outputs.items()
-            },
-            git=_git(loaded.path),
-            host=m.HostFacts(name=host.name, os=host.os, arch=host.arch, driver=host.driver),
-            enginery=version("enginery") or "unknown",
-            steps=tuple(_step_facts(passed, built) for passed in used.values()),
-            refitted_from=_refitted_from(engine),
-        ),
+        refitted_from=_refitted_from(engine) if name else None,
     )
 
 
-def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
-    """Return the steps that one engine came through, in the plan's order, those of other engines left out.
+def _summed_up(parts: Mapping[str, m.Verification]) -> m.Verification:
+    """Return what is known of a whole by its parts: the farthest of their outputs, and whether every one passed."""
+
+    def worst(found: Mapping[str, m.Measured]) -> m.Measured:
+        missing = [f"{name}: {one.reason}" for name, one in found.items() if not one.executed]
+        if missing:
+            return m.Measured(executed=False, reason="; ".join(missing))
+        parities = [one.parity for one in found.values() if one.parity is not None]
+
+        def of(field: str, choose: Callable[[list[float]], float]) -> float | None:
+            values = [getattr(parity, field) for parity in parities]
+            return None if None in values else choose(values)
+
+        return m.Measured(
+            executed=True,
+            parity=m.ParityFacts(
+                relative_l2=of("relative_l2", max),
+                max_abs=of("max_abs", max),
+                cosine=of("cosine", min),
+                non_finite=sum(parity.non_finite for parity in parities),
+            ),
+        )
+
+    return m.Verification(
+        gates=m.Gates(parity=m.ParityGate(relative_l2=None, max_abs=None, cosine=None), metric=None),
+        passed=all(part.passed for part in parts.values()),
+        graph=worst({name: part.graph for name, part in parts.items()}),
+        engine=worst({name: part.engine for name, part in parts.items()}),
+    )
+
+
+def lineage(engine: EnginePlan, steps: Sequence[Step], part: str = "") -> list[Step]:
+    """Return the steps that one engine (or part of one) came through, in the plan's order, those of others left out.
 
     Where two steps made the same bytes (a graph that needed no typing), the first made them for both.
     """
@@ -118,11 +206,11 @@ def lineage(engine: EnginePlan, steps: Sequence[Step]) -> list[Step]:
                 makers.setdefault(ref.digest, step)
     own = (engine.compile, engine.verify, engine.engine_verify, engine.benchmark)
     names = [
-        "export",
-        "simplify",
-        "verify:export",
-        "verify:simplify",
-        _typed_id(engine.typed or engine.given or "fp32"),
+        _step_id("export", part),
+        _step_id("simplify", part),
+        _step_id("verify", part, "export"),
+        _step_id("verify", part, "simplify"),
+        _typed_id(engine.typed or engine.given or "fp32", part),
     ]
     waiting = [by_id[name] for name in names if name in by_id] + [by_id[step.id] for step in own if step is not None]
     used: set[str] = set()
@@ -148,9 +236,13 @@ def _refitted_from(engine: EnginePlan) -> m.RefittedFrom | None:
     return m.RefittedFrom(compilation=base.key, plan=engine.compile.inputs[PLAN].digest, engine=base.engine)
 
 
-def _typed_id(precision: Precision) -> str:
+def _step_id(stage: str, part: str, subject: str = "") -> str:
+    return ":".join(filter(None, (stage, part, subject)))
+
+
+def _typed_id(precision: Precision, part: str) -> str:
     # tf32 is a flag of the compiler: its graph is the fp32 one.
-    return f"type:{'fp32' if precision == 'tf32' else precision}"
+    return _step_id("type", part, "fp32" if precision == "tf32" else precision)
 
 
 def _wish(recipe: Recipe, engine: EnginePlan) -> tuple[str, ...]:
@@ -176,7 +268,10 @@ def _tensors(declared: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str,
 
 def _calibrations(used: Mapping[str, Step]) -> list[Step]:
     """Return the steps that found int8 ranges, TensorRT's own calibration first."""
-    return sorted((step for step in used.values() if step.stage == "calibrate"), key=lambda step: not step.subject)
+    return sorted(
+        (step for step in used.values() if step.stage == "calibrate"),
+        key=lambda step: not any(runtime in step.subject for runtime in PLAN_NAMES),
+    )
 
 
 def _calibration(digest: str | None, step: Step | None) -> m.CalibrationFacts | None:

@@ -43,6 +43,8 @@ def _quiet(_progress: Progress) -> None:
 
 def why_not_here(manifest: Manifest, host: Host) -> tuple[str, ...]:
     """Return why this host cannot execute an engine; whether its gates passed is no reason."""
+    if manifest.parts:
+        return ("it has several parts, which are executed by a build on such a host, and not later",)
     passed = manifest.verification.model_copy(update={"passed": True})
     return refusals(manifest.model_copy(update={"verification": passed}), Request.of_host(host), {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from artifacts.timings import timing_summary
@@ -59,6 +60,8 @@ def _step(session: BuildSession, step: Step) -> dict[str, Any]:
 
 def engine_report(engine: EnginePlan) -> dict[str, Any]:
     """Return one engine as JSON: what was asked and given, its size, its measures and where it was published."""
+    if engine.parts:
+        return _parted_report(engine)
     measured = (engine.engine_verify or engine.verify or _NOTHING).facts or {}
     metric = measured.get("metric") or {}
     parity = telling_parity(measured, engine.given or "fp32") or {}
@@ -88,6 +91,25 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
         "executed": engine.engine_verify is not None and engine.engine_verify.record is not None,
         "path": published.get("path"),
         "build": published.get("build"),
+    }
+
+
+def _parted_report(engine: EnginePlan) -> dict[str, Any]:
+    """Return an engine of several parts as JSON: of the whole what is the worst or the sum of its parts, and each part."""
+    parts = {name: engine_report(part) for name, part in engine.parts.items()}
+    parities = [part["parity"] for part in parts.values()]
+    sizes = [part["size"] for part in parts.values()]
+    own = ("metric", "source_metric", "metric_name", "benchmark")
+    return {
+        **engine_report(replace(engine, parts={})),
+        "size": None if None in sizes else sum(sizes),
+        "parity": None if None in parities else max(parities),
+        **dict.fromkeys(own),
+        "executed": all(part["executed"] for part in parts.values()),
+        "parts": {
+            name: {key: part[key] for key in ("precision", "tried", "size", "parity", "executed", *own)}
+            for name, part in parts.items()
+        },
     }
 
 

@@ -105,6 +105,10 @@ class Runner:
     ) -> None:
         self.close()
 
+    def __getitem__(self, part: str) -> Runner:
+        """Return one part of an engine that has several. Raises CallError for what it has not."""
+        raise CallError(f"the engine {self.manifest.identity} has no parts, so no {part!r}: call it itself")
+
     def __repr__(self) -> str:
         return f"<engine {self.manifest.identity} on {self.device}{' (closed)' if self.closed else ''}>"
 
@@ -263,6 +267,53 @@ class Runner:
             f"unknown {', '.join(unknown)}" if unknown else "",
         ]
         return CallError(f"{_WHERE}: {'; '.join(filter(None, parts))} (the engine takes: {', '.join(self.inputs)})")
+
+
+class PartedRunner(Runner):
+    """A loaded engine of several parts, each of them a runner of its own: `engine["encoder"](image=array)`."""
+
+    def __init__(self, parts: Mapping[str, Runner], manifest: Manifest) -> None:
+        # Not the base's: there is no single execution, and so neither inputs nor outputs of the whole.
+        self.parts: Final = dict(parts)
+        self.manifest = manifest  # type: ignore[misc]
+        self.device = next(iter(parts.values())).device  # type: ignore[misc]
+        self.inputs, self.outputs, self.profiles = {}, {}, ()  # type: ignore[misc]
+        self._lock = threading.Lock()
+
+    def __getitem__(self, part: str) -> Runner:
+        """Return the part of this name. Raises CallError where there is none."""
+        if part not in self.parts:
+            raise CallError(
+                f"the engine {self.manifest.identity} has no part {part!r} (it has: {', '.join(self.parts)})"
+            )
+        return self.parts[part]
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return all(part.closed for part in self.parts.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the runtime warned of so far, of every part."""
+        return tuple(dict.fromkeys(text for part in self.parts.values() for text in part.warnings))
+
+    def _use(self) -> Execution:
+        first = next(iter(self.parts))
+        raise CallError(
+            f"the engine {self.manifest.identity} has the parts {', '.join(self.parts)}: call one of them, such as "
+            f"engine[{first!r}](...)"
+        )
+
+    def _choose(self, profile: str | None, shapes: Mapping[str, tuple[int, ...]], key: tuple[Any, ...]) -> int:
+        del profile, shapes, key
+        self._use()
+        return 0
+
+    def close(self) -> None:
+        """Free every part."""
+        for part in self.parts.values():
+            part.close()
 
 
 def open_runner(

@@ -264,8 +264,9 @@ class BuildSession:
             built = [name for name, outcome in self.outcomes.items() if outcome.state == "built"]
         record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
         kept = self._cache.put_record(record)
-        if engine.compile is not None and engine.compile.stage == "compile" and engine.compile.record is not None:
-            self._offer_refit(engine.compile.record, record.facts["path"].removeprefix("engines/"))
+        for one in engine.parts.values() or [engine]:
+            if one.compile is not None and one.compile.stage == "compile" and one.compile.record is not None:
+                self._offer_refit(one.compile.record, record.facts["path"].removeprefix("engines/"))
         self._tell(Progress(step.id, "done", seconds=record.seconds))
         # Built even where an earlier record counts: what it had published was gone, and is there again.
         return kept, True

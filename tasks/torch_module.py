@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def load_module(request: StageRequest) -> torch.nn.Module:
     build = load_callable(request.inputs["code.tar"], params["entry"])
     torch.manual_seed(params["seed"])
     module = build(**params["arguments"])
+    if params.get("part") and isinstance(module, Mapping):
+        module = torch.nn.ModuleDict(dict(module))
     if not isinstance(module, torch.nn.Module):
         raise ModelCodeError(
             f"{params['entry']} returned {_describe(module)}; expected a torch.nn.Module with its layers built"
@@ -34,11 +37,35 @@ def load_module(request: StageRequest) -> torch.nn.Module:
     weights = next((path for name, path in sorted(request.inputs.items()) if name.startswith("weights.")), None)
     if weights is not None:
         _load_weights(module, _read_weights(weights), weights.name, params["entry"])
+    if params.get("part"):
+        module = _part(module, request)
     module = module.float()
     # Recursively: an exporter restores the mode of the whole tree from the root (facts: toolchain.md section 0.6).
     module.eval()
     module.requires_grad_(requires_grad=False)
     return module
+
+
+def _part(model: torch.nn.Module, request: StageRequest) -> torch.nn.Module:
+    """Return one part of a model that has its weights: what the recipe's callable makes of it, or its attribute."""
+    name, maker = request.params["part"], request.params["module"]
+    if maker is not None:
+        entry = f"{request.params['entry'].rpartition(':')[0]}:{maker}"
+        # The module that was imported for the model: imported again, its classes would be others.
+        make = getattr(sys.modules[entry.partition(":")[0]], maker, None)
+        with recipe_code(f"calling {entry}"):
+            part = make(model) if callable(make) else None
+    else:
+        entry, part = f"{type(model).__name__}.{name}", getattr(model, name, None)
+        if part is None and isinstance(model, torch.nn.ModuleDict) and name in model:
+            part = model[name]
+    if not isinstance(part, torch.nn.Module):
+        children = ", ".join(child for child, _module in model.named_children()) or "none"
+        raise ModelCodeError(
+            f"{entry}: expected a torch.nn.Module for the part {name!r}, found {_describe(part)} (the model's own: "
+            f"{children}); name a callable that makes it under parts.{name}.module"
+        )
+    return part
 
 
 def call_order(module: torch.nn.Module, names: Sequence[str]) -> list[str] | None:

@@ -37,7 +37,7 @@ def test_the_published_schema_is_the_models():
 def test_the_published_schema_accepts_the_golden_manifest_and_refuses_a_wrong_one():
     validator = jsonschema.Draft202012Validator(json.loads(PUBLISHED_SCHEMA.read_bytes()))
     validator.validate(manifest_document())
-    for changes in ({"schema": 2}, {"files": {"x": {}}}, {"identity.build": "../x"}):
+    for changes in ({"schema": 3}, {"files": {"x": {}}}, {"identity.build": "../x"}):
         assert not validator.is_valid(manifest_document(changes))
     without_version = manifest_document()
     del without_version["schema"]
@@ -55,7 +55,7 @@ def test_keys_that_a_later_release_adds_within_the_version_are_ignored():
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        (2, "newer Enginery"),
+        (3, "newer Enginery"),
         (0, "not a manifest"),
         ("1", "not a manifest"),
         (True, "not a manifest"),

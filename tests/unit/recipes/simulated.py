@@ -145,7 +145,8 @@ class World:
         return ran, planned
 
     def run(self, step: Step) -> ActionRecord:
-        names = OUTPUTS.get(step.id, OUTPUTS.get(step.stage))
+        of_a_part = OUTPUTS.get(f"{step.stage}:{step.subject.rpartition(':')[2]}", OUTPUTS.get(step.stage))
+        names = OUTPUTS.get(step.id, of_a_part)
         if names is None and isinstance(step.local, LocalFile):
             names = [step.local.name]
         if names is None:

@@ -132,12 +132,13 @@ def test_every_path_of_the_schema_is_known_to_includes():
                 walk(schema.TorchSource, here)
                 walk(schema.OnnxSource, here)
             elif inner is not None and name not in ("inputs", "parity"):
-                walk(inner, (*here, "*") if str(field.annotation).startswith("list[") else here)
+                walk(inner, (*here, "*") if str(field.annotation).startswith(("list[", "dict[")) else here)
             elif "max_length=400" in text or "py:" in text or here == ("publish", "to"):
                 found.add((*here, "*") if "list" in text else here)
 
     walk(Recipe, ())
-    assert found | {("acceptance", "metric", "name")} == set(PATH_FIELDS)
+    named = {("acceptance", "metric", "name"), ("parts", "*", "acceptance", "metric", "name")}
+    assert found | named == set(PATH_FIELDS)
 
 
 def test_types_at_paths(tmp_path):

@@ -1,0 +1,148 @@
+"""Recipes of several graphs: what a part is as a recipe of its own, what is wrong with one, and what each change runs again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from recipes.parts import part_recipe
+from recipes.rules import check
+from tests.unit.recipes.simulated import FILES, GOOD, World, recipe
+
+PARTS = {
+    "encoder": {
+        "inputs": {"image": {"shape": ["batch", 3, 32, 32]}},
+        "outputs": ["states"],
+    },
+    "decoder": {
+        "module": "decoder",
+        "inputs": {"states": {"shape": ["batch", 17, 64]}, "past": {"shape": ["batch", "past", 64]}},
+        "outputs": ["logits", "new_past"],
+    },
+}
+OWN = replace(FILES, calibration=None, labelled=None)
+PARTED = replace(OWN, parts={"encoder": OWN, "decoder": OWN})
+
+
+def parted(change=lambda _document: None):
+    def apply(document):
+        for key in ("inputs", "outputs"):
+            del document[key]
+        document["parts"] = {name: dict(part) for name, part in PARTS.items()}
+        document["profiles"] = {"default": {"batch": [1, 1, 4], "past": [1, 8, 31]}}
+        document["precision"] = {"build": ["fp16"], "fallback": {"fp16": ["fp32"]}}
+        document["acceptance"] = {}
+        document["targets"] = [{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}, {"runtime": "onnxruntime"}]
+        change(document)
+
+    return recipe(apply)
+
+
+@pytest.fixture
+def built() -> World:
+    world = World()
+    world.build(parted(), PARTED)
+    return world
+
+
+def ran(world: World, change) -> set[str]:
+    return set(world.build(parted(change), PARTED)[0])
+
+
+def test_parts_share_the_fetched_files_and_are_published_in_one_step_for_each_target():
+    order, planned = World().build(parted(), PARTED)
+    assert planned.fresh
+    assert sorted(step for step in order if step.startswith(("fetch", "publish"))) == [
+        "fetch:code", "fetch:weights", "publish:onnxruntime:cpu:fp16", "publish:tensorrt-rtx:sm89:fp16",
+    ]  # fmt: skip
+    for stage in ("export", "simplify", "type:{}:fp16", "verify:{}:fp16", "compile:{}:tensorrt-rtx:sm89:fp16"):
+        for part in PARTS:
+            step = stage.format(part) if "{}" in stage else f"{stage}:{part}"
+            assert step in order
+            assert order.index(step) < order.index("publish:tensorrt-rtx:sm89:fp16")
+    published = planned.engines[0].publish
+    assert set(published.inputs) == {"encoder/model.plan", "decoder/model.plan"}
+
+
+def test_another_profile_of_one_part_runs_that_part_alone(built):
+    def longer(document):
+        document["profiles"]["default"]["past"] = [1, 8, 63]
+
+    assert ran(built, longer) == {
+        "simplify:decoder", "reference:decoder:parity", "verify:decoder:export", "verify:decoder:simplify",
+        "verify:decoder:fp16", "compile:decoder:tensorrt-rtx:sm89:fp16",
+        "verify:decoder:onnxruntime:cpu:fp16", "publish:tensorrt-rtx:sm89:fp16", "publish:onnxruntime:cpu:fp16",
+    }  # fmt: skip
+
+
+def test_a_precision_of_one_part_leaves_the_other_alone(built):
+    def exact(document):
+        document["parts"]["decoder"]["precision"] = {"build": {"fp16": "fp32"}}
+
+    again = ran(built, exact)
+    assert "type:decoder:fp32" in again
+    assert not any("encoder" in step for step in again)
+
+
+def test_a_part_that_fails_its_gate_gives_way_and_the_others_do_not():
+    bad = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
+    world = World(facts={"verify:decoder:fp16": bad})
+    _order, planned = world.build(parted(), PARTED)
+    engine = planned.engines[0]
+    assert {name: part.given for name, part in engine.parts.items()} == {"encoder": "fp16", "decoder": "fp32"}
+    assert engine.given == "fp16"
+    assert engine.state == "cached"
+
+
+def test_where_one_part_has_no_precision_that_passes_nothing_is_published():
+    bad = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
+    world = World(facts={"verify:decoder:fp16": bad, "verify:decoder:fp32": bad})
+    order, planned = world.build(parted(), PARTED)
+    assert [engine.state for engine in planned.engines] == ["failed", "failed"]
+    assert "decoder: no precision passed its gates" in planned.engines[0].why
+    assert not any(step.startswith("publish") for step in order)
+    assert planned.status == 1
+
+
+def test_a_failed_step_of_one_part_publishes_nothing():
+    world = World()
+    step = next(step for step in world.plan(parted(), PARTED).steps if step.id == "fetch:code")
+    world.failures = {step.action.key: "no"}
+    order, planned = world.build(parted(), PARTED)
+    assert planned.status == 1
+    assert not any(step.startswith("publish") for step in order)
+
+
+def test_profiles_are_narrowed_to_the_axes_of_a_part():
+    assert part_recipe(parted(), "encoder").profiles == {"default": {"batch": [1, 1, 4]}}
+    assert check(parted()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "at", "words"),
+    [
+        (lambda d: d["parts"].pop("encoder"), ("parts",), "one part is no reason"),
+        (lambda d: d.update(outputs=["logits"]), ("outputs",), "belongs to a part"),
+        (lambda d: d["precision"].update(build="auto"), ("precision", "build"), "auto chooses for models of one graph"),
+        (lambda d: d["parts"].update(signatures=PARTS["encoder"]), ("parts", "signatures"), "choose another"),
+        (
+            lambda d: d["parts"]["decoder"].update(profiles={"default": {"batch": [1, 1, 4]}}),
+            ("parts", "decoder", "profiles", "default"),
+            "[min, opt, max] of past missing",
+        ),
+        (lambda d: d["profiles"]["default"].update(width=[1, 2, 3]), ("profiles", "default", "width"), "no part has"),
+        (
+            lambda d: d["parts"]["decoder"].update(precision={"build": {"int8": "fp16"}}),
+            ("parts", "decoder", "precision", "build", "int8"),
+            "never applies",
+        ),
+        (
+            lambda d: d["precision"].update(build=["int8"], fallback={}),
+            ("precision", "build"),
+            "int8 needs precision.calibration",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_where_it_is_stated(change, at, words):
+    assert any(where == at and words in what for where, what in check(parted(change)))
