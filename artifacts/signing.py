@@ -230,5 +230,11 @@ def _without_secrets(err: Exception, uri: str) -> str:
 
 
 def _first_line(err: Exception) -> str:
+    """Return an error's first line as it can be printed: it may repeat what a stranger's signature says."""
+    line = _line_of(err)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+
+
+def _line_of(err: Exception) -> str:
     text = str(err).strip().splitlines()
     return (text[0][:300] if text else "") or _kind(err)

@@ -12,7 +12,7 @@ from recipes.digests import Digests
 from recipes.errors import Fault, RecipeError
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
-from recipes.onnx_data import NotOnnxError, external_locations, location_fault
+from recipes.onnx_data import NotOnnxError, external_locations, leads_out, location_fault
 from recipes.options import PINS, stated_pins, stated_plugins
 from recipes.schema import Dataset, FileReference, Metric, TorchSource
 
@@ -232,6 +232,10 @@ class _Gatherer:
         files = [LocalFile("model.onnx", digest, path.stat().st_size, str(path))]
         for location in locations:
             refused = location_fault(location)
+            if refused is None and leads_out(path, location):
+                refused = (
+                    f"its external data {location!r} is a link out of the graph's folder; put the file itself there"
+                )
             if refused is not None:
                 self._fault(at, f"{file.file}: {refused}")
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import posixpath
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def location_fault(name: str) -> str | None:
     if name in ("", ".", "model.onnx") or inside != name:
         return f"its external data cannot be called {name!r}; save the graph with data in 'model.onnx.data'"
     return None
+
+
+def leads_out(graph: Path, name: str) -> bool:
+    """Tell whether a graph's external data lies elsewhere by symbolic links: neither in its folder nor beside its real file."""
+    data = os.path.realpath(graph.parent / name)
+    homes = {os.path.realpath(graph.parent), os.path.dirname(os.path.realpath(graph))}  # noqa: PTH120 - of texts
+    return not any(os.path.commonpath((data, home)) == home for home in homes)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

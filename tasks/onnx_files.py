@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from artifacts.refs import ONNX, ONNX_DATA
+from recipes.onnx_data import leads_out
 from tasks.errors import BackendError
 
 GRAPH: Final = "model.onnx"
@@ -41,6 +42,7 @@ def load_graph(path: Path, *, weights: bool = True) -> Any:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             has_external = True
             _check_external(tensor, path)
+        _check_extents(tensor, path)
     if has_external and weights:
         onnx.load_external_data_for_model(model, str(path.parent))
     return model
@@ -230,7 +232,8 @@ def _check_external(tensor: Any, path: Path) -> None:
     entries: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = PurePosixPath(location)
-    if not location or name.is_absolute() or ".." in name.parts or "\\" in location or ":" in location:
+    strange = not location or name.is_absolute() or ".." in name.parts or "\\" in location or ":" in location
+    if strange or leads_out(path, location):
         raise BackendError(
             "bad data",
             f"{path.name}: tensor {tensor.name!r} reads its data from {location!r}, outside the model's folder",
@@ -250,6 +253,27 @@ def _check_external(tensor: Any, path: Path) -> None:
     size = file.stat().st_size
     if offset < 0 or length < 0 or offset + length > size:
         raise _damaged(path, f"{location} has {size} bytes, tensor {tensor.name!r} needs {offset + length}")
+
+
+def _check_extents(tensor: Any, path: Path) -> None:
+    """Refuse extents that claim more than the tensor's data holds, before anything makes an array of them."""
+    import onnx
+
+    elements = math.prod(tensor.dims)
+    if any(extent < 0 for extent in tensor.dims):
+        raise _damaged(path, f"tensor {tensor.name!r} has a negative extent: {list(tensor.dims)}")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        size = path.parent.joinpath(entries["location"]).stat().st_size
+        held = int(entries.get("length", size - int(entries.get("offset", "0"))))
+    elif tensor.HasField("raw_data"):
+        held = len(tensor.raw_data)
+    else:
+        fields = ("float", "int32", "string", "int64", "double", "uint64")
+        held = 8 * sum(len(getattr(tensor, f"{field}_data")) for field in fields)
+    # The smallest elements take two bits.
+    if elements > 4 * held:
+        raise _damaged(path, f"tensor {tensor.name!r} has extents {list(tensor.dims)}, and {held} bytes of data")
 
 
 def _damaged(path: Path, what: str) -> BackendError:

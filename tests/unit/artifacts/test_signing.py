@@ -214,3 +214,12 @@ def test_what_is_no_signature_is_refused_and_never_a_crash(
         pass
     else:  # white space, or a field that nothing depends on: what was signed is the same
         assert json.loads(flipped)["dsseEnvelope"]["payload"] == json.loads(signature)["dsseEnvelope"]["payload"]
+
+
+def test_what_a_strangers_signature_says_can_be_printed(tmp_path: Path):
+    key, contents = make_key(tmp_path), {"manifest.json": "0" * 64}
+    bundle = json.loads(key.signer.sign("engine", contents))
+    bundle["dsseEnvelope"]["payloadType"] = "\ud800\x1b[2J"
+    with pytest.raises(TrustError) as told:
+        check_signature(json.dumps(bundle).encode(), contents, key.pem)
+    assert str(told.value).isprintable()
