@@ -245,13 +245,13 @@ def seen_path(path: str) -> str:
     return f"{path.removesuffix('.json')}.seen"
 
 
-def host_ages(store: Store, path: str) -> dict[str, float]:
-    """Return how many seconds ago each host was seen, by the path of its record and the store's clock.
+def host_ages(store: Store, path: str | None = None) -> dict[str, float]:
+    """Return how many seconds ago each host was seen, by the path of its record.
 
-    `path` is the record of a host that was seen just now. Raises StoreError.
+    By the store's clock, where `path` is the record of a host that was seen just now, else by this host's. Raises StoreError.
     """
     infos = {info.path: info.modified for info in store.list("hosts/")}
-    now = max((infos[one] for one in (seen_path(path), path) if one in infos), default=0.0)
+    now = infos.get(seen_path(path), time.time()) if path is not None else time.time()
     return {
         one: max(0.0, now - infos.get(seen_path(one), modified))
         for one, modified in infos.items()

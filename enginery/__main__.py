@@ -25,6 +25,7 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.sign_commands": ("sign",),
     "enginery.store_commands": ("gc", "pin", "unpin"),
     "enginery.host_commands": ("host", "doctor", "schema"),
+    "enginery.watch_commands": ("watch", "hosts", "rollout"),
 }
 _GARBAGE: Final = 100_000
 

@@ -17,6 +17,7 @@ from artifacts.host import Gpu, Host
 # The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
 BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 
+HOST_NAME: Final = "ENGINERY_HOST"
 _ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 # Where the driver lets itself be spoken to: on a host with GPUs, on Jetson, and in WSL 2.
 _DEVICE_NODES: Final = (Path("/dev/nvidiactl"), Path("/dev/nvmap"), Path("/dev/dxg"))
@@ -40,12 +41,15 @@ def version(package: str) -> str | None:
 
 
 def probe_host() -> Host:
-    """Return this machine's fingerprint; its GPUs are those that CUDA_VISIBLE_DEVICES leaves, where that is set."""
+    """Return this machine's fingerprint; its GPUs are those that CUDA_VISIBLE_DEVICES leaves, where that is set.
+
+    ENGINERY_HOST names it where the system's own name does not last, as in a container.
+    """
     driver, cuda, gpus = _probe_gpus()
     machine = platform.machine().lower()
     installed = {runtime: version(package) for runtime, package in BACKENDS.items()}
     return Host(
-        name=platform.node(),
+        name=os.environ.get(HOST_NAME) or platform.node(),
         os=platform.system().lower(),
         arch=_ARCHITECTURES.get(machine, machine),
         driver=driver,

@@ -41,7 +41,7 @@ SPARED = {
 }
 COMMANDS = (
     "validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
-    "gc", "pin", "unpin", "host", "doctor", "schema",
+    "gc", "pin", "unpin", "host", "doctor", "schema", "watch", "hosts", "rollout",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_records_are_kept_in_a_store_with_when_they_were_seen(tmp_path):
     store.write("hosts/other.json", b"x")
     assert host_ages(store, PATH)[PATH] == 0.0
     (tmp_path / seen_path(PATH)).unlink()
-    assert set(host_ages(store, PATH)) == {PATH, "hosts/other.json"}
+    assert set(host_ages(store)) == {PATH, "hosts/other.json"}
 
 
 def test_two_who_change_a_record_both_count(tmp_path):

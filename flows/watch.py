@@ -1,0 +1,57 @@
+"""Watch a host, and rebuild what a change of it made stale: `watch` asks by an event, its automation runs `rebuild`.
+
+Both run on the host that they are about: `enginery watch --serve` deploys them there, with schedule and automation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.events import emit_event
+
+from artifacts.store import open_store
+from flows.build import build
+from tasks.drift import look, request
+from tasks.rebuilding import rebuild_due
+from tasks.toolchain import probe_host
+
+
+@flow(name="watch", persist_result=False, validate_parameters=True)
+async def watch(recipes: list[str], store: str = ".enginery") -> dict[str, Any]:
+    """Record this host and what changed; emit `enginery.host.drifted`, and `enginery.rebuild.due` for what is to be rebuilt.
+
+    `recipes` are recipes or folders of them, as paths. Returns what was found.
+    """
+    opened, log = open_store(store), get_run_logger()
+    found = await asyncio.to_thread(look, opened, [Path(one) for one in recipes], warn=log.warning)
+    host = found.record.host.name
+    resource = {"prefect.resource.id": f"enginery.host.{host}", "prefect.resource.name": host}
+    document = found.to_json()
+    if found.drifts:
+        log.warning(
+            "%s changed: %s; %d engines are stale", host, ", ".join(document["changes"]), len(document["stale"])
+        )
+        emit_event(event="enginery.host.drifted", resource=resource, payload=document)
+    for rollout, rebuilds in found.due.items():
+        await asyncio.to_thread(request, opened, rollout, host, rebuilds)
+        payload = {"rollout": rollout, "host": host, "engines": document["due"][rollout]}
+        emit_event(event="enginery.rebuild.due", resource=resource, payload=payload)
+    return document
+
+
+@flow(name="rebuild", flow_run_name="rebuild {rollout}", persist_result=False, validate_parameters=True)
+async def rebuild(rollout: str, store: str = ".enginery", jobs: int = 2) -> dict[str, Any]:
+    """Rebuild on this host what a rollout asks of it, and note in the store which engines passed their gates."""
+
+    async def run(recipe: str, targets: list[str]) -> dict[str, Any]:
+        state: Any = await build(recipe, store=store, targets=targets, jobs=jobs, return_state=True)
+        document: Any = await state.aresult(raise_on_failure=False)
+        if isinstance(document, BaseException):
+            raise document
+        found: dict[str, Any] = document
+        return found
+
+    return await rebuild_due(open_store(store), rollout, probe_host().name, run)

@@ -1,0 +1,118 @@
+"""Rebuild what a rollout asks of this host, and judge each engine by its gates and by the speed of what it replaces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.promotion import compare_speed, objections
+from artifacts.rollouts import Rebuild, read_rollout
+from artifacts.store import Store
+from tasks.drift import mark
+
+_ALIVE_SECONDS: Final = 60.0
+# Builds the targets of a recipe (file, targets) and returns the report of that build.
+Build = Callable[[str, list[str]], Awaitable[dict[str, Any]]]
+
+
+async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> dict[str, list[dict[str, Any]]]:
+    """Rebuild what is asked of a host, recipe by recipe, for as long as the rollout allows; return what became of it.
+
+    What `build` raises is no verdict on an engine: it stays asked for, and a later look asks again.
+    """
+    done: set[tuple[str, str, str]] = set()
+    while True:
+        found = await asyncio.to_thread(read_rollout, store, rollout)
+        now = time.time()
+        member = found.members.get(host)
+        asked = [one for one in member.rebuilds if one.state == "requested"] if member is not None else []
+        wanted = [one for one in (*found.due(host, now), *asked) if one.key not in done]
+        if not wanted or not found.may_build(host):
+            break
+        together = [one for one in wanted if one.file == wanted[0].file]
+        done |= {one.key for one in together}
+        await _together(store, rollout, host, together, build)
+    member = (await asyncio.to_thread(read_rollout, store, rollout)).members.get(host)
+    rebuilds = member.rebuilds if member is not None else ()
+    return {
+        "rebuilt": [
+            {"recipe": one.recipe, "target": one.target, "state": one.state, "engine": one.engine, "reason": one.reason}
+            for one in rebuilds
+            if one.key in done
+        ]
+    }
+
+
+async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuild], build: Build) -> None:
+    """Build what one recipe has to rebuild, and mark each engine with its verdict."""
+    targets = list(dict.fromkeys(one.target for one in rebuilds))
+    try:
+        async with _alive(store, rollout, host, rebuilds):
+            report = await build(rebuilds[0].file, targets)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            for one in rebuilds:
+                mark(store, rollout, host, one, state="requested", since=time.time())
+        raise
+    for one in rebuilds:
+        fields = await asyncio.to_thread(verdict, EngineCatalog(store), one, report)
+        await asyncio.to_thread(mark, store, rollout, host, one, since=time.time(), **fields)
+
+
+@contextlib.asynccontextmanager
+async def _alive(store: Store, rollout: str, host: str, rebuilds: list[Rebuild]) -> AsyncIterator[None]:
+    """Say that these are being built, now and every minute."""
+
+    async def say() -> None:
+        while True:
+            for one in rebuilds:
+                await asyncio.to_thread(mark, store, rollout, host, one, state="building", since=time.time())
+            await asyncio.sleep(_ALIVE_SECONDS)
+
+    for one in rebuilds:
+        await asyncio.to_thread(mark, store, rollout, host, one, state="building", since=time.time())
+    saying = asyncio.ensure_future(say())
+    try:
+        yield
+    finally:
+        saying.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await saying
+
+
+def verdict(catalog: EngineCatalog, rebuild: Rebuild, report: dict[str, Any]) -> dict[str, Any]:
+    """Judge an engine of a build's report: published, its gates, and no slower than what it replaces by promotion's share.
+
+    Returns what is known of the rebuild afterwards: state, engine and reason.
+    """
+    runtime, _colon, gpu = rebuild.target.partition(":")
+    engines = [
+        one
+        for one in report["engines"]
+        if (one["runtime"], one["gpu"], one["precision"]["asked"]) == (runtime, gpu, rebuild.asked)
+    ]
+    if not engines:
+        return {"state": "failed", "reason": "the recipe does not ask for it any more"}
+    engine = engines[0]
+    if engine["path"] is None:
+        return {"state": "failed", "reason": engine["why"] or f"it is not built: {engine['state']}"}
+    name = EngineId(*str(engine["path"]).removeprefix("engines/").split("/"))
+    manifest = catalog.effective(name)
+    replaced = None
+    if rebuild.replaces not in (None, str(name)):
+        with contextlib.suppress(NotFoundError, IntegrityError):
+            replaced = catalog.manifest(EngineId(*str(rebuild.replaces).split("/")))
+    speed = compare_speed(manifest, replaced)
+    against = objections(manifest.verification, speed)
+    # Where an engine cannot be executed no build executes it: that is told, and promotion is what forbids it.
+    blocking = [one.text for one in against if one.waiver != "unexecuted"]
+    if blocking:
+        return {"state": "failed", "engine": str(name), "reason": "; ".join(blocking)}
+    told = [one.text for one in against]
+    told += [f"{speed.slower_by:+.1%} at the median"] if speed is not None else ["its speed is not compared"]
+    return {"state": "passed", "engine": str(name), "reason": "; ".join(told)}

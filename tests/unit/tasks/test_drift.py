@@ -1,0 +1,181 @@
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from artifacts.catalog import EngineCatalog, host_path
+from artifacts.folder import FolderStore
+from artifacts.hosts import VANISHED_SECONDS, read_host, see_host, seen_path
+from artifacts.rollouts import Rebuild, change_rollout, read_rollout, rollouts
+from tasks.drift import judge, look, request
+from tasks.rebuilding import rebuild_due, verdict
+from tasks.toolchain import HOST_NAME, probe_host
+from tests.simulated_builds import simulate_build, write_recipe
+from tests.unit.artifacts.test_promotion import timed
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'enginery[rtx]')")
+
+HERE = probe_host()
+RTX = [f"tensorrt-rtx:{gpu}" for gpu in ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")]
+
+
+def upgraded(host, **runtimes):
+    return replace(host, runtimes={**host.runtimes, **{name.replace("_", "-"): it for name, it in runtimes.items()}})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "recipes").mkdir()
+    recipe = write_recipe(folder / "recipes", "one")
+    (folder / "recipes" / "data.yaml").write_text("a: 1\n")
+    store = FolderStore(folder / "store")
+    simulate_build(recipe, store, folder)
+    return [folder / "recipes"], store
+
+
+@pytest.fixture
+def watched(built):
+    recipes, store = built
+    yield recipes, store
+    for info in [*store.list("hosts/"), *store.list("rollouts/")]:
+        store.delete(info.path)
+
+
+def test_exactly_the_engines_whose_keys_a_change_enters_are_stale(built):
+    recipes, store = built
+    judged = judge(recipes, store, HERE, upgraded(HERE, tensorrt_rtx="9.9.9.9"))
+    assert [one.target for one in judged.stale] == RTX
+    assert all("tensorrt_rtx" in one.why and "9.9.9.9" in one.why for one in judged.stale)
+    assert all(one.replaces.startswith(f"one/tensorrt-rtx-{HERE.runtimes['tensorrt-rtx']}-sm") for one in judged.stale)
+    # Neither needs a driver, and every portable stage uses ONNX Runtime.
+    assert judge(recipes, store, HERE, replace(HERE, driver="999.1", cuda="99.0")).stale == ()
+    assert len(judge(recipes, store, HERE, upgraded(HERE, onnxruntime="9.9.9")).stale) == 8
+    gone = judge(recipes, store, HERE, replace(HERE, runtimes={"onnxruntime": HERE.runtimes["onnxruntime"]}))
+    assert (gone.stale, len(gone.lost)) == ((), 6)
+    assert "tensorrt-rtx is not installed here" in gone.lost[0]
+
+
+def test_a_broken_recipe_is_told_and_the_others_are_judged(built, tmp_path):
+    recipes, store = built
+    (tmp_path / "bad.yaml").write_text("enginery: 1\nname: bad\n")
+    told = []
+    judged = judge([*recipes, tmp_path], store, HERE, upgraded(HERE, tensorrt_rtx="9.9.9.9"), told.append)
+    assert len(judged.stale) == 6
+    assert len(told) == 1
+    assert "bad.yaml" in told[0]
+
+
+def test_a_change_is_recorded_once_and_stays_due_until_it_is_dealt_with(watched):
+    recipes, store = watched
+    assert look(store, recipes, host=HERE).to_json()["changes"] == []
+    new = upgraded(HERE, tensorrt_rtx="9.9.9.9")
+    found = look(store, recipes, host=new)
+    (name,) = found.due
+    assert len(found.due[name]) == 6
+    again = look(store, recipes, host=new)
+    assert (again.drifts, again.due) == ((), found.due)
+    request(store, name, new.name, found.due[name])
+    assert look(store, recipes, host=new).due == {}
+    # A second change before the first is dealt with: what both made stale is judged from before the first.
+    later = look(store, recipes, host=upgraded(HERE, tensorrt_rtx="9.9.9.10"))
+    assert [len(rebuilds) for rebuilds in later.due.values()] == [6]
+    assert read_rollout(store, name).members[new.name].left == "it has changed again"
+    # And back: all is fresh again, and nothing is due.
+    assert look(store, recipes, host=HERE).due == {}
+    assert read_host(store, host_path(HERE.name))[0].open == ()
+
+
+def test_who_dies_between_record_and_rollout_leaves_the_change_to_the_next_look(watched):
+    recipes, store = watched
+    look(store, recipes, host=HERE)
+    new = upgraded(HERE, tensorrt_rtx="9.9.9.9")
+    see_host(store, host_path(new.name), new, "2026-01-01T00:00:00Z")  # as far as a look that was killed got
+    assert rollouts(store) == []
+    assert [len(rebuilds) for rebuilds in look(store, recipes, host=new).due.values()] == [6]
+
+
+def test_the_second_host_waits_for_the_canary_and_takes_over_when_it_vanishes(watched):
+    recipes, store = watched
+    one, two = replace(HERE, name="one"), replace(HERE, name="two")
+    for host in (one, two):
+        look(store, recipes, host=host)
+    (name,) = look(store, recipes, host=upgraded(one, tensorrt_rtx="9.9.9.9")).due
+    assert look(store, recipes, host=upgraded(two, tensorrt_rtx="9.9.9.9")).due == {}
+    seen = Path(store.uri.removeprefix("file://")) / seen_path(host_path("one"))
+    old = seen.stat().st_mtime - VANISHED_SECONDS - 5
+    os.utime(seen, (old, old))
+    assert set(look(store, recipes, host=upgraded(two, tensorrt_rtx="9.9.9.9")).due) == {name}
+    assert (read_rollout(store, name).canary, read_rollout(store, name).members["one"].left != "") == ("two", True)
+    assert look(store, recipes, host=upgraded(one, tensorrt_rtx="9.9.9.9")).due == {}
+    assert read_rollout(store, name).members["one"].left == ""
+
+
+def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
+    recipes, store = watched
+    look(store, recipes, host=HERE)
+    new = upgraded(HERE, tensorrt_rtx="9.9.9.9")
+    found = look(store, recipes, host=new)
+    (name,) = found.due
+    request(store, name, new.name, found.due[name])
+
+    async def broken(recipe, targets):
+        assert targets == RTX
+        assert {one.state for one in read_rollout(store, name).members[new.name].rebuilds} == {"building"}
+        raise OSError("the network is down")
+
+    with pytest.raises(OSError, match="network"):
+        asyncio.run(rebuild_due(store, name, new.name, broken))
+    assert {one.state for one in read_rollout(store, name).members[new.name].rebuilds} == {"requested"}
+
+    async def refused(recipe, targets):
+        engines = [
+            {
+                "runtime": "tensorrt-rtx",
+                "gpu": target[13:],
+                "precision": {"asked": "fp16"},
+                "path": None,
+                "why": "no kernel",
+            }
+            for target in targets
+        ]
+        return {"engines": engines}
+
+    done = asyncio.run(rebuild_due(store, name, new.name, refused))
+    assert {one["reason"] for one in done["rebuilt"]} == {"no kernel"}
+    assert read_rollout(store, name).state == "halted"
+    assert look(store, recipes, host=new).due == {}
+    change_rollout(store, name, lambda one: one.resumed("me", "t"))
+    assert len(look(store, recipes, host=new).due[name]) == 6
+
+
+def test_a_rebuilt_engine_passes_by_its_gates_and_the_speed_of_what_it_replaces(tmp_path):
+    catalog = EngineCatalog(FolderStore(tmp_path))
+    rebuild = Rebuild("digits", "d.yaml", "tensorrt:sm90", "fp16", "", replaces="digits/tensorrt-1-sm90/old")
+    report = {
+        "engines": [{"runtime": "tensorrt", "gpu": "sm90", "precision": {"asked": "fp16"}, "path": None, "why": "w"}]
+    }
+    assert verdict(catalog, rebuild, report) == {"state": "failed", "reason": "w"}
+    assert verdict(catalog, rebuild, {"engines": []})["state"] == "failed"
+    old = _publish(catalog, "old", 1.0)
+    for p50, state in ((1.0, "passed"), (1.04, "passed"), (1.06, "failed")):
+        new = _publish(catalog, "new", p50)
+        report["engines"][0]["path"] = f"engines/{new}"
+        found = verdict(catalog, replace(rebuild, replaces=old), report)
+        assert (found["state"], found["engine"]) == (state, new)
+    assert "6.0% slower" in found["reason"]
+    assert verdict(catalog, replace(rebuild, replaces="gone/tensorrt-1-sm90/fp16-a"), report)["state"] == "passed"
+
+
+def _publish(catalog, build, p50):
+    manifest = timed(bulk=p50)
+    manifest = manifest.model_copy(update={"identity": manifest.identity.model_copy(update={"build": build})})
+    catalog.store.write(f"engines/{manifest.identity}/manifest.json", manifest.to_bytes())
+    return str(manifest.identity)
+
+
+def test_a_host_can_be_named(monkeypatch):
+    monkeypatch.setenv(HOST_NAME, "node-7")
+    assert probe_host().name == "node-7"
