@@ -23,7 +23,7 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.bench_commands": ("bench",),
     "enginery.channel_commands": ("promote", "rollback", "history"),
     "enginery.sign_commands": ("sign",),
-    "enginery.store_commands": ("gc", "pin", "unpin"),
+    "enginery.store_commands": ("gc", "pin", "unpin", "mirror"),
     "enginery.host_commands": ("host", "doctor", "schema"),
     "enginery.watch_commands": ("watch", "hosts", "rollout"),
 }

@@ -105,6 +105,16 @@ def verify(
     again: Annotated[
         bool, typer.Option("--again", help="With --execute: also those that another host has executed already.")
     ] = False,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Read the whole store: blobs, records, engines, channels; move what is damaged to quarantine/.",
+        ),
+    ] = False,
+    spare: Annotated[
+        str | None, typer.Option("--from", metavar="STORE", help="With --deep: another store to repair from.")
+    ] = None,
     trust: TrustOption = None,
     insecure: InsecureOption = False,
     store: StoreOption = DEFAULT_STORE,
@@ -118,8 +128,20 @@ def verify(
     each profile against the source framework's outputs, and on the labelled data, judged by the gates that the manifest
     states. Exit status 1 where one fails, 3 where one waits for another host.
 
+    With --deep, everything in the store is read. What is damaged is moved aside, never deleted, and repaired where the right
+    bytes are in the store still, or in the one that --from names; exit status 1 where something could not be repaired.
+
     Example: enginery verify digits --execute
     """
+    if deep or spare is not None:
+        from enginery.verifying import verify_deep
+
+        if not deep or engines or execute:
+            raise typer.BadParameter(
+                "--deep reads a whole store: it goes with --from, and with no ENGINE or --execute", param_hint="--deep"
+            )
+        verify_deep(open_catalog(store), spare, given_policy(trust, insecure), as_json=as_json)
+        return
     from enginery.verifying import print_verified, verify_engine, verify_folder
 
     rows: list[dict[str, Any]] = []

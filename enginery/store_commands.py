@@ -1,4 +1,4 @@
-"""Commands on stores: gc, pin, unpin."""
+"""Commands on stores: gc, pin, unpin, mirror."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command("gc")(collect)
     app.command("pin")(pin)
     app.command("unpin")(unpin)
+    app.command("mirror")(mirror)
 
 
 @explains_errors
@@ -148,6 +149,51 @@ def unpin(
         print_json({"unpinned": str(found)})
     else:
         typer.echo(f"unpinned: {found}")
+
+
+@explains_errors
+def mirror(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The store to copy from.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The store to copy to; both stay as they are otherwise.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="RECIPE", help="Only engines of this recipe.")
+    ] = None,
+    channel: Annotated[
+        str | None, typer.Option("--channel", metavar="NAME", help="Only engines that this channel names, and it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy engines, with all that they came through, from one store to another: folders and S3, in any pair.
+
+    What is there already is not sent again, so that the same command goes on where a killed one stopped. Signatures go along.
+    A channel that went another way at the other end stays as it is there. Exit status 1 where something was left.
+
+    Example: enginery mirror .enginery /mnt/backup/engines --channel production
+    """
+    from artifacts.mirror import Mirror
+    from artifacts.store import open_store
+    from enginery.catalog_commands import recipe_name
+    from enginery.rows import say
+    from enginery.tables import size_text
+
+    name = recipe_name(recipe) if recipe is not None else None
+    done = Mirror(
+        open_store(source), open_store(target), name, channel, lambda message: note(f"warning: {message}")
+    ).run()
+    if as_json:
+        print_json(
+            {
+                "objects": done.objects, "bytes": done.size, "engines": done.engines, "channels": done.channels,
+                "left": done.left,
+            }
+        )  # fmt: skip
+    else:
+        say(
+            f"mirrored: {len(done.engines)} engines are there; sent {done.objects} objects, {size_text(done.size)}; "
+            f"{len(done.channels)} channels moved" + (f"; {len(done.left)} left" if done.left else "")
+        )
+    if done.left:
+        raise typer.Exit(FAILED)
 
 
 def _seconds(text: str) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, TrustError
 from enginery.asking import require_trusted
-from enginery.output import note
+from enginery.output import FAILED, note, print_json
 
 if TYPE_CHECKING:
     from artifacts.attestation import Attestation
@@ -58,6 +60,37 @@ def verify_engine(
     if execute and (again or not manifest.verification.engine.executed):
         return row | _executed(catalog, engine, manifest)
     return row
+
+
+def verify_deep(catalog: EngineCatalog, spare: str | None, judge: Trust | Unchecked, *, as_json: bool) -> None:
+    """Read a whole store, move aside and repair what is damaged, and print it; ends with status 1 where damage stays."""
+    from artifacts.deep import DeepCheck
+    from artifacts.store import open_store
+    from enginery.rows import Rows, print_rows, say
+
+    check = DeepCheck(catalog.store, open_store(spare) if spare is not None else None)
+    rows: list[Row] = [
+        {"path": found.path, "state": found.state, "found": found.why, "moved": found.moved} for found in check.run()
+    ]
+    for engine in catalog.engines():
+        try:
+            require_trusted(catalog, engine, judge)
+        except (TrustError, NotFoundError) as err:
+            rows.append({"path": engine.path, "state": "untrusted", "found": str(err), "moved": None})
+    if as_json:
+        print_json({"checked": check.checked, "damaged": rows})
+    else:
+        table = Rows(("object", "state", "what was found"))
+        for row in rows:
+            table.add_row(row["path"], row["state"], row["found"])
+        if rows:
+            print_rows(table)
+        states = [str(row["state"]) for row in rows]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        aside = f"; what was damaged lies in quarantine/{check.stamp}" if any(row["moved"] for row in rows) else ""
+        say(f"read {check.checked} objects: {counts or 'all whole'}{aside}")
+    if any(row["state"] != "repaired" for row in rows):
+        raise typer.Exit(FAILED)
 
 
 def print_verified(rows: list[Row]) -> None:

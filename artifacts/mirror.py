@@ -1,0 +1,213 @@
+"""Copies what a store holds into another, in the order in which it may be seen: blobs, records, engines, channels.
+
+What is there already, in its size, is not sent again, so that a mirror that was killed goes on where it was. Documents
+arrive byte for byte, and signatures with them: a policy that holds at one end holds at the other. A channel that is behind
+moves on; one that went another way since is left as it is, and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from artifacts.attestation import FOLDER
+from artifacts.cache import blob_path, record_path
+from artifacts.catalog import SIGNATURES, EngineCatalog, EngineId
+from artifacts.channels import Channel, channel_path, channels_of, read_channel
+from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.leases import leased
+from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.records import ActionRecord
+from artifacts.refs import BYTES, ArtifactRef, digest_bytes, is_digest
+from artifacts.store import Store
+
+_BLOBS: Final = "cache/blobs/sha256/"
+_RECORDS: Final = "cache/actions/"
+_ALSO: Final = ("hosts/", "pins/")
+
+
+@dataclass
+class Mirrored:
+    """What a mirror did: objects and bytes sent, engines that are at the other end, channels moved, and what it left."""
+
+    objects: int = 0
+    size: int = 0
+    engines: list[str] = field(default_factory=list)
+    channels: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Mirror:
+    """Copies from one store to another; only engines of `recipe`, or that `channel` names, and what they came through.
+
+    `warn` is told, in one sentence, of what is passed over. Damaged bytes are never sent.
+    """
+
+    source: Store
+    target: Store
+    recipe: str | None = None
+    channel: str | None = None
+    warn: Callable[[str], None] = lambda _message: None
+    done: Mirrored = field(default_factory=Mirrored)
+
+    def run(self) -> Mirrored:
+        """Copy, and return what was done. Raises StoreError; what was copied until then stays, and is whole."""
+        # Engines are chosen first, so that everything they name goes before them.
+        engines = self._engines()
+        with leased(self.target, "mirror", [str(engine) for engine, _manifest in engines]):
+            for record in self._records([manifest for _engine, manifest in engines]):
+                self._send_record(record)
+            if self._whole:
+                for info in self.source.list(_BLOBS):
+                    digest = info.path.rpartition("/")[2]
+                    if is_digest(digest):
+                        self._send_file(info.path, ArtifactRef(digest, info.size, BYTES))
+            for engine, manifest in engines:
+                self._send_engine(engine, manifest)
+            for channel in self._channels():
+                self._send_channel(channel)
+            if self._whole:
+                for prefix in _ALSO:
+                    for info in self.source.list(prefix):
+                        self._send_document(info.path, self.source.read(info.path))
+        return self.done
+
+    @property
+    def _whole(self) -> bool:
+        return self.recipe is None and self.channel is None
+
+    def _channels(self) -> Iterator[Channel]:
+        recipes = (
+            [self.recipe]
+            if self.recipe is not None
+            else sorted({info.path.split("/")[1] for info in self.source.list("channels/")})
+        )
+        for recipe in recipes:
+            yield from channels_of(self.source, recipe, self.channel)
+
+    def _engines(self) -> list[tuple[EngineId, Manifest]]:
+        catalog, found = EngineCatalog(self.source, self.warn), []
+        named = None
+        if self.channel is not None:
+            heads = [channel.head.move for channel in self._channels()]
+            named = {EngineId(move.recipe, move.target, move.build) for move in heads}
+        for engine in catalog.engines(self.recipe):
+            if named is None or engine in named:
+                try:
+                    found.append((engine, catalog.manifest(engine)))
+                except (IntegrityError, NotFoundError) as err:
+                    self._leave(str(err))
+        return found
+
+    def _records(self, manifests: list[Manifest]) -> list[str]:
+        if self._whole:
+            return [info.path for info in self.source.list(_RECORDS)]
+        paths = [record_path(step.stage, step.key) for manifest in manifests for step in manifest.provenance.steps] + [
+            record_path("publish", manifest.provenance.key) for manifest in manifests
+        ]
+        return list(dict.fromkeys(paths))
+
+    def _send_record(self, path: str) -> None:
+        try:
+            data = self.source.read(path)
+            record = ActionRecord.from_bytes(data)
+            for ref in record.outputs.values():
+                self._send_file(blob_path(ref.digest), ref)
+        except NotFoundError:
+            return  # a record that is gone, or whose blobs are, is a miss
+        except IntegrityError as err:
+            self._leave(f"{path}: {err}")
+            return
+        self._send_document(path, data)
+
+    def _send_file(self, path: str, ref: ArtifactRef) -> None:
+        there = self.target.info(path)
+        if there is not None and there.size == ref.size:
+            return
+        try:
+            with self.target.scratch() as folder:
+                self.source.get_file(path, ref, folder / "file")
+                self.target.put_file(path, folder / "file", ref)
+        except IntegrityError as err:
+            self._leave(str(err))
+            return
+        self._count(ref.size)
+
+    def _send_engine(self, engine: EngineId, manifest: Manifest) -> None:
+        here, there = EngineCatalog(self.source, self.warn), EngineCatalog(self.target, self.warn)
+        try:
+            data = here.manifest_bytes(engine)
+            if not self._has(engine, manifest, data):
+                there_now = here.send(engine, there)
+                if there_now != data:
+                    self._leave(f"{engine}: {self.target.uri} has another manifest of this build, which stays")
+                    return
+                self._count(manifest.size)
+        except IntegrityError as err:
+            self._leave(str(err))
+            return
+        # Signatures before what they are over, so that nobody meets an attestation that is not vouched for yet.
+        for folder in (SIGNATURES, FOLDER):
+            for info in self.source.list(f"{engine.path}/{folder}/"):
+                self._send_document(info.path, self.source.read(info.path))
+        self.done.engines.append(str(engine))
+
+    def _has(self, engine: EngineId, manifest: Manifest, data: bytes) -> bool:
+        try:
+            if self.target.read(f"{engine.path}/{MANIFEST_NAME}") != data:
+                return False
+        except NotFoundError:
+            return False
+        infos = self.target.infos([f"{engine.path}/{name}" for name in manifest.files])
+        return {path.rpartition("/")[2]: info.size for path, info in infos.items()} == {
+            name: entry.size for name, entry in manifest.files.items()
+        }
+
+    def _send_channel(self, channel: Channel) -> None:
+        recipe, target, name = channel.head.move.at
+        path, build = channel_path(recipe, target, name), channel.head.move.build
+        try:
+            manifest = EngineCatalog(self.target).manifest_bytes(EngineId(recipe, target, build))
+        except NotFoundError:
+            self._leave(f"{path}: names {build}, which is not in {self.target.uri}; the channel stays as it was there")
+            return
+        if channel.head.move.manifest not in (None, digest_bytes(manifest)):
+            self._leave(f"{path}: {self.target.uri} has another manifest of {build} than was promoted")
+            return
+        data, version = self.source.read_versioned(path)
+        if version != channel.version:
+            self._leave(f"{path}: was moved meanwhile; mirror again")
+            return
+        there = read_channel(self.target, recipe, target, name)
+        if there is None:
+            written = self.target.write(path, data, if_absent=True)
+        else:
+            ours, theirs = ([signed.statement for signed in found.moves] for found in (channel, there))
+            if ours[: len(theirs)] != theirs:
+                ahead = theirs[: len(ours)] == ours
+                self._leave(
+                    f"{path}: {self.target.uri} {'is ahead' if ahead else 'was moved another way'}, and stays as it is"
+                )
+                return
+            if ours == theirs:
+                return
+            written = self.target.write(path, data, if_version=there.version)
+        if not written:
+            self._leave(f"{path}: was moved in {self.target.uri} meanwhile; mirror again")
+            return
+        self._count(len(data))
+        self.done.channels.append("/".join(channel.head.move.at))
+
+    def _send_document(self, path: str, data: bytes) -> None:
+        if self.target.info(path) is None and self.target.write(path, data, if_absent=True):
+            self._count(len(data))
+
+    def _leave(self, message: str) -> None:
+        self.done.left.append(message)
+        self.warn(message)
+
+    def _count(self, size: int) -> None:
+        self.done.objects += 1
+        self.done.size += size

@@ -1,0 +1,252 @@
+"""Mirrors between folders and S3 in all pairs, and what `verify --deep` finds, moves aside and repairs from a mirror."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from artifacts.cache import ActionCache, blob_path
+from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.channels import channel_path, move_channel, read_channel
+from artifacts.deep import DeepCheck
+from artifacts.errors import StoreError
+from artifacts.mirror import Mirror
+from artifacts.refs import digest_bytes
+from artifacts.store import Store, open_store
+from enginery.__main__ import command_line
+from tests.unit.artifacts.test_collector import Shop
+
+KINDS = ["folder", pytest.param("s3", marks=pytest.mark.slow)]
+
+
+class AnyShop(Shop):
+    """The simulated builds of a shop, in a store of any kind."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store  # type: ignore[assignment]
+        self.cache = ActionCache(store)
+        self.catalog = EngineCatalog(store)
+
+    def promote_truly(self, engine: EngineId, channel: str = "production") -> None:
+        digest = digest_bytes(self.catalog.manifest_bytes(engine))
+        fields = {"action": "promote", "build": engine.build, "manifest": digest, "by": "me"}
+        fields["time"] = "2026-01-01T00:00:00Z"
+        move_channel(self.store, engine.recipe, engine.target, channel, lambda _found: fields)
+
+
+def store_of(kind: str, name: str, tmp_path: Path, s3: str) -> Store:
+    return open_store(str(tmp_path / name) if kind == "folder" else f"{s3}/{name}")
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {info.path: store.read(info.path) for info in store.list("") if not info.path.startswith("quarantine/")}
+
+
+@pytest.fixture(params=KINDS)
+def source(request: pytest.FixtureRequest, tmp_path: Path, s3_store_uri: str) -> AnyShop:
+    shop = AnyShop(store_of(request.param, "source", tmp_path, s3_store_uri))
+    one, two = shop.engine("fp16-a"), shop.engine("fp16-b", recipe="swin")
+    shop.promote_truly(one)
+    shop.promote_truly(two, "staging")
+    return shop
+
+
+@pytest.fixture(params=KINDS)
+def target(request: pytest.FixtureRequest, tmp_path: Path, s3_store_uri: str) -> Store:
+    return store_of(request.param, "target", tmp_path, s3_store_uri)
+
+
+def test_a_mirror_has_everything_and_a_second_sends_nothing(source: AnyShop, target: Store) -> None:
+    done = Mirror(source.store, target).run()
+    assert contents(target) == contents(source.store)
+    assert (len(done.engines), sorted(done.channels), done.left) == (
+        2,
+        ["digits/tensorrt-1-sm90/production", "swin/tensorrt-1-sm90/staging"],
+        [],
+    )
+    again = Mirror(source.store, target).run()
+    assert (again.objects, again.size, again.left, again.channels) == (0, 0, [], [])
+
+
+class Dying:
+    """A store that writes so many objects and then none, in which nothing is ever seen that is not whole."""
+
+    def __init__(self, store: Store, writes: int) -> None:
+        self._store, self._writes = store, writes
+        self.order: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def _count(self, path: str) -> None:
+        if path.startswith("leases/"):
+            return
+        if len(self.order) == self._writes:
+            raise StoreError("killed")
+        self.order.append(path)
+
+    def write(self, path: str, data: bytes, **conditions: object) -> bool:
+        self._count(path)
+        return self._store.write(path, data, **conditions)
+
+    def put_file(self, path: str, *rest: object) -> None:
+        self._count(path)
+        self._store.put_file(path, *rest)
+
+
+def test_a_mirror_that_dies_at_any_write_shows_nothing_half_and_goes_on(tmp_path: Path) -> None:
+    shop = AnyShop(open_store(str(tmp_path / "source")))
+    shop.promote_truly(shop.engine("fp16-a"))
+    whole = Dying(open_store(str(tmp_path / "whole")), 1000)
+    Mirror(shop.store, whole).run()
+    kinds = [
+        next(kind for kind in ("cache/blobs", "cache/actions", "engines", "channels") if path.startswith(kind))
+        for path in whole.order
+    ]
+    assert kinds.index("engines") > max(at for at, kind in enumerate(kinds) if kind.startswith("cache"))
+    assert kinds[-1] == "channels"
+    for writes in range(len(whole.order)):
+        target = open_store(str(tmp_path / f"target-{writes}"))
+        with pytest.raises(StoreError, match="killed"):
+            Mirror(shop.store, Dying(target, writes)).run()
+        assert DeepCheck(target).run() == []  # each manifest that is there has its files, each channel can be read
+        for info in target.list("channels/"):
+            assert info.path == ""  # the last write is the channel's
+        Mirror(shop.store, target).run()
+        assert contents(target) == contents(shop.store)
+
+
+@pytest.mark.parametrize("source", ["folder"], indirect=True)
+@pytest.mark.parametrize("target", ["folder"], indirect=True)
+class TestSelections:
+    def test_by_recipe_and_by_channel(self, source: AnyShop, target: Store, tmp_path: Path) -> None:
+        source.engine("fp16-c")
+        Mirror(source.store, target, channel="production").run()
+        assert [str(engine) for engine in EngineCatalog(target).engines()] == ["digits/tensorrt-1-sm90/fp16-a"]
+        assert [info.path for info in target.list("channels/")] == ["channels/digits/tensorrt-1-sm90/production.json"]
+        other = open_store(str(tmp_path / "other"))
+        Mirror(source.store, other, recipe="swin").run()
+        assert {engine.recipe for engine in EngineCatalog(other).engines()} == {"swin"}
+        assert all(path.split("/")[1] == "swin" for path in contents(other) if path.startswith(("engines", "channels")))
+        assert DeepCheck(other).run() == []
+        assert [info.path for info in other.list("cache/actions/")]
+
+    def test_a_channel_moves_on_and_one_that_went_another_way_stays(self, source: AnyShop, target: Store) -> None:
+        Mirror(source.store, target).run()
+        newer = source.engine("fp16-c")
+        source.promote_truly(newer)
+        done = Mirror(source.store, target).run()
+        assert done.channels == ["digits/tensorrt-1-sm90/production"]
+        assert read_channel(target, *newer_place(newer)).head.move.build == "fp16-c"
+        AnyShop(target).promote_truly(EngineId("digits", "tensorrt-1-sm90", "fp16-a"))
+        before = target.read(channel_path(*newer_place(newer)))
+        ahead = Mirror(source.store, target).run()
+        source.promote_truly(EngineId("digits", "tensorrt-1-sm90", "fp16-a"))
+        another = Mirror(source.store, target).run()
+        assert "is ahead, and stays as it is" in ahead.left[0]
+        assert "was moved another way, and stays as it is" in another.left[0]
+        assert target.read(channel_path(*newer_place(newer))) == before
+
+    def test_damaged_bytes_are_not_sent(self, source: AnyShop, target: Store) -> None:
+        (record,) = list(source.store.list("engines/swin/tensorrt-1-sm90/fp16-b/model.plan"))
+        harm(source.store, record.path)
+        done = Mirror(source.store, target).run()
+        assert any("expected" in message for message in done.left)
+        assert [engine.recipe for engine in EngineCatalog(target).engines()] == ["digits"]
+
+    def test_the_command(self, source: AnyShop, target: Store) -> None:
+        arguments = ["mirror", source.store.uri, target.uri, "--json"]
+        done = CliRunner().invoke(command_line(), arguments)
+        assert done.exit_code == 0, done.output
+        assert len(json.loads(done.stdout)["engines"]) == 2
+        harm(source.store, "channels/swin/tensorrt-1-sm90/staging.json")
+        assert CliRunner().invoke(command_line(), ["mirror", source.store.uri, target.uri]).exit_code == 1
+
+
+def newer_place(engine: EngineId) -> tuple[str, str, str]:
+    return engine.recipe, engine.target, "production"
+
+
+def harm(store: Store, path: str) -> bytes:
+    """Flip a bit of an object, and return what it was; in a folder its other names keep their bytes."""
+    data = store.read(path)
+    store.write(path, bytes([data[0] ^ 1]) + data[1:])
+    return data
+
+
+def test_every_object_that_is_damaged_is_found_and_repaired_from_a_mirror(source: AnyShop, target: Store) -> None:
+    Mirror(source.store, target).run()
+    right = contents(source.store)
+    assert len(right) > 10
+    for path in right:
+        harm(source.store, path)
+    found = DeepCheck(source.store, target).run()
+    assert {damage.path for damage in found} == set(right)
+    assert {damage.state for damage in found} == {"repaired"}
+    assert contents(source.store) == right
+    assert all(source.store.read(damage.moved) != right[damage.path] for damage in found)
+    assert DeepCheck(source.store, target).run() == []
+
+
+@pytest.mark.parametrize("source", ["folder"], indirect=True)
+class TestDeep:
+    def test_a_whole_store_is_whole(self, source: AnyShop) -> None:
+        before = contents(source.store)
+        check = DeepCheck(source.store)
+        assert check.run() == []
+        assert check.checked >= len(before)
+        assert contents(source.store) == before
+
+    def test_without_another_store_it_is_moved_aside_and_never_deleted(self, source: AnyShop) -> None:
+        right = contents(source.store)
+        for path in right:
+            harm(source.store, path)
+        found = DeepCheck(source.store).run()
+        assert {damage.state for damage in found} == {"quarantined"}
+        for damage in found:
+            if damage.moved is not None:
+                assert source.store.info(damage.moved) is not None
+        assert EngineCatalog(source.store).engines() == []
+
+    @pytest.mark.parametrize("gone", [False, True])
+    def test_an_engine_that_cannot_be_repaired_is_not_found_any_more(self, source: AnyShop, gone: bool) -> None:
+        (info,) = list(source.store.list("engines/swin/tensorrt-1-sm90/fp16-b/model.plan"))
+        digest = digest_bytes(source.store.read(info.path))
+        # From a blob that is still whole it is repaired.
+        source.store.delete(info.path) if gone else harm(source.store, info.path)
+        (damage,) = DeepCheck(source.store).run()
+        assert (damage.state, damage.moved is None) == ("repaired", gone)
+        source.store.delete(info.path) if gone else harm(source.store, info.path)
+        source.store.delete(blob_path(digest))
+        found = {damage.path.rpartition("/")[2]: damage.state for damage in DeepCheck(source.store).run()}
+        assert found == {"manifest.json": "quarantined", "model.plan": "quarantined"}
+        assert [engine.recipe for engine in EngineCatalog(source.store).engines()] == ["digits"]
+        assert DeepCheck(source.store).run() == []
+
+    def test_another_store_that_is_damaged_itself_repairs_nothing(self, source: AnyShop, tmp_path: Path) -> None:
+        spare = open_store(str(tmp_path / "spare"))
+        Mirror(source.store, spare).run()
+        for path in contents(source.store):
+            harm(source.store, path)
+            harm(spare, path)
+        assert {damage.state for damage in DeepCheck(source.store, spare).run()} == {"quarantined"}
+
+    def test_the_command(self, source: AnyShop, tmp_path: Path) -> None:
+        def run(*more: str) -> tuple[int, str]:
+            done = CliRunner().invoke(command_line(), ["verify", "--deep", "--store", source.store.uri, *more])
+            return done.exit_code, done.output
+
+        spare = open_store(str(tmp_path / "spare"))
+        Mirror(source.store, spare).run()
+        assert run()[0] == 0
+        path = next(info.path for info in source.store.list("cache/actions/"))
+        harm(source.store, path)
+        status, said = run("--from", spare.uri)
+        assert (status, "1 repaired; what was damaged lies in quarantine/" in said) == (0, True)
+        harm(source.store, path)
+        status, said = run("--json")
+        assert (status, '"quarantined"' in said) == (1, True)
+        assert run("--execute")[0] == 2
