@@ -168,7 +168,7 @@ def mirror(
     What is there already is not sent again, so that the same command goes on where a killed one stopped. Signatures go along.
     A channel that went another way at the other end stays as it is there. Exit status 1 where something was left.
 
-    Example: enginery mirror .enginery /mnt/backup/engines --channel production
+    Example: enginery mirror .enginery s3://backup/engines --channel production
     """
     from artifacts.mirror import Mirror
     from artifacts.store import open_store
