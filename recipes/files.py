@@ -14,7 +14,7 @@ from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
 from recipes.onnx_data import NotOnnxError, external_locations, leads_out, location_fault
 from recipes.options import PINS, stated_pins, stated_plugins
-from recipes.schema import Dataset, FileReference, Metric, TorchSource
+from recipes.schema import Dataset, FileReference, Metric, PaddleSource, TorchSource
 
 if TYPE_CHECKING:
     from recipes.loader import LoadedRecipe
@@ -86,6 +86,10 @@ WEIGHTS_NAMES: Final[Mapping[str, str]] = {
     ".pt": "weights.pt",
     ".pth": "weights.pt",
 }
+PADDLE_WEIGHTS: Final[Mapping[str, str]] = {
+    ".safetensors": "weights.safetensors",
+    ".pdparams": "weights.pdparams",
+}
 _ELF: Final = b"\x7fELF"
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
@@ -134,7 +138,12 @@ class _Gatherer:
         model: tuple[LocalFile, ...] = ()
         if isinstance(source, TorchSource):
             code = self._code(("source", "model"), source.model, source.include, ("source", "include"))
-            weights = self._weights(source.weights) if source.weights is not None else None
+            weights = self._weights(source.weights, WEIGHTS_NAMES) if source.weights is not None else None
+        elif isinstance(source, PaddleSource):
+            if source.model is not None:
+                code = self._code(("source", "model"), source.model, source.include, ("source", "include"))
+            weights = self._weights(source.weights, PADDLE_WEIGHTS) if source.weights is not None else None
+            model = self._paddle_graph(source)
         else:
             model = self._model(source.model)
         plugins, pins = self._plugins(), self._pins()
@@ -202,12 +211,12 @@ class _Gatherer:
             self._fault((*at[:-1], "sha256"), f"{name}: expected {stated}, found {digest}; {advice}")
         return None
 
-    def _weights(self, file: FileReference) -> LocalFile | None:
+    def _weights(self, file: FileReference, names: Mapping[str, str]) -> LocalFile | None:
         at: Key = ("source", "weights", "file")
-        name = WEIGHTS_NAMES.get(PurePosixPath(file.file).suffix.lower())
+        name = names.get(PurePosixPath(file.file).suffix.lower())
         if name is None:
-            allowed = ", ".join(WEIGHTS_NAMES)
-            advice = "save the tensors with safetensors.torch.save_file"
+            allowed = ", ".join(names)
+            advice = f"save the tensors with safetensors.{self.loaded.recipe.source.framework}.save_file"
             self._fault(at, f"{file.file}: weights of this kind are not read (allowed: {allowed}); {advice}")
         if file.file.startswith("s3://"):
             return LocalFile(name, file.sha256 or "", -1, file.file) if name is not None else None
@@ -215,6 +224,23 @@ class _Gatherer:
         if found is None or name is None:
             return None
         return LocalFile(name, found[1], found[0].stat().st_size, str(found[0]))
+
+    def _paddle_graph(self, source: PaddleSource) -> tuple[LocalFile, ...]:
+        """Find a saved graph and its weights, which lie beside it under its name unless the recipe says otherwise."""
+        if source.graph is None:
+            return ()
+        beside_it = PurePosixPath(source.graph.file).with_suffix(".pdiparams").as_posix()
+        params, key = (FileReference(file=beside_it), "graph") if source.params is None else (source.params, "params")
+        files = []
+        for at, file, suffix in (
+            (("source", "graph", "file"), source.graph, PurePosixPath(source.graph.file).suffix),
+            (("source", key, "file"), params, ".pdiparams"),
+        ):
+            if file.file.startswith("s3://"):
+                files.append(LocalFile(f"model{suffix}", file.sha256 or "", -1, file.file))
+            elif (found := self._file(at, file.file, file.sha256)) is not None:
+                files.append(LocalFile(f"model{suffix}", found[1], found[0].stat().st_size, str(found[0])))
+        return tuple(files)
 
     def _model(self, file: FileReference) -> tuple[LocalFile, ...]:
         at: Key = ("source", "model", "file")

@@ -21,6 +21,7 @@ from recipes.schema import (
     Dataset,
     OnnxSource,
     Options,
+    PaddleSource,
     Precision,
     Recipe,
     TorchSource,
@@ -31,6 +32,8 @@ from recipes.steps import Output, Step, Steps
 DEFAULT_OPSET: Final = 18
 EVALUATION_BATCH: Final = 32
 RANDOM_CASES: Final = 3
+# The package of CPUs and that of GPUs: whichever is installed makes the model.
+_PADDLE: Final = ("paddlepaddle", "paddlepaddle-gpu")
 Version = Callable[[str], str | None]
 
 
@@ -118,7 +121,7 @@ class Pipeline:
     def _source_params(self) -> dict[str, Any]:
         source = self.recipe.source
         common = {"framework": source.framework, "tensors": self.tensors, "outputs": self.recipe.outputs}
-        if isinstance(source, TorchSource):
+        if isinstance(source, TorchSource | PaddleSource):
             entry = self.files.code.entry if self.files.code is not None else ""
             part = {"part": self.part, "module": self.module} if self.part else {}
             return common | {"entry": entry, "arguments": source.arguments, "seed": source.seed, **part}
@@ -137,6 +140,13 @@ class Pipeline:
             return self.steps.add(
                 self.id("export"), params=params, inputs=self._source_files, toolchain=self._source_toolchain("onnx")
             )
+        if isinstance(self.recipe.source, PaddleSource):
+            params = self._source_params() | {
+                "opset": export.opset or DEFAULT_OPSET,
+                "trace": trace_shapes(self.recipe),
+            }
+            toolchain = self._source_toolchain(*_PADDLE, "paddle2onnx", "onnx")
+            return self.steps.add("export", params=params, inputs=self._source_files, toolchain=toolchain)
         params = self._source_params() | {
             "exporter": export.exporter,
             "opset": export.opset or DEFAULT_OPSET,
@@ -191,8 +201,8 @@ class Pipeline:
         return largest
 
     def _reference_toolchain(self) -> dict[str, Any]:
-        framework = "onnxruntime" if isinstance(self.recipe.source, OnnxSource) else "torch"
-        return self._source_toolchain(framework, "numpy")
+        frameworks = {"onnx": ("onnxruntime",), "paddle": _PADDLE, "torch": ("torch",)}
+        return self._source_toolchain(*frameworks[self.recipe.source.framework], "numpy")
 
     @cached_property
     def simplify(self) -> Step:

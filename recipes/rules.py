@@ -20,6 +20,7 @@ from recipes.schema import (
     Calibration,
     Dataset,
     OnnxSource,
+    PaddleSource,
     Precision,
     Recipe,
     Tensor,
@@ -36,6 +37,8 @@ METRICS: Final = ("top1", "exact-match")
 # the graphs of both exporters at 23 were refused by it.
 DYNAMO_FLOOR: Final = 18
 OPSET_CEILING: Final = 22
+# paddle2onnx 2.1.0 aborts its process at 22 ("The Opset Version must be between 7 and 21").
+PADDLE_OPSET_CEILING: Final = 21
 # QuantizeLinear has an axis from there on.
 INT8_FLOOR: Final = 13
 
@@ -94,11 +97,39 @@ def _source(recipe: Recipe) -> Found:
     if isinstance(source, OnnxSource):
         yield from _path(("source", "model", "file"), source.model.file, remote=True)
         return
-    yield from _path(("source", "model"), source.model)
+    if isinstance(source, PaddleSource):
+        yield from _paddle(source)
+    if source.model is not None:
+        yield from _path(("source", "model"), source.model)
     if source.weights is not None:
         yield from _path(("source", "weights", "file"), source.weights.file, remote=True)
     for index, glob in enumerate(source.include):
         yield from _path(("source", "include", index), glob)
+
+
+def _paddle(source: PaddleSource) -> Found:
+    if source.graph is None:
+        if source.model is None:
+            yield ("source",), "paddle needs one of model (file.py:callable) and graph (a saved .json or .pdmodel)"
+        if source.params is not None:
+            yield ("source", "params"), "has no effect: it goes with graph; a callable's weights are source.weights"
+        return
+    if source.model is not None:
+        yield ("source", "graph"), "a source has one of model and graph, and this one states both"
+    for key in ("arguments", "weights", "include", "seed"):
+        if key in source.model_fields_set:
+            yield (
+                ("source", key),
+                "is for a callable (source.model); a saved graph has its own weights, in source.params",
+            )
+    if posixpath.splitext(source.graph.file)[1] not in (".json", ".pdmodel"):
+        yield ("source", "graph", "file"), f"{source.graph.file} is no saved graph (allowed: .json, .pdmodel)"
+    if source.graph.file.startswith("s3://") and source.params is None:
+        yield ("source",), "params is required beside a remote graph, and missing"
+    for key in ("graph", "params"):
+        file = getattr(source, key)
+        if file is not None:
+            yield from _path(("source", key, "file"), file.file, remote=True)
 
 
 def _path(at: Key, path: str, *, remote: bool = False) -> Found:
@@ -113,6 +144,8 @@ def _export(recipe: Recipe) -> Found:
         return
     if opset > OPSET_CEILING:
         yield ("export", "opset"), f"{opset} is later than the onnx package checks (allowed: 11 to {OPSET_CEILING})"
+    elif isinstance(recipe.source, PaddleSource) and opset > PADDLE_OPSET_CEILING:
+        yield ("export", "opset"), f"paddle2onnx writes opset {PADDLE_OPSET_CEILING} at most, found {opset}: lower it"
     elif torch and recipe.export.exporter == "dynamo" and opset < DYNAMO_FLOOR:
         what = f"the dynamo exporter writes opset {DYNAMO_FLOOR} and later, found {opset}"
         yield ("export", "opset"), f"{what}: raise it, or set export.exporter to torchscript"
@@ -147,8 +180,11 @@ def _bounds(at: Key, tensor: Tensor) -> Found:
 def _outputs(recipe: Recipe) -> Found:
     outputs = recipe.outputs
     if outputs is None:
-        if isinstance(recipe.source, TorchSource):
-            yield (), "outputs is required for torch, and missing: the names of the outputs, in order"
+        if not isinstance(recipe.source, OnnxSource):
+            yield (
+                (),
+                f"outputs is required for {recipe.source.framework}, and missing: the names of the outputs, in order",
+            )
         return
     if not outputs:
         yield ("outputs",), "expected at least one name"
@@ -405,7 +441,10 @@ def _benchmark(recipe: Recipe) -> Found:
     if not isinstance(recipe.source, TorchSource):
         for index, name in enumerate(asked.compare):
             if name.startswith("torch"):
-                yield ("benchmark", "compare", index), f"{name} needs a torch source, and this one is ONNX"
+                yield (
+                    ("benchmark", "compare", index),
+                    f"{name} needs a torch source, and this one is {recipe.source.framework}",
+                )
     if asked.batches is None:
         return
     axis = batch_axis(recipe)

@@ -104,14 +104,41 @@ class OnnxSource(Model):
     model: FileReference = Field(description="The graph; it stands for its external data too.")
 
 
-Source = Annotated[TorchSource | OnnxSource, Field(discriminator="framework")]
+class PaddleSource(Model):
+    """A PaddlePaddle model: a Layer that a callable of the recipe's code returns, or a static graph that was saved."""
+
+    framework: Literal["paddle"] = Field(description="PaddlePaddle.")
+    model: CodeReference | None = Field(
+        default=None,
+        description="file.py:callable, relative to the recipe; it returns a paddle.nn.Layer after its eval().",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the callable (JSON values)."
+    )
+    weights: FileReference | None = Field(
+        default=None, description="Weights: .safetensors, or a .pdparams that holds arrays and nothing else."
+    )
+    include: list[RelativePath] = Field(
+        default_factory=list,
+        description="Further files the code reads or imports dynamically, as globs relative to the recipe.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the initialisation, for models without a weights file.")
+    graph: FileReference | None = Field(
+        default=None, description="Instead of a callable: .json (Paddle 3) or .pdmodel (Paddle 2), of paddle.jit.save."
+    )
+    params: FileReference | None = Field(
+        default=None, description="The graph's weights; default: the .pdiparams of its name beside it."
+    )
+
+
+Source = Annotated[TorchSource | PaddleSource | OnnxSource, Field(discriminator="framework")]
 
 
 class Export(Model):
     """How the source becomes one simplified fp32 ONNX graph."""
 
     opset: int | None = Field(
-        default=None, ge=11, le=23, description="ONNX opset; default 18 for torch, unchanged for onnx."
+        default=None, ge=11, le=23, description="ONNX opset; default 18 for torch and paddle, unchanged for onnx."
     )
     exporter: Literal["dynamo", "torchscript"] = Field(
         default="dynamo", description="Which PyTorch exporter: dynamo writes opset 18 and later, torchscript any."
@@ -455,9 +482,12 @@ class Recipe(Model):
     )
     inputs: dict[str, Tensor] = Field(
         default_factory=dict,
-        description="Input name -> type and shape; for torch the names of forward's parameters. Required without parts.",
+        description="Input name -> type and shape; for torch and paddle the names of forward's parameters. "
+        "Required without parts.",
     )
-    outputs: list[str] | None = Field(default=None, description="Names of the outputs, in order; required for torch.")
+    outputs: list[str] | None = Field(
+        default=None, description="Names of the outputs, in order; required for torch and paddle."
+    )
     profiles: dict[str, dict[Axis, Range]] = Field(
         default_factory=dict,
         description="Profile name -> dynamic axis -> [min, opt, max]; the compiler gets them by name.",

@@ -144,7 +144,7 @@ def _check_candidates(recipe: Recipe, target: Target, at: Key) -> Found:
 
 def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:
     ceiling = opset_ceiling(target)
-    default = 18 if recipe.source.framework == "torch" else None
+    default = 18 if recipe.source.framework in ("torch", "paddle") else None
     opset = recipe.export.opset or default
     if ceiling is not None and opset is not None and opset > ceiling:
         how = f"set export.opset to {ceiling}"

@@ -20,12 +20,17 @@ from recipes.schema import (
     SHA256_PATTERN,
     SIZE_PATTERN,
     OnnxSource,
+    PaddleSource,
     Recipe,
     TorchSource,
 )
 from recipes.yaml_text import is_plain_string
 
-_FRAMEWORKS: Final[Mapping[str, type[BaseModel]]] = {"torch": TorchSource, "onnx": OnnxSource}
+_FRAMEWORKS: Final[Mapping[str, type[BaseModel]]] = {
+    "torch": TorchSource,
+    "paddle": PaddleSource,
+    "onnx": OnnxSource,
+}
 _PATTERNS: Final[Mapping[str, str]] = {
     NAME_PATTERN: "a name of lower-case letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit",
     AXIS_PATTERN: "the name of a dynamic axis: lower-case letters, digits and '_', beginning with a letter",

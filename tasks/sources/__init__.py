@@ -1,6 +1,6 @@
 """Sources: a model as its author has it, to one fp32 ONNX graph and the outputs that it must keep.
 
-Enters: model files, and for PyTorch the recipe's own code. Leaves: `model.onnx` (`export`), or the
+Enters: model files, and for PyTorch and PaddlePaddle the recipe's own code. Leaves: `model.onnx` (`export`), or the
 source framework's outputs as safetensors (`reference`). Each source is a module with the functions
 `export` and `reference`; it imports its framework inside of them, and no sibling.
 """
@@ -16,6 +16,7 @@ from tasks.stage import StageRequest, StageResult
 # Framework -> (module, package that it needs, extra that installs it).
 _SOURCES: Final = {
     "torch": ("tasks.sources.torch_source", "torch", "enginery[torch]"),
+    "paddle": ("tasks.sources.paddle_source", "paddle", "enginery[paddle]"),
     "onnx": ("tasks.sources.onnx_source", "onnx", "enginery"),
 }
 
