@@ -3,7 +3,7 @@
     python bench/shipped.py recipes/digits.yaml recipes/digits-onnx.yaml recipes/swin-tiny.yaml
 
 Wall time of `python -m enginery build`, as a user sees it: start-up, Prefect's embedded server and all. Results go to
-bench/results/recipes.json. Run it on a quiet machine: the load before each build is written beside its time.
+bench/results/recipes.json, or to another file there: `--to sources.json` before the recipes. Run it on a quiet machine: the load before each build is written beside its time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results" / "recipes.json"
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxsim", "onnxslim", "tensorrt-rtx", "prefect")
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "onnxslim",
+    "tensorrt-rtx",
+    "prefect",
+    "paddlepaddle",
+    "paddle2onnx",
+    "transformers",
+)
 
 
 def timed_build(recipe: str, store: Path, environment: dict[str, str]) -> tuple[float, dict]:
@@ -59,16 +70,18 @@ def measure(recipe: str) -> dict:
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    name, recipes = (arguments[1], arguments[2:]) if arguments[:1] == ["--to"] else ("recipes.json", arguments)
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     document = {
         "command": f"python bench/shipped.py {' '.join(sys.argv[1:])}",
         "cpu": f"{len(os.sched_getaffinity(0))} x {model.partition(': ')[2] or platform.machine()}, no GPU",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "recipes": [measure(recipe) for recipe in sys.argv[1:]],
+        "recipes": [measure(recipe) for recipe in recipes],
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(document, indent=1) + "\n")
     for found in document["recipes"]:
         print(
             f"{found['recipe']}: first {found['first_seconds']} s, then {found['cached_seconds']} s, {found['store_bytes'] / 1e6:.0f} MB"

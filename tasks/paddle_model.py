@@ -145,7 +145,7 @@ class SavedGraph:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Copy the files, since paddle2onnx writes beside a .pdmodel."""
-        graph, weights = folder / self.graph.name, folder / "model.pdiparams"
+        graph, weights = folder / f"model{self.graph.suffix}", folder / "model.pdiparams"
         shutil.copyfile(self.graph, graph)
         shutil.copyfile(self.weights, weights)
         return graph, weights
@@ -248,8 +248,11 @@ def _why_no_json(path: Path) -> str:
 
 def _why_no_program(path: Path) -> str:
     try:
-        program = paddle.base.framework.Program.parse_from_string(path.read_bytes())
-        operators = {operator.type for operator in program.global_block().ops}
+        program = paddle.base.core.ProgramDesc(path.read_bytes())
+        if not program.num_blocks():  # other protobuf files parse too, and asking them for a block ends the process
+            return "it has no block of operators"
+        block = program.block(0)
+        operators = {block.op(index).type() for index in range(block.op_size())}
     except Exception as err:  # noqa: BLE001 - whatever it says is the explanation
         return f"it is not a ProgramDesc ({plain_words(str(err), 200)})"
     return "" if "fetch" in operators else "its program fetches nothing"

@@ -37,6 +37,9 @@ EXTRAS = (
 # Loaded only in the process of a stage whose source is PyTorch: subclasses of torch's classes need it at the top.
 NEED_TORCH = ["tasks.benchmark.torch_candidate", "tasks.sources.torch_source", "tasks.torch_module", "tasks.tracing"]
 
+# As above, of a source that is PaddlePaddle.
+NEED_PADDLE = ["tasks.paddle_model", "tasks.sources.paddle_source"]
+
 _IMPORT_WITHOUT = """
 import importlib, json, sys
 
@@ -83,7 +86,7 @@ def test_every_module_imports_without_the_extras():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == dict.fromkeys(NEED_TORCH, "torch")
+    assert json.loads(done.stdout) == dict.fromkeys(NEED_TORCH, "torch") | dict.fromkeys(NEED_PADDLE, "paddle")
 
 
 def test_top_level_packages_are_those_of_the_repository(tmp_path):

@@ -132,7 +132,7 @@ BROKEN = {
     "drop of 2": (lambda d: d["acceptance"]["metric"].update(max_drop=2.0), "acceptance.metric.max_drop: top1 is a fraction between 0 and 1, found 2; write 0.02"),
     "negative floor": (lambda d: d["acceptance"]["metric"].update(floor=-1.0), "acceptance.metric.floor: top1 is a fraction between 0 and 1, found -1"),
     # benchmark
-    "torch of onnx": (lambda d: onnx(d) or d.update(benchmark={"compare": ["onnxruntime", "torch-compile"]}), "benchmark.compare[1]: torch-compile needs a torch source, and this one is ONNX"),
+    "torch of onnx": (lambda d: onnx(d) or d.update(benchmark={"compare": ["onnxruntime", "torch-compile"]}), "benchmark.compare[1]: torch-compile needs a torch source, and this one is onnx"),
     "batch outside": (lambda d: d.update(benchmark={"batches": [1, 512]}), "benchmark.batches[1]: no profile admits batch 512 (they span 1 to 4, 1 to 256)"),
     "no batch axis": (lambda d: static(d) or d.update(benchmark={"batches": [1]}), "benchmark.batches: the inputs share no dynamic axis that they begin with, so there is no batch to change: leave it out"),
     # targets
