@@ -76,7 +76,7 @@ SHAPE_FAULTS = [
     ("name: tiny", "name: 10.10", "3: name: expected a string, found the number 10.10; put it in quotes: '10.10'"),
     ("name: tiny", "name: null", "3: name: expected a string, found nothing; put it in quotes: 'null'"),
     ("name: tiny", "description: x", "2: name: is required, and missing"),
-    ("  framework: torch\n", "", "4: source: source.framework is required, and missing (allowed: torch, onnx)"),
+    ("  framework: torch\n", "", "4: source: source.framework is required, and missing (allowed: torch, paddle, onnx)"),
     ("framework: torch", "framework: pytorch", "4: source: unknown framework: found the string \"pytorch\" (did you mean 'torch'? allowed: torch, paddle, onnx)"),
     ("framework: torch", "framework: [torch]", "4: source: unknown framework: found a list (allowed: torch, paddle, onnx)"),
     ("framework: torch", "framework: onnx", '6: source.model: expected a mapping, found the string "code/model.py:build"'),
