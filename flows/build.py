@@ -1,38 +1,56 @@
-"""Build one recipe: plan, run every stage that is stale as a task, plan again until nothing is left."""
+"""Build one recipe: plan, run every stage that is stale as a task, plan again until nothing is left.
+
+On a fleet, this is done for the portable stages alone; then every target is compiled on its pool.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from artifacts.store import open_store
-from tasks.cache import StageTasks
-from tasks.drive import drive
-from tasks.report import report
-from tasks.session import active_session, open_session
+from recipes.pools import portable_host
+from tasks.cache import run_session
+from tasks.parameters import Jobs, RecipePath, StoreAddress, Targets, worker_session
+from tasks.session import active_session
+from tasks.toolchain import probe_host
 
 
 @flow(name="build", flow_run_name="build {recipe}", persist_result=False, validate_parameters=True)
 async def build(
-    recipe: str, store: str = ".enginery", targets: list[str] | None = None, jobs: int = 2
+    recipe: RecipePath,
+    store: StoreAddress = None,
+    targets: Targets = None,
+    jobs: Jobs = 2,
+    spread: Annotated[bool, Field(description="Compile each target on the work pool of its GPU.")] = False,
 ) -> dict[str, Any] | State[dict[str, Any]]:
     """Build a recipe's stale engines and publish them.
 
-    `recipe` is a path; `store` a folder or s3:// address; `targets` limits to `RUNTIME` or `RUNTIME:GPU`; `jobs`
-    bounds how many stages run at once. Returns the report that `enginery build --json` prints; where something failed,
-    it is the data of a failed state.
+    Returns the report that `enginery build --json` prints, with what became of the targets on pools of their own under
+    `pools`; where something failed, it is the data of a failed state.
     """
-    session = active_session(recipe) or open_session(
-        Path(recipe), open_store(store), targets=tuple(targets or ()), jobs=jobs
-    )
-    planned = await drive(session, StageTasks(session), show_all=True)
-    session.finish(planned)
-    document = report(session, planned)
+    host = portable_host(probe_host()) if spread else None
+    session = active_session(recipe) or worker_session(recipe, store, targets, jobs, host=host)
+    document = await run_session(session)
+    waiting = [engine for engine in session.plan().engines if engine.state == "waiting"]
+    if spread and waiting:
+        from tasks.fleet import compile_on_pools
+
+        versions = session.versions_read()
+        asked = await compile_on_pools(
+            waiting, {"recipe": recipe, "store": session.store.uri, "jobs": jobs, "versions": versions}
+        )
+        document["pools"] = [one.to_json() for one in asked]
+        failed = document["status"] == 1 or any(one.state == "failed" for one in asked)
+        document["status"] = 1 if failed else 3 if any(one.state == "waiting" for one in asked) else 0
     if document["status"] == 1:
-        failed = [step["id"] for step in document["steps"] if step["state"] == "failed"]
-        return Failed(message=f"failed: {', '.join(failed) or 'no precision passed its gates'}", data=document)
+        failures = [step["id"] for step in document["steps"] if step["state"] == "failed"]
+        failures += [f"{one['target']} ({one['why']})" for one in document.get("pools", ()) if one["state"] == "failed"]
+        return Failed(message=f"failed: {', '.join(failures) or 'no precision passed its gates'}", data=document)
+    if spread and document["status"] == 3:
+        names = [f"{one['target']}: {one['why']}" for one in document["pools"] if one["state"] == "waiting"]
+        return Completed(name="Waiting", message=f"waiting: {'; '.join(names)}", data=document)
     return document

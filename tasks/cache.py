@@ -18,10 +18,23 @@ from prefect.states import Completed, Failed
 
 from recipes.plan import Plan
 from recipes.steps import Step
+from tasks.drive import drive
+from tasks.report import report
 from tasks.session import BuildSession, Outcome
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
+
+
+async def run_session(session: BuildSession) -> dict[str, Any]:
+    """Run what is stale of a session as tasks and return its report; whatever ends this flow ends the stages too."""
+    try:
+        planned = await drive(session, StageTasks(session), show_all=True)
+    except BaseException:  # also Prefect's cancellation, which comes as a signal
+        session.cancel()
+        raise
+    session.finish(planned)
+    return report(session, planned)
 
 
 class StageTasks:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from artifacts.cache import ActionCache
-from artifacts.errors import ArtifactError, IntegrityError, NotFoundError
+from artifacts.errors import AddressError, ArtifactError, IntegrityError, NotFoundError, StoreError
 from artifacts.host import Host
 from artifacts.keys import canonical_json
 from artifacts.leases import Lease, leased
@@ -33,7 +33,7 @@ from recipes.plan import Plan, Selection
 from recipes.planner import plan
 from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
-from tasks.errors import StageCancelledError, TaskError
+from tasks.errors import BackendError, StageCancelledError, TaskError
 from tasks.progress import Listener, Progress
 from tasks.publish import is_published, other_store, publish_engine
 from tasks.slots import Slots
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 DEFAULT_JOBS: Final = 2
 _RERUNS: Final = 3
+_BACK_OFF_SECONDS: Final = 2.0
 
 
 def latest_path(recipe: str) -> str:
@@ -76,6 +77,8 @@ class BuildSession:
     warn: Callable[[str], None] = lambda _message: None
     listen: Listener = lambda _progress: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    versions: Mapping[str, str | None] = field(default_factory=dict)  # of the packages that made the portable stages
+    retries: int = 0  # of a stage that the store failed
 
     def __post_init__(self) -> None:
         """Prepare the cache, the limits of stages and the explanations."""
@@ -248,12 +251,39 @@ class BuildSession:
         if self.cancelled:
             raise StageCancelledError(f"{step.id}: cancelled")
         begin = time.monotonic()
+        self._require_versions(step)
         try:
-            return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+            return self._made(step, planned)
         finally:  # what failed has cost its time too
             if step.action is not None:
                 with self._lock:
                     self._spent[step.action.key] = time.monotonic() - begin
+
+    def _made(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
+        """Make a step; again, after a while, where the store failed: never for what the recipe or a compiler did wrong."""
+        for attempt in range(self.retries + 1):
+            try:
+                return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
+            except StoreError as err:
+                if attempt == self.retries or isinstance(err, (AddressError, NotFoundError)):
+                    raise
+                wait = _BACK_OFF_SECONDS * 4**attempt
+                self.warn(f"{step.id}: {err}; tried again in {wait:.0f} s")
+                if self._cancelled.wait(wait):
+                    raise StageCancelledError(f"{step.id}: cancelled") from err
+        raise AssertionError("the last try returns or raises")
+
+    def _require_versions(self, step: Step) -> None:
+        """Refuse to make here what was planned with packages of another host: its record would not tell the truth."""
+        toolchain = step.action.toolchain if step.action is not None else {}
+        for package in sorted(set(toolchain) & set(self.versions)):
+            here = version(package)
+            if here != self.versions[package]:
+                raise BackendError(
+                    "version mismatch",
+                    f"{step.id} is planned with {package} {self.versions[package]}, here is {here or 'none'}",
+                    "give all pools the same packages, or run build/recipe, which makes the portable stages elsewhere",
+                )
 
     def _publish(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
         engine = next(
@@ -343,6 +373,8 @@ class BuildSession:
         return (self._seen,) if other is None else (self._seen, ObservedStore(other))
 
     def _version(self, package: str) -> str | None:
+        if package in self.versions:
+            return self._versions.setdefault(package, self.versions[package])
         return self._versions.setdefault(package, version(package))
 
     def _note(self, outcome: Outcome) -> Outcome:
@@ -381,11 +413,27 @@ def open_session(
     jobs: int = DEFAULT_JOBS,
     warn: Callable[[str], None] = lambda _message: None,
     listen: Listener = lambda _progress: None,
+    host: Host | None = None,
+    versions: Mapping[str, str | None] | None = None,
+    retries: int = 0,
 ) -> BuildSession:
-    """Load a recipe and gather what it names; nothing is written and none of its code runs. Raises RecipeError."""
+    """Load a recipe and gather what it names; nothing is written and none of its code runs. Raises RecipeError.
+
+    `host` is what this host counts as (None: all that it is); `versions` are those of the packages with which portable
+    stages were planned elsewhere; `retries` bounds how often a stage is tried again whose store failed.
+    """
     loaded = load(recipe)
     return BuildSession(
-        loaded, gather(loaded), store, probe_host(), Selection(targets), jobs=jobs, warn=warn, listen=listen
+        loaded,
+        gather(loaded),
+        store,
+        host or probe_host(),
+        Selection(targets),
+        jobs=jobs,
+        warn=warn,
+        listen=listen,
+        versions=versions or {},
+        retries=retries,
     )
 
 

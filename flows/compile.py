@@ -1,0 +1,40 @@
+"""Compile, verify, benchmark and publish one target of a recipe: the same build, restricted to it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from tasks.cache import run_session
+from tasks.parameters import Jobs, RecipePath, StoreAddress, Versions, worker_session
+
+
+@flow(name="compile", flow_run_name="compile {recipe} {target}", persist_result=False, validate_parameters=True)
+async def compile(  # noqa: A001 - the stage's name
+    recipe: RecipePath,
+    target: Annotated[str, Field(description="RUNTIME:GPU, such as tensorrt:sm90.", pattern=r"^[a-z-]+(:[a-z0-9]+)?$")],
+    store: StoreAddress = None,
+    jobs: Jobs = 2,
+    versions: Versions = None,
+) -> State[dict[str, Any]]:
+    """Build what is stale of one target. Portable stages are found in the store, made with the packages of `versions`.
+
+    Ends as Waiting where this host cannot compile the target, as Failed where something failed.
+    """
+    session = worker_session(recipe, store, [target], jobs, versions=versions)
+    document = await run_session(session)
+    engines = document["engines"]
+    if document["status"] == 1:
+        failures = [
+            f"{step['id']}: {'; '.join(step['why'])}" for step in document["steps"] if step["state"] == "failed"
+        ]
+        failures += [f"{one['target']}: {one['why']}" for one in engines if one["state"] == "failed"]
+        return Failed(message=f"failed: {'; '.join(failures)}", data=document)
+    waiting = [one for one in engines if one["state"] == "waiting"]
+    if waiting:
+        return Completed(name="Waiting", message="; ".join(one["why"] for one in waiting), data=document)
+    return Completed(message=", ".join(str(one["path"]) for one in engines), data=document)

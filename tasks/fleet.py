@@ -1,0 +1,165 @@
+"""What a build asks of a Prefect server: which pools have workers, and compilations on them, until they have ended.
+
+A compilation is a run of the deployment `compile/<pool>`, which is the deployment `compile/target` for that pool. A
+run that nobody can take yet stays scheduled, and is found again by later builds instead of being asked for twice.
+A worker that is not heard of any more (Prefect: three of its heartbeats) has lost its run: that is marked crashed, which frees
+its place in the pool, and another is asked for. Should the lost one live after all, the store's locks keep both apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import arun_deployment
+from prefect.runtime import flow_run as this_run
+from prefect.states import Crashed
+
+from recipes.plan import EnginePlan
+from recipes.pools import choose_pool
+
+TEMPLATE: Final = "compile/target"
+POLL_SECONDS: Final = 2.0
+_TRIES: Final = 3
+_UNFINISHED: Final = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED")
+_PAGE: Final = 200
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What became of one target that was asked of a pool. `state`: built, failed or waiting."""
+
+    target: str
+    pool: str | None
+    state: str
+    why: str
+    run: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"target": self.target, "pool": self.pool, "state": self.state, "why": self.why, "flow_run": self.run}
+
+
+async def compile_on_pools(engines: Sequence[EnginePlan], parameters: Mapping[str, Any]) -> list[Asked]:
+    """Have every target of these engines compiled on its pool, all at once, and return what became of each.
+
+    `parameters` are those of the flow `compile` besides `target`. Targets without a live worker are asked for and not
+    waited for.
+    """
+    versions: dict[tuple[str, str], str] = {}
+    for engine in engines:
+        versions.setdefault((engine.runtime, engine.gpu), engine.runtime_version)
+    async with get_client() as client:
+        pools = [pool.name for pool in await client.read_work_pools(limit=_PAGE)]
+        live = [pool for pool in pools if await _workers(client, pool)]
+        wanted = [
+            _compile(client, f"{runtime}:{gpu}", choose_pool(runtime, version, gpu, pools, live), parameters)
+            for (runtime, gpu), version in versions.items()
+        ]
+        return list(await asyncio.gather(*wanted))
+
+
+async def _compile(client: PrefectClient, target: str, pool: str | None, parameters: Mapping[str, Any]) -> Asked:
+    if pool is None:
+        return Asked(target, None, "waiting", "no work pool for it: start a worker (docs/fleet.md)")
+    deployment = await _deployment(client, pool)
+    log = get_run_logger()
+    for attempt in range(_TRIES):
+        run = await _run(client, deployment, target, pool, parameters)
+        if not await _workers(client, pool) and not _begun(run):
+            log.warning("%s waits for a worker of the pool %s", target, pool)
+            return Asked(target, pool, "waiting", "the pool has no live worker; it runs when one comes", str(run.id))
+        run = await _ended(client, run, pool)
+        state = run.state
+        if state is not None and state.is_completed():
+            waits = state.name == "Waiting"
+            return Asked(target, pool, "waiting" if waits else "built", state.message or "", str(run.id))
+        if state is None or not state.is_crashed():
+            what = (state.message or str(state.name)) if state is not None else "no state"
+            return Asked(target, pool, "failed", what, str(run.id))
+        log.warning("%s on %s: lost (%s); asked for again", target, pool, state.message)
+        await asyncio.sleep(POLL_SECONDS * 2**attempt)
+    return Asked(target, pool, "failed", f"lost {_TRIES} times: its workers died", str(run.id))
+
+
+async def _run(
+    client: PrefectClient, deployment: UUID, target: str, pool: str, parameters: Mapping[str, Any]
+) -> FlowRun:
+    """Return the unfinished run for this recipe, target and store, or ask for one."""
+    asked = {**parameters, "target": target}
+    where = FlowRunFilter.model_validate(
+        {"deployment_id": {"any_": [str(deployment)]}, "state": {"type": {"any_": list(_UNFINISHED)}}}
+    )
+    for run in await client.read_flow_runs(flow_run_filter=where, limit=_PAGE):
+        if all(run.parameters.get(name) == asked[name] for name in asked):
+            return run
+    return await arun_deployment(
+        deployment,
+        client=client,
+        parameters=asked,
+        flow_run_name=f"compile {parameters['recipe']} {target}",
+        timeout=0,
+        tags=[f"pool:{pool}", f"target:{target}"],
+        work_queue_name=await _queue(client),
+    )
+
+
+async def _ended(client: PrefectClient, run: FlowRun, pool: str) -> FlowRun:
+    """Wait until a run has ended, or its worker is lost."""
+    while True:
+        run = await client.read_flow_run(run.id)
+        if run.state is not None and run.state.is_final():
+            return run
+        if _begun(run) and await _is_lost(client, run, pool):
+            lost: Any = Crashed(message=f"the worker {run.labels.get('prefect.worker.name')} is not heard of any more")
+            await client.set_flow_run_state(run.id, lost, force=True)
+        else:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def _is_lost(client: PrefectClient, run: FlowRun, pool: str) -> bool:
+    worker = run.labels.get("prefect.worker.name")
+    return worker is not None and worker not in await _workers(client, pool)
+
+
+def _begun(run: FlowRun) -> bool:
+    return run.state_type in (StateType.PENDING, StateType.RUNNING)
+
+
+async def _workers(client: PrefectClient, pool: str) -> set[str]:
+    """Return the names of a pool's live workers."""
+    workers = await client.read_workers_for_work_pool(pool, limit=_PAGE)
+    return {worker.name for worker in workers if worker.status == "ONLINE"}
+
+
+async def _queue(client: PrefectClient) -> str | None:
+    """Return the work queue of this run, for what it asks for: a person's build goes before a nightly one everywhere."""
+    mine = this_run.get_id()
+    return (await client.read_flow_run(UUID(mine))).work_queue_name if mine else None
+
+
+async def _deployment(client: PrefectClient, pool: str) -> UUID:
+    """Make `compile/target` a deployment of this pool (or renew it), and return it."""
+    template = await client.read_deployment_by_name(TEMPLATE)
+    return await client.create_deployment(
+        template.flow_id,
+        pool,
+        version=template.version,
+        parameters=template.parameters,
+        description=f"{TEMPLATE} on the work pool {pool}; made and renewed by builds",
+        work_pool_name=pool,
+        tags=template.tags,
+        path=template.path,
+        entrypoint=template.entrypoint,
+        parameter_openapi_schema=template.parameter_openapi_schema,
+        pull_steps=template.pull_steps,
+        enforce_parameter_schema=template.enforce_parameter_schema,
+        job_variables=template.job_variables,
+    )
