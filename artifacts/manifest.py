@@ -157,6 +157,9 @@ class PrecisionFacts(Part):
     wish: tuple[str, ...] = Field(description="The recipe's precisions for this target, most wanted first.")
     tried: tuple[Refused, ...]
     kept: tuple[str, ...] = Field(description="Names of the ONNX nodes that were kept in fp32.")
+    outliers: tuple[str, ...] = Field(
+        default=(), description="Tensors that overflow float16 on the data seen: nodes that give or take them are kept."
+    )
     candidates: tuple[CandidateFacts, ...] = Field(
         default=(), description="Where auto was asked for: every candidate, in the order in which they were tried."
     )

@@ -64,9 +64,24 @@ def print_build(document: dict[str, Any]) -> None:
             for row in engine["candidates"]:
                 candidates.add_row(row["name"], *candidate_cells(row))
             print_rows(candidates)
+    for engine in document["engines"]:
+        if (line := _given_instead(engine)) is not None:
+            say(line)
     say(f"store: {document['store']}")
     if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
         say("executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.")
+
+
+def _given_instead(engine: dict[str, Any]) -> str | None:
+    """Say what was asked, what was given and why, where the two differ; None where they do not."""
+    asked, given = engine["precision"]["asked"], engine["precision"]["given"]
+    refused = [
+        f"{one['precision']}: {', '.join(one['reasons'])}" for one in engine.get("tried", ()) if not one["passed"]
+    ]
+    if not refused or asked == "auto":
+        return None
+    what = f"{given} given" if given is not None else "none given"
+    return f"{engine['runtime']} {engine['gpu']}: {asked} asked, {what}: {'; '.join(refused)}"
 
 
 def candidate_cells(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
 from recipes.options import PINS, may_refit, stated_plugins
 from recipes.schema import (
+    FLOAT16,
     FP8,
     QUANTIZED,
     Benchmark,
@@ -279,6 +280,20 @@ class Pipeline:
         )
         return Output(step, "ranges.json")
 
+    @cached_property
+    def outliers(self) -> Output:
+        """Find the tensors that leave float16's range on what the reference saw, and on calibration data where there is any."""
+        spec, files = self.recipe.precision.calibration, self.files.calibration
+        data = [self.calibration_data(spec, files)] if spec is not None and files is not None else []
+        params = {"batch": spec.batch, "tensors": self.interface} if spec is not None else {}
+        step = self.steps.add(
+            "outliers",
+            params={**params, **self._custom},
+            inputs=[*graph_files(self.simplify), self.reference, *data],
+            toolchain=self.versions("onnx", "onnxruntime", "numpy"),
+        )
+        return Output(step, "outliers.json")
+
     def calibration_digest(self) -> str | None:
         """Return the content digest of the calibration data, where there is any."""
         return self.files.calibration.digest if self.files.calibration is not None else None
@@ -289,6 +304,8 @@ class Pipeline:
         spec, files = self.recipe.precision.calibration, self.files.calibration
         if precision in QUANTIZED and spec is not None and files is not None:
             inputs.append(self.calibrate(precision, spec, files))
+        if precision in FLOAT16:
+            inputs.append(self.outliers)
         full = precision in ("fp32", "tf32")
         params = {
             "precision": "fp32" if full else precision,

@@ -56,6 +56,8 @@ EXACTNESS: Final[dict[Precision, int]] = {
 # Those that need calibrated ranges: Q/DQ pairs in an fp32 graph, or in a half one.
 INT8: Final[tuple[Precision, ...]] = ("int8", "int8-fp16")
 FP8: Final[tuple[Precision, ...]] = ("fp8", "fp8-fp16")
+# Those whose other nodes compute in float16, which ends at 65504.
+FLOAT16: Final[tuple[Precision, ...]] = ("fp16", "int8-fp16", "fp8-fp16")
 QUANTIZED: Final[tuple[Precision, ...]] = (*INT8, *FP8)
 
 

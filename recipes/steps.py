@@ -29,6 +29,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "export": 1,
     "simplify": 1,
     "calibrate": 2,
+    "outliers": 1,
     "type": 4,
     "compile": 1,
     "refit": 1,

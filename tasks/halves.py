@@ -106,6 +106,14 @@ def round_to_half(values: Array, half: Half) -> Array:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def saturate_constants(model: onnx.ModelProto) -> None:
+    """Write the constants that stand for infinity in an fp32 graph as fp16 has them: its largest number."""
+    for index, tensor in enumerate(model.graph.initializer):
+        if tensor.data_type == _FLOAT and _stands_for_infinity(array_of(tensor), "fp16"):
+            finite = _tensor(tensor.name, _finite(array_of(tensor), "fp16"), _FLOAT, "fp16")
+            model.graph.initializer[index].CopyFrom(finite)
+
+
 class _Writer:
     """One conversion; nodes are written in their order, each cast just before the first node that reads it."""
 
@@ -289,12 +297,15 @@ class _Writer:
         """Find the constants that stand for infinity: one value, too large for half, and at least 1e6."""
         found = set()
         for name, tensor in self.weights.items():
-            values = array_of(tensor)
-            large = values[_out_of_range(values, self.half)]
-            if large.size and np.abs(large).min() >= _INFINITE and np.unique(np.abs(large)).size == 1:
+            if _stands_for_infinity(array_of(tensor), self.half):
                 found.add(name)
         self.result.clamped = sorted(found)
         return found
+
+
+def _stands_for_infinity(values: Array, half: Half) -> bool:
+    large = values[_out_of_range(values, half)]
+    return bool(large.size and np.abs(large).min() >= _INFINITE and np.unique(np.abs(large)).size == 1)
 
 
 def _out_of_range(values: Array, half: Half) -> Array:

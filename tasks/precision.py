@@ -6,6 +6,7 @@ and fp8-fp16 are both: pairs, and halves everywhere else. int8-dynamic is `dynam
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,6 +24,7 @@ from tasks.graphs import (
     name_nodes,
 )
 from tasks.onnx_files import DATA, GRAPH, check_graph, dtype_name, load_graph, opset_of, save_graph
+from tasks.outliers import nodes_of
 from tasks.stage import StageRequest, StageResult
 from tasks.structure import structure_digest
 
@@ -36,7 +38,7 @@ _PAIRS_OPSET: Final = 19
 def run(request: StageRequest) -> StageResult:
     """Type "model.onnx" (and int8's "ranges.json") as `params` say: precision, keep, io; and structure, where given.
 
-    Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; for half precisions `clamped` (constants
+    Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; with "outliers.json" `outliers` (tensors that float16 cannot hold: the nodes that give or take them are kept in fp32); for half precisions `clamped` (constants
     that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
     compute on counted values); for int8 `constant` (nodes kept fp32 because an input was zero on all calibration data).
     Raises BackendError("bad data") for a glob of `keep` that matches no node.
@@ -55,6 +57,10 @@ def run(request: StageRequest) -> StageResult:
     hoist_constants(model)
     name_nodes(model)
     keep = matching_nodes(model, params["keep"])
+    if "outliers.json" in inputs:
+        outliers = json.loads(inputs["outliers.json"].read_text("utf-8"))
+        keep |= nodes_of(model, outliers)
+        facts["outliers"] = sorted(outliers)
     facts["kept"] = sorted(keep)
     request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
     pairs = precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")

@@ -18,6 +18,7 @@ STAGES: Final[Mapping[str, str]] = {
     "export": "tasks.sources:run_export",
     "simplify": "tasks.simplify:run",
     "calibrate": "tasks.calibrate:run",
+    "outliers": "tasks.outliers:run",
     "type": "tasks.precision:run",
     "compile": "tasks.engines:run",
     "refit": "tasks.engines.trt_refit:run",

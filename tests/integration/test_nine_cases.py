@@ -35,8 +35,8 @@ PUBLISH = {
 ENGINES = RTX | ORT | ORT_VERIFY | PUBLISH
 FETCH = {"fetch:code", "fetch:weights", "fetch:calibration", "fetch:labelled"}
 REFERENCE = {"reference:parity", "reference:labelled"}
-EVERYTHING = FETCH | REFERENCE | {"export", "simplify", "calibrate"} | TYPES | GRAPHS | ENGINES
-FROM_SIMPLIFY = {"simplify", "calibrate"} | TYPES | (GRAPHS - {"verify:export"}) | ENGINES
+EVERYTHING = FETCH | REFERENCE | {"export", "simplify", "calibrate", "outliers"} | TYPES | GRAPHS | ENGINES
+FROM_SIMPLIFY = {"simplify", "calibrate", "outliers"} | TYPES | (GRAPHS - {"verify:export"}) | ENGINES
 INT8 = {step for step in EVERYTHING if step.endswith(":int8")}
 FP16 = {step for step in EVERYTHING if step.endswith(":fp16")}
 
@@ -103,7 +103,7 @@ CASES = {
     # TensorRT compiles for the new range.
     "profile": Case(
         edit_recipe(lambda recipe: recipe["profiles"]["bulk"].update(batch=[1, 64, 512])),
-        {"reference:parity", "simplify"} | GRAPHS | RTX | ORT_VERIFY | PUBLISH,
+        {"reference:parity", "simplify", "outliers"} | GRAPHS | RTX | ORT_VERIFY | PUBLISH,
         "compile:tensorrt-rtx:sm89:int8",
         r"miss: params\.profiles\[0\]\.inputs\.image\.max\[0\] 256 -> 512",
     ),
@@ -116,7 +116,7 @@ CASES = {
     ),
     "calibration sample": Case(
         _one_sample,
-        {"fetch:calibration", "calibrate"} | INT8,
+        {"fetch:calibration", "calibrate", "outliers"} | INT8,
         "fetch:calibration",
         rf"miss: inputs\.data\.npz {DIGEST} -> {DIGEST}",
     ),

@@ -35,3 +35,20 @@ def test_a_build_shows_why_word_for_word(capsys):
     assert WORDS in out
     assert f"failed: {WORDS}" in out
     assert "store: file:///[/s]" in out
+    assert "asked" not in out
+
+
+def test_a_build_says_what_was_asked_what_was_given_and_why(capsys):
+    engine = {
+        "runtime": "onnxruntime", "runtime_version": "1", "gpu": "cpu", "precision": {"asked": "int8", "given": "fp32"},
+        "state": "cached", "why": "", "size": None, "parity": None, "metric": None, "source_metric": None,
+        "metric_name": None, "executed": True, "path": "p",
+        "tried": [
+            {"precision": "int8", "passed": False, "reasons": ["top1 0.5 < floor 0.9"]},
+            {"precision": "fp16", "passed": False, "reasons": ["3 NaN or Inf in the outputs"]},
+            {"precision": "fp32", "passed": True, "reasons": []},
+        ],
+    }  # fmt: skip
+    print_build({"recipe": "digits", "store": "s", "steps": [], "engines": [engine]})
+    said = "onnxruntime cpu: int8 asked, fp32 given: int8: top1 0.5 < floor 0.9; fp16: 3 NaN or Inf in the outputs"
+    assert said in capsys.readouterr().out
