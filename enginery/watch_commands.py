@@ -42,7 +42,7 @@ def watch(
     serve: Annotated[
         bool, typer.Option("--serve", help="Deploy it for this host on a Prefect server, and go on looking.")
     ] = False,
-    every: Annotated[float, typer.Option("--every", min=5, metavar="SECONDS", help="With --serve: how often.")] = 30,
+    every: Annotated[float, typer.Option("--every", min=5, metavar="SECONDS", help="With --serve: how often.")] = 20,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
