@@ -64,6 +64,9 @@ def print_build(document: dict[str, Any]) -> None:
             for row in engine["candidates"]:
                 candidates.add_row(row["name"], *candidate_cells(row))
             print_rows(candidates)
+    for step in document["steps"]:
+        for warning in step.get("warnings", ()):
+            say(f"warning: {step['subject']} data: {warning}")
     for engine in document["engines"]:
         if (line := _given_instead(engine)) is not None:
             say(line)

@@ -55,7 +55,13 @@ def _step(session: BuildSession, step: Step) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3) if outcome is not None and state == "built" else 0.0,
         "key": step.action.key if step.action is not None else None,
         "why": list(outcome.step.why if outcome is not None and state == "built" else step.why),
+        "warnings": _warnings(step),
     }
+
+
+def _warnings(step: Step) -> list[str]:
+    """Return what a data set was suspected of when it was read: noise, too few samples, values converted."""
+    return list((step.facts or {}).get("warnings", ())) if step.stage == "fetch" else []
 
 
 def engine_report(engine: EnginePlan) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_a_plan_shows_why_word_for_word(capsys):
 
 
 def test_a_build_shows_why_word_for_word(capsys):
-    step = {"stage": "export", "subject": "", "state": "failed", "seconds": 0.0, "why": [WORDS]}
+    step = {"stage": "export", "subject": "", "state": "failed", "seconds": 0.0, "why": [WORDS], "warnings": ["x"]}
     engine = {
         "runtime": "onnxruntime", "runtime_version": "1", "gpu": "cpu", "precision": {"asked": "fp32", "given": None},
         "state": "failed", "why": WORDS, "size": None, "parity": None, "metric": None, "source_metric": None,
@@ -36,6 +36,7 @@ def test_a_build_shows_why_word_for_word(capsys):
     assert f"failed: {WORDS}" in out
     assert "store: file:///[/s]" in out
     assert "asked" not in out
+    assert "warning:  data: x" in out
 
 
 def test_a_build_says_what_was_asked_what_was_given_and_why(capsys):
