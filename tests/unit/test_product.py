@@ -185,6 +185,7 @@ def test_links_in_documents_lead_somewhere():
     dead = []
     for document in tracked("*.md"):
         text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"`[^`]*`", "", text)  # code in a line has brackets that are no links
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             file, _, anchor = link.partition("#")
             if re.match(r"[a-z]+:", link):
