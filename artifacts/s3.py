@@ -13,7 +13,7 @@ import datetime as dt
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -228,17 +228,11 @@ class S3Store:
         with self._faults(path):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
-    def lock(
-        self,
-        name: str,  # noqa: ARG002 - the Protocol's
-        *,
-        give_up: Callable[[], bool] | None = None,  # noqa: ARG002 - the Protocol's
-    ) -> AbstractContextManager[None]:
-        """Return no lock: S3 has none, so two hosts may do the same work, and the first record counts.
+    def lock(self, name: str, *, give_up: Callable[[], bool] | None = None) -> AbstractContextManager[None]:
+        """Hold a claim (`artifacts.claims`), which others take over when its holder is not heard of any more."""
+        from artifacts.claims import claimed
 
-        A lease comes with the fleet.
-        """
-        return nullcontext()
+        return claimed(self, name, give_up)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

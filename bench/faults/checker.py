@@ -45,7 +45,7 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "lost": "What was visible once stays: manifests byte for byte, moves of channels, records; but for what gc removed.",
 }
 # What is JSON and says nothing that anybody relies on unchecked.
-_HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "sweeps/", "pins/", "removed/")
+_HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "claims/", "sweeps/", "pins/", "removed/")
 # Of no concern here: caches of the compiler and what was set aside as damaged. `store.json` says the layout's version.
 _OTHER: Final = ("timing/", "quarantine/")
 _TEMPORARY: Final = (".part", ".lock", ".fresh", ".new", ".tmp")
