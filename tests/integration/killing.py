@@ -86,11 +86,11 @@ class Build:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Build]:
-    """Start `enginery build digits.yaml --store store --json` in a folder; at the end nothing of it is left."""
+def started(folder: Path, recipe: str = "digits.yaml") -> Iterator[Build]:
+    """Start `enginery build RECIPE --store store --json` in a folder; at the end nothing of it is left."""
     mark = uuid.uuid4().hex
     with subprocess.Popen(
-        [sys.executable, "-m", "enginery", "build", "digits.yaml", "--store", "store", "--json"],
+        [sys.executable, "-m", "enginery", "build", recipe, "--store", "store", "--json"],
         cwd=folder,
         env={**environment(), "PREFECT_HOME": str(folder / "prefect"), _MARK: mark},
         stdout=subprocess.DEVNULL,
