@@ -3,13 +3,15 @@
 Credentials, profile, region and endpoint come the way they do for every AWS tool (environment,
 `~/.aws`, instance role; `AWS_ENDPOINT_URL_S3` for another service). `ENGINERY_S3_ADDRESSING` is
 `path`, `virtual` or `auto` (default: path-style where an endpoint is given, as botocore has it).
-A put that dies half-way leaves no object, but it leaves parts that cost money: give the bucket a
-lifecycle rule that aborts incomplete multipart uploads.
+What objects are encrypted and tagged with: `s3_settings`. A put that dies half-way leaves no object, but parts,
+with which the next put of the file goes on; they cost money: give the bucket a lifecycle rule that aborts incomplete uploads.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
+import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,12 +21,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError
-from artifacts.files import arriving, check_chunks, create_file, file_chunks, open_regular, os_faults
+from artifacts.errors import AddressError, NotFoundError, StoreError
+from artifacts.files import arriving, check_chunks, create_file, open_regular, os_faults
 from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
-from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_size
+from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_match, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
 from artifacts.s3_faults import Place, error_code, is_absent, s3_faults
+from artifacts.s3_multipart import PART_BYTES, MultipartUpload
+from artifacts.s3_settings import apply_settings, is_anonymous
 from artifacts.scratch import held_folder, sweep, system_scratch
 from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from botocore.session import Session as BotocoreSession
     from mypy_boto3_s3 import S3Client
 
-PART_BYTES: Final = 16 << 20
 _THREADS: Final = 4
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
@@ -111,36 +114,32 @@ class S3Store:
             return True
 
     def put_file(self, path: str, source: Path, ref: ArtifactRef) -> None:
-        """Hash a file, then store it in parts of 16 MiB; an object of the same size is not sent again.
+        """Store a file, beyond 16 MiB in parts, hashing what is sent; an object of the same size is not sent again.
 
-        Raises IntegrityError where the file's bytes are not `ref` (or change while they are sent), StoreError.
+        Of an upload that was interrupted, the parts that are there are kept (`s3_multipart`). Raises IntegrityError where the
+        file's bytes are not `ref`, StoreError.
         """
-        from boto3.s3.transfer import TransferConfig
-
         key = self._key(path)
         with open_regular(source) as stream:
-            before = os.fstat(stream.fileno())
-            require_size(str(source), ref, before.st_size)
+            require_size(str(source), ref, os.fstat(stream.fileno()).st_size)
             there = self.info(path)
             if there is not None and there.size == ref.size:
                 return
-            with os_faults(str(source)):
-                check_chunks(file_chunks(stream), ref, str(source))
-        with self._faults(path), os_faults(str(source)):
-            self._client.upload_file(
-                str(source),
-                self.bucket,
-                key,
-                ExtraArgs={"Metadata": {"sha256": ref.digest}, "ContentType": ref.media_type},
-                Config=TransferConfig(
-                    multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=_THREADS
-                ),
-            )
-            # boto3 opened the file by its name again; what was hashed must be what was sent.
-            after = source.stat()
-            if (after.st_ino, after.st_size, after.st_mtime_ns) != (before.st_ino, before.st_size, before.st_mtime_ns):
-                self._client.delete_object(Bucket=self.bucket, Key=key)
-                raise IntegrityError(f"{source} changed while it was stored as {path}; removed it from the store")
+            with self._faults(path), os_faults(str(source)):
+                client = self._writer()
+                if ref.size > PART_BYTES:
+                    MultipartUpload(client, self.bucket, key).send(stream, ref, str(source))
+                    return
+                data = stream.read(PART_BYTES + 1)
+                require_match(str(source), ref, digest_bytes(data), len(data))
+                client.put_object(
+                    Bucket=self.bucket,
+                    Key=key,
+                    Body=data,
+                    ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
+                    Metadata={"sha256": ref.digest},
+                    ContentType=ref.media_type,
+                )
 
     def get_file(self, path: str, ref: ArtifactRef, target: Path) -> None:
         """Bring an object to `target` with flat memory, hashing it on the way; a broken connection is taken up again.
@@ -298,10 +297,16 @@ class S3Store:
         if _names_endpoint() and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
             # Since boto3 1.36 uploads carry checksums in a trailer, which many services other than AWS refuse.
             config = config.merge(Config(request_checksum_calculation="when_required"))
+        if is_anonymous():
+            from botocore import UNSIGNED
+
+            config = config.merge(Config(signature_version=UNSIGNED))
         try:
-            return Session(botocore_session=_session()).client("s3", config=config)
+            client: S3Client = Session(botocore_session=_session()).client("s3", config=config)
         except ValueError as err:
             raise StoreError(f"{self.uri}: {err}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from err
+        apply_settings(client)
+        return client
 
     @cached_property
     def _conditional(self) -> ConditionalWriter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from artifacts.cache import ActionCache, blob_path
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
+from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
 from tests.servers import Faults, bad_network
 
@@ -221,9 +224,9 @@ def test_a_file_that_changes_while_it_is_sent(store: Store, faults: Faults, tmp_
         source.write_bytes(b"wrong")
 
     store._client.meta.events.register("before-call.s3.PutObject", change)
-    with pytest.raises(IntegrityError, match="changed while it was stored as blob; removed it"):
-        store.put_file("blob", source, ref_of(b"right"))
-    assert store.info("blob") is None
+    store.put_file("blob", source, ref_of(b"right"))
+    assert source.read_bytes() == b"wrong"
+    assert store.read("blob") == b"right"  # what was hashed is what was sent
 
 
 @pytest.mark.parametrize(
@@ -356,3 +359,110 @@ def test_threads_share_a_store(s3_store_uri: str) -> None:
     assert sorted(won) == [False] * 6 + [True] * 2
     with pytest.raises(NotFoundError):
         store.read("a/2")
+
+
+def large_file(tmp_path: Path, parts: int = 4) -> tuple[Path, ArtifactRef]:
+    data = random.Random(parts).randbytes((parts - 1) * PART_BYTES + 5)
+    source = tmp_path / "large"
+    source.write_bytes(data)
+    return source, ref_of(data)
+
+
+def sent_parts(faults: Faults) -> list[int]:
+    found = [re.search(r"partNumber=(\d+)", line) for line in faults.requests if line.startswith("PUT")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def test_an_interrupted_upload_goes_on_from_the_parts_that_are_there(
+    store: Store, faults: Faults, tmp_path: Path
+) -> None:
+    source, ref = large_file(tmp_path)
+
+    def dies(params: dict[str, object], **_more: object) -> None:
+        if "partNumber=3" in str(params["url"]):
+            raise KeyboardInterrupt
+
+    dying = open_store(store.uri)
+    dying._client.meta.events.register("before-call.s3.UploadPart", dies)
+    with pytest.raises(KeyboardInterrupt):
+        dying.put_file("blob", source, ref)
+    assert store.info("blob") is None
+    kept = sent_parts(faults)
+    assert kept[:2] == [1, 2]
+    faults.requests.clear()
+    store.put_file("blob", source, ref)
+    assert sent_parts(faults) == sorted({1, 2, 3, 4} - set(kept))
+    store.get_file("blob", ref, tmp_path / "back")
+    bucket, _slash, _prefix = store.uri.removeprefix("s3://").partition("/")
+    assert "Uploads" not in store._client.list_multipart_uploads(Bucket=bucket)
+
+
+def test_parts_of_other_bytes_are_sent_again(store: Store, faults: Faults, tmp_path: Path) -> None:
+    source, ref = large_file(tmp_path, 2)
+    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
+    place = {"Bucket": bucket, "Key": f"{prefix}/blob"}
+    upload = store._client.create_multipart_upload(**place)["UploadId"]
+    store._client.upload_part(**place, UploadId=upload, PartNumber=1, Body=bytes(PART_BYTES))
+    faults.requests.clear()
+    store.put_file("blob", source, ref)
+    assert sent_parts(faults) == [1, 2]
+    store.get_file("blob", ref, tmp_path / "back")
+
+
+def test_a_large_file_of_other_bytes_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    source, ref = large_file(tmp_path, 2)
+    with source.open("r+b") as stream:
+        stream.write(b"other")
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        store.put_file("blob", source, ref)
+    bucket, _slash, _prefix = store.uri.removeprefix("s3://").partition("/")
+    assert store.info("blob") is None
+    assert "Uploads" not in store._client.list_multipart_uploads(Bucket=bucket)
+
+
+def test_what_objects_are_written_with(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ENGINERY_S3_SSE", "aws:kms")
+    monkeypatch.setenv("ENGINERY_S3_KMS_KEY", "alias/engines")
+    monkeypatch.setenv("ENGINERY_S3_STORAGE_CLASS", "STANDARD_IA")
+    monkeypatch.setenv("ENGINERY_S3_TAGS", "team=vision&stage=prod")
+    store = open_store(s3_store_uri)
+    source, ref = large_file(tmp_path, 2)
+    store.write("small", b"1", if_absent=True)
+    store.put_file("large", source, ref)
+    store.copy("small", "copy")
+    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
+    for path in ("small", "large", "copy", "store.json"):
+        head = store._client.head_object(Bucket=bucket, Key=f"{prefix}/{path}")
+        assert (head["ServerSideEncryption"], head["StorageClass"]) == ("aws:kms", "STANDARD_IA"), path
+        assert head["SSEKMSKeyId"].endswith("alias/engines")
+        tags = store._client.get_object_tagging(Bucket=bucket, Key=f"{prefix}/{path}")["TagSet"]
+        assert {tag["Key"]: tag["Value"] for tag in tags} == {"team": "vision", "stage": "prod"}, path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ENGINERY_S3_SSE", "rot13", r"'rot13' \(allowed: AES256, aws:kms"),
+        ("ENGINERY_S3_KMS_KEY", "key", "needs ENGINERY_S3_SSE=aws:kms"),
+        ("ENGINERY_S3_TAGS", "vision", "expected name=value"),
+        ("ENGINERY_S3_ANONYMOUS", "yes", r"'yes' \(allowed: 0, 1\)"),
+    ],
+)
+def test_settings_that_say_nothing(
+    s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StoreError, match=said):
+        open_store(s3_store_uri).read("a")
+
+
+def test_anonymous_requests_are_not_signed(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ENGINERY_S3_ANONYMOUS", "1")
+    store, headers = open_store(s3_store_uri), []
+    store._connection.meta.events.register("before-send.s3", lambda request, **_: headers.append(dict(request.headers)))
+    with pytest.raises(StoreError):
+        store.read("a")
+    assert headers
+    assert all("Authorization" not in sent for sent in headers)
