@@ -14,8 +14,10 @@ from prefect.events import emit_event
 
 from artifacts.store import open_store
 from flows.build import build
-from tasks.drift import look, request
+from recipes.loader import load
+from tasks.drift import look, missing_versions, request
 from tasks.rebuilding import rebuild_due
+from tasks.session import BuildSession, activate, open_session
 from tasks.toolchain import probe_host
 
 
@@ -45,13 +47,19 @@ async def watch(recipes: list[str], store: str = ".enginery") -> dict[str, Any]:
 @flow(name="rebuild", flow_run_name="rebuild {rollout}", persist_result=False, validate_parameters=True)
 async def rebuild(rollout: str, store: str = ".enginery", jobs: int = 2) -> dict[str, Any]:
     """Rebuild on this host what a rollout asks of it, and note in the store which engines passed their gates."""
+    opened = open_store(store)
+
+    def session(recipe: str, targets: list[str]) -> BuildSession:
+        absent = missing_versions(opened, load(Path(recipe)).recipe.name)
+        return open_session(Path(recipe), opened, targets=tuple(targets), jobs=jobs, versions=absent)
 
     async def run(recipe: str, targets: list[str]) -> dict[str, Any]:
-        state: Any = await build(recipe, store=store, targets=targets, jobs=jobs, return_state=True)
+        with activate(recipe, await asyncio.to_thread(session, recipe, targets)):
+            state: Any = await build(recipe, store=store, targets=targets, jobs=jobs, return_state=True)
         document: Any = await state.aresult(raise_on_failure=False)
         if isinstance(document, BaseException):
             raise document
         found: dict[str, Any] = document
         return found
 
-    return await rebuild_due(open_store(store), rollout, probe_host().name, run)
+    return await rebuild_due(opened, rollout, probe_host().name, run)

@@ -33,6 +33,8 @@ from tasks.session import latest_path
 from tasks.toolchain import BACKENDS, probe_host, version
 
 Warn = Callable[[str], None]
+# What toolchains state besides packages.
+_NO_PACKAGES: Final = ("os", "arch", "cuda", "driver", "device", "cpu")
 _SECOND: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -206,11 +208,7 @@ def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn) -> list[t
     loaded = load(path)
     files = gather(loaded)
     latest = _latest(store, loaded.recipe.name)
-    recorded: dict[str, str] = {}
-    for preimage in latest.values():
-        for package, found in preimage.get("toolchain", {}).items():
-            if isinstance(found, str):
-                recorded.setdefault(package, found)
+    recorded = _recorded(latest)
     cache, known = ActionCache(store, warn), dict[tuple[str, str], ActionRecord | None]()
 
     def lookup(stage: str, key: str) -> ActionRecord | None:
@@ -232,6 +230,25 @@ def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn) -> list[t
         plan(loaded.recipe, files, host, version=versions(host), lookup=lookup, previous=lambda: latest).engines
         for host in (old, new)
     ]
+
+
+def missing_versions(store: Store, recipe: str) -> dict[str, str | None]:
+    """Return the versions of packages that a recipe's last build used and that are not installed here. Raises StoreError.
+
+    With them a host plans portable stages as whoever made them did, and finds them made.
+    """
+    recorded = _recorded(_latest(store, recipe))
+    return {package: found for package, found in recorded.items() if version(package) is None}
+
+
+def _recorded(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the versions in the toolchains of a build; of several of one package, that of the first stage."""
+    recorded: dict[str, str] = {}
+    for preimage in latest.values():
+        for package, found in preimage.get("toolchain", {}).items():
+            if isinstance(found, str) and package not in _NO_PACKAGES:
+                recorded.setdefault(package, found)
+    return recorded
 
 
 def _latest(store: Store, recipe: str) -> dict[str, dict[str, Any]]:

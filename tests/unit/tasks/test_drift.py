@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from artifacts.catalog import EngineCatalog, host_path
 from artifacts.folder import FolderStore
 from artifacts.hosts import VANISHED_SECONDS, read_host, see_host, seen_path
 from artifacts.rollouts import Rebuild, change_rollout, read_rollout, rollouts
-from tasks.drift import judge, look, request
+from tasks.drift import judge, look, missing_versions, request
 from tasks.rebuilding import rebuild_due, verdict
 from tasks.toolchain import HOST_NAME, probe_host
 from tests.simulated_builds import simulate_build, write_recipe
@@ -56,6 +57,15 @@ def test_exactly_the_engines_whose_keys_a_change_enters_are_stale(built):
     gone = judge(recipes, store, HERE, replace(HERE, runtimes={"onnxruntime": HERE.runtimes["onnxruntime"]}))
     assert (gone.stale, len(gone.lost)) == ((), 6)
     assert "tensorrt-rtx is not installed here" in gone.lost[0]
+
+
+def test_packages_that_are_not_here_are_planned_as_the_last_build_had_them(tmp_path):
+    store = FolderStore(tmp_path)
+    step = {"params": {}, "toolchain": {"no_such_package": "2.1", "onnxruntime": "0.1", "os": "linux", "cuda": ""}}
+    store.write("cache/latest/one.json", json.dumps({"export": step}).encode())
+    found = missing_versions(store, "one")
+    assert found == {"no_such_package": "2.1"}
+    assert missing_versions(store, "two") == {}
 
 
 def test_a_broken_recipe_is_told_and_the_others_are_judged(built, tmp_path):
