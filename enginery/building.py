@@ -39,6 +39,12 @@ PREFECT_SETTINGS = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
+# What runs say goes to the server all the same, where it is shown beside them (keys of Prefect's logging.yml).
+LOGGED = {
+    "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+}
 _SETTLE_SECONDS = 10.0
 
 
@@ -84,7 +90,8 @@ def _build_with_prefect(session: BuildSession) -> tuple[dict[str, Any], Callable
     recipe = str(session.loaded.path)
     head_start = threading.Thread(target=_head_start, args=(session,), name="head start", daemon=True)
     head_start.start()
-    for name, value in PREFECT_SETTINGS.items():
+    settings = PREFECT_SETTINGS if "PREFECT_LOGGING_LEVEL" in os.environ else {**PREFECT_SETTINGS, **LOGGED}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     with activate(recipe, session):
         try:

@@ -8,9 +8,11 @@ result cache is off, since the action record is the result.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import defaultdict, deque
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -19,11 +21,17 @@ from prefect.states import Completed, Failed
 from recipes.plan import Plan
 from recipes.steps import Step
 from tasks.drive import drive
+from tasks.progress import Progress
 from tasks.report import report
 from tasks.session import BuildSession, Outcome
+from tasks.shown import ProgressShown, leave_report, level_of
 
 if TYPE_CHECKING:
+    from logging import Logger, LoggerAdapter
+
     from prefect.client.schemas.objects import State
+
+_LOOK_SECONDS: Final = 1.0
 
 
 async def run_session(session: BuildSession) -> dict[str, Any]:
@@ -34,7 +42,9 @@ async def run_session(session: BuildSession) -> dict[str, Any]:
         session.cancel()
         raise
     session.finish(planned)
-    return report(session, planned)
+    document = report(session, planned)
+    await leave_report(document, session.store, get_run_logger().log)
+    return document
 
 
 class StageTasks:
@@ -45,6 +55,8 @@ class StageTasks:
         self._session = session
         # Steps wait for one another's slots in these threads; the session bounds how many really run.
         self._threads = ThreadPoolExecutor(max_workers=32, thread_name_prefix="stage")
+        self._said: dict[str, deque[Progress]] = defaultdict(deque)
+        session.follow(lambda progress: self._said[progress.step_id].append(progress))
 
     async def __call__(self, step: Step, planned: Plan) -> Outcome:
         """Run one step as a Prefect task run and return what became of it."""
@@ -56,7 +68,14 @@ class StageTasks:
             logger = get_run_logger()
             logger.info("%s %s: %s", step.id, key[:12], "; ".join(why) or "cached")
             loop = asyncio.get_running_loop()
-            outcome = await loop.run_in_executor(self._threads, self._session.ensure, step, planned)
+            running = loop.run_in_executor(self._threads, self._session.ensure, step, planned)
+            shown = ProgressShown(step.id, time.monotonic())
+            done = False
+            while not done:
+                await asyncio.wait({running}, timeout=_LOOK_SECONDS)
+                done = running.done()
+                await self._show(step, shown, logger, done=done)
+            outcome = running.result()
             outcomes.append(outcome)
             if outcome.state == "failed":
                 logger.error("%s: %s", step.id, outcome.message)
@@ -72,3 +91,19 @@ class StageTasks:
             await state.aresult(raise_on_failure=True)
             raise RuntimeError(f"{step.id}: Prefect ended its task run as {state.name}: {state.message}")
         return outcomes[0]
+
+    async def _show(
+        self, step: Step, shown: ProgressShown, logger: Logger | LoggerAdapter[Logger], *, done: bool
+    ) -> None:
+        """Pass on what a step has said: lines to its run's log, by level, and how far it is to its bar."""
+        said = self._said[step.id]
+        while said:
+            progress = said.popleft()
+            if progress.kind == "log":
+                logger.log(level_of(progress.text), "%s", progress.text)
+            elif progress.kind == "progress":
+                shown.latest = progress
+        try:
+            await shown.move(done=done)
+        except Exception as err:  # noqa: BLE001  of many kinds, and none may cost the stage
+            logger.warning("Prefect did not take the progress: %s", err)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 DEFAULT_JOBS: Final = 2
 _RERUNS: Final = 3
 _BACK_OFF_SECONDS: Final = 2.0
+_SAID: Final = 4000  # how much of what steps said is kept for who comes later
 
 
 def latest_path(recipe: str) -> str:
@@ -94,6 +96,9 @@ class BuildSession:
         self._attempts: dict[str, int] = {}
         self._warned: set[str] = set()
         self._bases: dict[str, tuple[Base, ...]] = {}
+        self._said: deque[Progress] = deque(maxlen=_SAID)
+        self._followers: list[Listener] = []
+        self._telling = threading.Lock()
         self._cancelled = threading.Event()
         self._lease: Lease | None = None
         self._leasing = threading.Lock()
@@ -205,8 +210,19 @@ class BuildSession:
         """Tell `listen` from now on what running steps say; it is called from several threads."""
         self.listen = listen
 
+    def follow(self, listen: Listener) -> None:
+        """Tell `listen` too what steps say: at once what they have said lately, then what they will; it has to be quick."""
+        with self._telling:
+            for progress in self._said:
+                listen(progress)
+            self._followers.append(listen)
+
     def _tell(self, progress: Progress) -> None:
         self.listen(progress)
+        with self._telling:
+            self._said.append(progress)
+            for follow in self._followers:
+                follow(progress)
 
     def cancel(self) -> None:
         """Stop every stage that runs, and start none; safe to call in a signal handler."""

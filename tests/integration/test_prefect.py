@@ -29,7 +29,7 @@ QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREF
 START_SECONDS = 120.0
 STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
 # Every line that a build may say on stderr in a pipe.
-SAID = re.compile(r"digits: \d+ of \d+ stages to run, \d+ cached|  (run  |built|FAIL |\.\.\.  ) \S+  .*")
+SAID = re.compile(r"digits: \d+ of \d+ stages to run, \d+ cached|  ((run  |built|FAIL ) \S+ |\.\.\.   \S+) .*")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Server:
         states = {run["name"]: (run["state"]["name"], run["state"]["message"] or "") for run in runs}
         assert len(states) == len(runs), "a step has two task runs"
         return flow, states
+
+    def artifacts(self, flow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return what a flow run has left in the UI, by key."""
+        found = self.ask("artifacts/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+        return {one["key"]: one for one in found}
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +108,28 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
         name: {"built": "Completed", "cached": "Cached"}[state] for name, state in steps.items()
     }
     assert shown["export"][0] == "Completed"
+    first = server.artifacts(flow)
+    assert len([name for name in first if name.startswith("manifest-digits-onnxruntime")]) == 1
+    rows = json.loads(first["stages-digits"]["data"])
+    assert {f"{row['stage']}" for row in rows} == {name.partition(":")[0] for name in steps}
+    assert {row["stage"]: row["why"] for row in rows}["export"] == "miss: never built"
+    if next(row["seconds"] for row in rows if row["stage"] == "export") > 12:  # of which it has to be seen for five
+        assert float(first["progress-export"]["data"]) == 100.0
+    assert re.search(r"\| \d\.\de-\d\d \|", first["engines-digits"]["data"])  # nothing was built before
 
     edit_recipe(lambda document: document["export"].update(opset=20))(tmp_path)
     steps = _build(tmp_path, server.env)
-    _flow, shown = server.last_run()
+    flow, shown = server.last_run()
+    second = server.artifacts(flow)
+    (link,) = (text["data"] for name, text in second.items() if name.startswith("manifest-digits-onnxruntime"))
+    path = re.search(r"\(file://(.*)\)", link)[1]
+    assert json.loads(Path(path).read_text())["identity"]["recipe"] == "digits"
+    assert re.search(
+        r"\| \d\.\de-\d\d \(\d\.\de-\d\d\) \|", second["engines-digits"]["data"]
+    )  # beside the build before
+    assert any("opset 18 -> 20" in row["why"] for row in json.loads(second["stages-digits"]["data"]))
+    said = server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [flow["id"]]}}, "limit": 200})
+    assert any(line["message"].startswith("export ") and line["task_run_id"] for line in said)
     kept = {"fetch:code", "fetch:weights", "fetch:labelled", "reference:parity", "reference:labelled", "verify:fp32"}
     assert {name for name, (state, _message) in shown.items() if state == "Cached"} == kept
     assert {name for name, (state, _message) in shown.items() if state == "Completed"} == set(steps) - kept
