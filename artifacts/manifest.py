@@ -236,6 +236,8 @@ class MetricGate(Part):
     name: str
     floor: float | None
     max_drop: float | None
+    ceiling: float | None = None
+    lower_is_better: bool = Field(default=False, description="Whether it is a rate of errors: max_drop is a rise then.")
 
 
 class Gates(Part):

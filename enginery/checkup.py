@@ -37,6 +37,7 @@ _EXTRAS: Final = (
     ("boto3", "stores in S3", "pip install 'enginery[s3]'"),
     ("model-signing", "signing engines, checking signatures", "pip install 'enginery[sign]'"),
     ("pillow", "calibration on folders of images", "pip install 'enginery[images]'"),
+    ("rapidfuzz", "the metric cer", "pip install 'enginery[metrics]'"),
     ("nvidia-ml-py", "seeing this host's GPUs", "pip install nvidia-ml-py"),
 )
 

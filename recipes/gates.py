@@ -61,8 +61,16 @@ class MetricBounds(Protocol):
         """Least value."""
 
     @property
+    def ceiling(self) -> float | None:
+        """Greatest value."""
+
+    @property
     def max_drop(self) -> float | None:
-        """How far it may lie below the source's."""
+        """How far it may be worse than the source's."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether it is a rate of errors."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,13 @@ def judge_by(facts: Mapping[str, Any], bounds: ParityBounds, gate: MetricBounds 
             value, source = metric["value"], metric["source"]
             if gate.floor is not None and not _at_least(value, gate.floor):
                 reasons.append(f"{gate.name} {_number(value)} < floor {gate.floor:g}")
+            if gate.ceiling is not None and not _at_most(value, gate.ceiling):
+                reasons.append(f"{gate.name} {_number(value)} > ceiling {gate.ceiling:g}")
+            sign, side = (-1, "above") if gate.lower_is_better else (1, "below")
             if gate.max_drop is not None and not (
-                value is not None and source is not None and _at_most(source - value, gate.max_drop)
+                value is not None and source is not None and _at_most(sign * (source - value), gate.max_drop)
             ):
-                reasons.append(f"{gate.name} {_number(value)} is more than {gate.max_drop:g} below {_number(source)}")
+                reasons.append(f"{gate.name} {_number(value)} is more than {gate.max_drop:g} {side} {_number(source)}")
     return Verdict(passed=not reasons, reasons=tuple(reasons))
 
 

@@ -357,6 +357,7 @@ class Pipeline:
                 "output": metric.output,
             }
             toolchain |= self.versions(*(own.packages if own is not None else ()))
+            toolchain |= self.versions("rapidfuzz") if metric.name == "cer" else {}
         inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 

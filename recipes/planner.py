@@ -528,4 +528,7 @@ def _listings(compiled: Step, timed: Step) -> list[Output]:
 
 def _metric_gate(recipe: Recipe) -> dict[str, Any] | None:
     metric = recipe.acceptance.metric
-    return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop} if metric is not None else None
+    if metric is None:
+        return None
+    lower = {"ceiling": metric.ceiling, "lower_is_better": True} if metric.lower_is_better else {}
+    return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop, **lower}

@@ -31,7 +31,7 @@ from recipes.targets import check_targets, refusal
 
 Found = Iterator[tuple[Key, str]]
 
-METRICS: Final = ("top1", "exact-match")
+METRICS: Final = ("top1", "exact-match", "cer")
 
 # Facts: toolchain.md section 1. dynamo silently stays at 18 below it; opset 22 is the last that onnx 1.17 checks, and
 # the graphs of both exporters at 23 were refused by it.
@@ -383,12 +383,25 @@ def _acceptance(recipe: Recipe) -> Found:
     elif metric.name not in METRICS:
         yield (
             (*at, "name"),
-            f"unknown metric {metric.name!r} ({near(metric.name, METRICS)}allowed: top1, exact-match, file.py:callable)",
+            f"unknown metric {metric.name!r} ({near(metric.name, METRICS)}allowed: top1, exact-match, cer, file.py:callable)",
         )
-    else:
+    elif metric.name != "cer":  # which exceeds 1 where more is read than there is
         yield from _fractions(at, metric.floor, metric.max_drop, metric.name)
-    if metric.floor is None and metric.max_drop is None:
-        yield at, "states neither floor nor max_drop, so anything would pass"
+    if metric.name in METRICS and metric.better is not None and metric.lower_is_better != (metric.name == "cer"):
+        yield (
+            (*at, "better"),
+            f"{metric.name} is good where it is {'low' if metric.name == 'cer' else 'high'}: leave it out",
+        )
+    elif metric.lower_is_better and metric.floor is not None:
+        yield (
+            (*at, "floor"),
+            f"{metric.name} is good where it is low: state ceiling, the greatest value that is acceptable",
+        )
+    elif not metric.lower_is_better and metric.ceiling is not None:
+        yield (*at, "ceiling"), f"{metric.name} is good where it is high: state floor, or better: lower"
+    if metric.floor is None and metric.max_drop is None and metric.ceiling is None:
+        bound = "ceiling" if metric.lower_is_better else "floor"
+        yield at, f"states neither {bound} nor max_drop, so anything would pass"
     if metric.labels in recipe.inputs:
         yield (*at, "labels"), f"{metric.labels!r} is the name of an input"
     outputs = recipe.outputs

@@ -286,13 +286,22 @@ class Metric(Model):
     """The recipe's own measure on labelled, held-out data, and how much of it may be lost."""
 
     name: str = Field(
-        description="top1, exact-match, or file.py:callable taking (outputs, labels) and returning a float."
+        description="top1, exact-match, cer, or file.py:callable taking (outputs, labels) and returning a float."
     )
     data: Dataset = Field(description="Labelled data that calibration and training have not seen.")
     labels: str = Field(default="label", description="Array of the data set that holds the labels.")
     output: str | None = Field(default=None, description="Which output is judged; default: the first.")
-    floor: float | None = Field(default=None, description="Least acceptable value.")
+    better: Literal["higher", "lower"] | None = Field(
+        default=None, description="Which values are good; default: lower for cer, higher for all others."
+    )
+    floor: float | None = Field(default=None, description="Least acceptable value, where higher is better.")
+    ceiling: float | None = Field(default=None, description="Greatest acceptable value, where lower is better.")
     max_drop: float | None = Field(default=None, ge=0, description="Largest acceptable loss from the source framework.")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether it is a rate of errors."""
+        return (self.better or ("lower" if self.name == "cer" else "higher")) == "lower"
 
 
 class Acceptance(Model):

@@ -63,8 +63,8 @@ def distance(reference: Array, found: Array) -> Distance:
 
 
 def built_in(name: str) -> Metric:
-    """Return the metric "top1" or "exact-match"."""
-    return {"top1": top1, "exact-match": exact_match}[name]
+    """Return the metric "top1", "exact-match" or "cer"."""
+    return {"top1": top1, "exact-match": exact_match, "cer": character_error_rate}[name]
 
 
 def top1(outputs: Mapping[str, Array], labels: Array) -> float:
@@ -83,6 +83,31 @@ def exact_match(outputs: Mapping[str, Array], labels: Array) -> float:
     return float(np.mean((found == expected).reshape(len(found), -1).all(axis=1)))
 
 
+def character_error_rate(outputs: Mapping[str, Array], labels: Array) -> float:
+    """Edits (Levenshtein) that turn what was read into the labels, over the number of the labels' characters.
+
+    Labels are [samples, length] integers, negative ones filling up. Outputs are integers likewise, or scores [samples,
+    steps, classes], read greedily as CTC does: the largest of each step, repeats merged, class 0 (blank) dropped. 0 is
+    right, and more than 1 possible. Raises BackendError("bad data") for other shapes, and for labels without a character.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    found = _only(outputs)
+    scores = np.issubdtype(found.dtype, np.floating)
+    if found.ndim != (3 if scores else 2) or labels.ndim != 2 or len(found) != len(labels):
+        raise BackendError(
+            "bad data",
+            f"cer: labels have shape {list(labels.shape)}, the outputs {list(found.shape)} ({found.dtype})",
+            "give [samples, length] labels, and outputs that are integers likewise or scores [samples, steps, classes]",
+        )
+    read = [_greedy(row) if scores else row[row >= 0].tolist() for row in found]
+    expected = [row[row >= 0].tolist() for row in labels]
+    characters = sum(map(len, expected))
+    if not characters:
+        raise BackendError("bad data", "cer: no label has a character", "negative labels fill up; use others")
+    return sum(Levenshtein.distance(a, b) for a, b in zip(read, expected, strict=True)) / characters
+
+
 def finite(value: float) -> float | None:
     """Return the number for JSON: None where it is NaN or infinite."""
     return value if math.isfinite(value) else None
@@ -99,6 +124,13 @@ def _mismatch(reference: Array, found: Array) -> Distance:
 
 def _largest(values: Array) -> float:
     return float(np.max(np.abs(values))) if values.size else 0.0
+
+
+def _greedy(scores: Array) -> list[int]:
+    best = scores.argmax(-1)
+    changed = np.concatenate([[True], best[1:] != best[:-1]]) if len(best) else np.zeros(0, bool)
+    read: list[int] = best[changed & (best != 0)].tolist()
+    return read
 
 
 def _only(outputs: Mapping[str, Array]) -> Array:

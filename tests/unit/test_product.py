@@ -31,7 +31,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("artifacts", "enginery", "flows", "recipes", "tasks")
 EXTRAS = (
-    "OpenSSL", "PIL", "boto3", "botocore", "cryptography", "cuda", "model_signing", "onnxscript", "onnxsim", "onnxslim", "paddle", "pynvml", "sklearn", "tensorrt",
+    "OpenSSL", "PIL", "boto3", "botocore", "cryptography", "cuda", "model_signing", "onnxscript", "onnxsim", "onnxslim", "paddle", "pynvml", "rapidfuzz", "sklearn", "tensorrt",
     "tensorrt_rtx", "torch", "transformers",
 )  # fmt: skip
 # Loaded only in the process of a stage whose source is PyTorch: subclasses of torch's classes need it at the top.

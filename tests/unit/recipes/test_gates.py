@@ -28,6 +28,27 @@ def test_every_precision_has_bounds_and_lower_ones_are_wider():
     assert parity_bounds(Acceptance(), "fp16") is DEFAULT_PARITY["fp16"]
 
 
+@pytest.mark.parametrize(
+    ("value", "bounds", "reasons"),
+    [
+        (0.10, {"ceiling": 0.1, "max_drop": 0.02}, []),
+        (0.05, {"max_drop": 0.0}, []),  # fewer errors than the source are no loss
+        (0.11, {"ceiling": 0.1}, ["cer 0.11 > ceiling 0.1"]),
+        (0.11, {"max_drop": 0.02}, ["cer 0.11 is more than 0.02 above 0.08"]),
+        (None, {"ceiling": 0.1}, ["cer not finite > ceiling 0.1"]),
+    ],
+)
+def test_of_a_rate_of_errors_less_is_better(value, bounds, reasons):
+    found = judge(facts({"name": "cer", "value": value, "source": 0.08}), accept(name="cer", **bounds), "fp32")
+    assert found.reasons == tuple(reasons)
+
+
+def test_a_callable_may_be_a_rate_of_errors():
+    gate = accept(name="own.py:wer", better="lower", max_drop=0.01)
+    assert judge(facts({"value": 0.1, "source": 0.3}), gate, "fp32").passed
+    assert not judge(facts({"value": 0.3, "source": 0.1}), gate, "fp32").passed
+
+
 def test_stated_bounds_replace_the_defaults_whole():
     stated = Parity(max_abs=0.5)
     acceptance = Acceptance(parity={"fp16": stated})

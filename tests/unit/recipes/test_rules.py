@@ -123,9 +123,12 @@ BROKEN = {
     # acceptance
     "parity of nothing": (lambda d: d["acceptance"].update(parity={"bf16": {"cosine": 0.9}}), "acceptance.parity.bf16: nothing is built in bf16 (built: int8, fp16, fp32)"),
     "parity without bounds": (lambda d: d["acceptance"].update(parity={"fp16": {}}), "acceptance.parity.fp16: states no bound, so anything would pass (allowed: relative_l2, max_abs, cosine)"),
-    "metric name": (lambda d: d["acceptance"]["metric"].update(name="topl"), "acceptance.metric.name: unknown metric 'topl' (did you mean 'top1'? allowed: top1, exact-match, file.py:callable)"),
+    "metric name": (lambda d: d["acceptance"]["metric"].update(name="topl"), "acceptance.metric.name: unknown metric 'topl' (did you mean 'top1'? allowed: top1, exact-match, cer, file.py:callable)"),
     "metric output": (lambda d: d["acceptance"]["metric"].update(output="logit"), "acceptance.metric.output: no such output (did you mean 'logits'? allowed: logits)"),
     "metric labels": (lambda d: d["acceptance"]["metric"].update(labels="image"), "acceptance.metric.labels: 'image' is the name of an input"),
+    "floor of errors": (lambda d: d["acceptance"]["metric"].update(name="cer", floor=0.1), "acceptance.metric.floor: cer is good where it is low: state ceiling, the greatest value that is acceptable"),
+    "ceiling of a share": (lambda d: d["acceptance"]["metric"].update(ceiling=0.1), "acceptance.metric.ceiling: top1 is good where it is high: state floor, or better: lower"),
+    "errors that are good": (lambda d: (d["acceptance"]["metric"].pop("floor"), d["acceptance"]["metric"].update(name="cer", ceiling=1.0, better="higher")), "acceptance.metric.better: cer is good where it is low: leave it out"),
     "metric without bounds": (lambda d: d["acceptance"]["metric"].pop("floor"), "acceptance.metric: states neither floor nor max_drop, so anything would pass"),
     "percent": (lambda d: d["acceptance"]["metric"].update(floor=97.0), "acceptance.metric.floor: top1 is a fraction between 0 and 1, found 97; write 0.97"),
     "drop in points": (lambda d: d["acceptance"]["metric"].update(max_drop=1.0), "acceptance.metric.max_drop: a drop of 1 is all there is, so anything would pass; one point is 0.01"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tasks.errors import BackendError
-from tasks.metrics import Distance, distance, exact_match, top1
+from tasks.metrics import Distance, built_in, distance, exact_match, top1
 
 FLOATS = arrays.arrays(
     st.sampled_from([np.float32, np.float64, np.float16]),
@@ -89,6 +89,25 @@ def test_top1():
     assert top1({"y": scores}, np.array([[1], [0], [0], [1]])) == 0.5
     with pytest.raises(BackendError, match=r"labels have shape \[3\], the answers \[4\]"):
         top1({"y": scores}, np.array([1, 0, 0]))
+
+
+def test_character_error_rate_counts_edits_over_the_labels_characters():
+    labels = np.array([[1, 2, 3, -1], [4, 5, -1, -1]])
+    assert built_in("cer")({"y": labels}, labels) == 0.0
+    # one replaced, one missing, one too many: 3 edits of 5 characters
+    assert built_in("cer")({"y": np.array([[1, 9, -1, -1], [4, 5, 6, -1]])}, labels) == pytest.approx(3 / 5)
+    assert built_in("cer")({"y": np.tile(np.arange(9), (2, 1))}, np.array([[8], [8]])) == 8.0
+
+
+def test_scores_are_read_as_ctc_does():
+    steps = np.array([[1, 1, 0, 1, 2, 0, 0, 3]])  # 1, (blank) 1, 2, 3
+    scores = np.eye(4, dtype=np.float32)[steps]
+    assert built_in("cer")({"y": scores}, np.array([[1, 1, 2, 3]])) == 0.0
+    assert built_in("cer")({"y": scores}, np.array([[1, 2, 3, -1]])) == pytest.approx(1 / 3)
+    with pytest.raises(BackendError, match=r"labels have shape \[1\]"):
+        built_in("cer")({"y": scores}, np.array([1]))
+    with pytest.raises(BackendError, match="no label has a character"):
+        built_in("cer")({"y": scores}, np.array([[-1, -1]]))
 
 
 def test_exact_match_wants_every_element():
