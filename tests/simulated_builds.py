@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.cache import ActionCache, blob_path
+from artifacts.host import Host
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.store import Store
@@ -41,16 +42,16 @@ def write_recipe(folder: Path, name: str) -> Path:
     return path
 
 
-def simulate_build(recipe: Path, store: Store, scratch: Path) -> Plan:
+def simulate_build(recipe: Path, store: Store, scratch: Path, host: Host | None = None) -> Plan:
     """Leave a store as a build of this recipe does, and return the plan that is fresh then."""
-    session = open_session(recipe, store)
+    session = open_session(recipe, store, host=host)
     while True:
         planned = session.plan()
         if not planned.ready:
             break
         for step in planned.ready:
             _simulate(step, store, scratch)
-        session = open_session(recipe, store)  # which looks every record up anew
+        session = open_session(recipe, store, host=host)  # which looks every record up anew
     session.finish(planned)
     if not planned.fresh:
         raise AssertionError([(step.id, step.state, step.why) for step in planned.steps if step.state != "cached"])

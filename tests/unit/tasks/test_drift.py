@@ -8,6 +8,7 @@ import pytest
 
 from artifacts.catalog import EngineCatalog, host_path
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu, Host
 from artifacts.hosts import VANISHED_SECONDS, read_host, see_host, seen_path
 from artifacts.rollouts import Rebuild, change_rollout, read_rollout, rollouts
 from tasks.drift import judge, look, missing_versions, request
@@ -19,6 +20,7 @@ from tests.unit.artifacts.test_promotion import timed
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'enginery[rtx]')")
 
 HERE = probe_host()
+H100 = Gpu("H100", "GPU-1", "sm90", 80 << 30, 132)
 RTX = [f"tensorrt-rtx:{gpu}" for gpu in ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")]
 
 
@@ -57,6 +59,31 @@ def test_exactly_the_engines_whose_keys_a_change_enters_are_stale(built):
     gone = judge(recipes, store, HERE, replace(HERE, runtimes={"onnxruntime": HERE.runtimes["onnxruntime"]}))
     assert (gone.stale, len(gone.lost)) == ((), 6)
     assert "tensorrt-rtx is not installed here" in gone.lost[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "change", "stale"),
+    [
+        ("branch", {"driver": "570.99"}, False),
+        ("branch", {"driver": "580.1"}, True),
+        ("exact", {"driver": "570.99"}, True),
+        ("ignore", {"driver": "580.1"}, False),
+        ("ignore", {"gpus": (replace(H100, uuid="GPU-2"),)}, False),
+        ("ignore", {"gpus": (replace(H100, sm_count=114),)}, True),
+        ("branch", {"runtimes": {"tensorrt": "10.17.0.1"}}, True),
+    ],
+)
+def test_the_recipes_driver_policy_and_the_device_decide_for_tensorrt(tmp_path, policy, change, stale):
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    head = recipe.read_text().partition("targets:")[0]
+    recipe.write_text(f"{head}driver: {policy}\ntargets: [{{runtime: tensorrt, gpus: [sm90]}}]\n")
+    box = Host("box", "linux", "x86_64", "570.1", "12.8", (H100,), {"tensorrt": "10.16.1.11"})
+    simulate_build(recipe, store, tmp_path, box)
+    judged = judge([recipe], store, box, replace(box, **change))
+    assert [one.target for one in judged.stale] == ["tensorrt:sm90"] * stale
+    assert judged.lost == ()
+    other = judge([recipe], store, box, replace(box, gpus=(replace(H100, compute_capability="sm89"),)))
+    assert (other.stale, len(other.lost)) == ((), 1)
 
 
 def test_packages_that_are_not_here_are_planned_as_the_last_build_had_them(tmp_path):
