@@ -26,7 +26,7 @@ from artifacts.files import arriving, check_chunks, create_file, open_regular, o
 from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_match, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
-from artifacts.s3_faults import Place, error_code, is_absent, s3_faults
+from artifacts.s3_faults import Place, error_code, is_absent, s3_faults, without_user
 from artifacts.s3_multipart import PART_BYTES, MultipartUpload
 from artifacts.s3_settings import apply_settings, is_anonymous
 from artifacts.scratch import held_folder, sweep, system_scratch
@@ -302,9 +302,15 @@ class S3Store:
 
             config = config.merge(Config(signature_version=UNSIGNED))
         try:
-            client: S3Client = Session(botocore_session=_session()).client("s3", config=config)
+            session = Session(botocore_session=_session())
+            client: S3Client = session.client("s3", config=config)
+            endpoint = without_user(client.meta.endpoint_url)
+            if endpoint != client.meta.endpoint_url:
+                # botocore repeats the address in its errors, and never sends what stands before the host.
+                client = session.client("s3", config=config, endpoint_url=endpoint)
         except ValueError as err:
-            raise StoreError(f"{self.uri}: {err}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from err
+            said = without_user(str(err))
+            raise StoreError(f"{self.uri}: {said}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from None
         apply_settings(client)
         return client
 

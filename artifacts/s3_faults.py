@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _REGION: Final = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalL
 _NO_CREDENTIALS: Final = (
     "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure (or: aws sso login)"
 )
+# What stands before the host in an address (RFC 3986, 3.2.1): a password, mostly.
+_USER: Final = re.compile(r"(?<=://)[^/?#\s\"']*@")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Place:
     uri: str
     bucket: str
     endpoint: str
+
+
+def without_user(text: str) -> str:
+    """Return a text with its addresses less their `user:password@`, which S3 has no use for and nobody should read."""
+    return _USER.sub("", text)
 
 
 def error_code(err: ClientError) -> str:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -307,6 +308,20 @@ def test_unreachable_endpoint(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         with pytest.raises(StoreError, match=f"cannot reach {address} .* check the network, and AWS_ENDPOINT_URL_S3"):
             open_store(s3_store_uri).read("a")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://bad host"])
+def test_a_password_in_the_endpoint_is_not_said(
+    address: str, s3_store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address.replace("://", "://opener:5es@me0@"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL_S3") as caught:
+        open_store(s3_store_uri).read("a")
+    said = "".join(traceback.format_exception(caught.value))
+    assert address.removeprefix("http://") in str(caught.value)
+    assert "opener" not in said
+    assert "me0" not in said
 
 
 def test_settings_that_are_wrong(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
