@@ -11,14 +11,17 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artifacts.cache import ActionCache, blob_path
+from artifacts.catalog import EngineCatalog
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
+from tests.engines import make_engine
 from tests.servers import Faults, bad_network
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -481,3 +484,26 @@ def test_anonymous_requests_are_not_signed(s3_store_uri: str, monkeypatch: pytes
         store.read("a")
     assert headers
     assert all("Authorization" not in sent for sent in headers)
+
+
+def test_unchanged_blobs_are_not_sent_again_and_a_publication_sends_no_bytes(
+    store: Store, faults: Faults, tmp_path: Path
+) -> None:
+    plan = b"plan" * 1000
+    first = make_engine(store, tmp_path, plan, recipe="digits", target="t", build="a")
+    EngineCatalog(store).publish(first)
+    blob = blob_path(digest_bytes(plan))
+    faults.requests.clear()
+    sizes: list[int] = []
+
+    def count(params: dict[str, Any], **_more: object) -> None:
+        body = params["body"]
+        sizes.append(len(body) if isinstance(body, bytes) else len(body.getbuffer()))
+
+    store._client.meta.events.register("before-call.s3.PutObject", count)
+    second = make_engine(store, tmp_path, plan, recipe="digits", target="t", build="b")
+    EngineCatalog(store).publish(second)
+    assert not [line for line in faults.requests if line.startswith("PUT") and line.endswith(blob)]
+    manifest = len(second.to_bytes())
+    assert max(sizes) == manifest
+    assert sum(sizes) < manifest + 1000  # a lease besides
