@@ -54,6 +54,9 @@ class ActionRecord:
             "started": self.started,
             "producer": dict(self.producer),
         }
+        # Of what a reader will see: JSON has no tuples.
+        seen = json.loads(json.dumps({**document, "preimage": None}, allow_nan=False))
+        document["check"] = digest_bytes(canonical_parsed(seen))
         return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -61,13 +64,15 @@ class ActionRecord:
         """Read a record back.
 
         Raises IntegrityError where it is not JSON, has another schema, lacks a field, names an output outside the
-        folder that outputs are brought to, or where its preimage does not hash to the key that it states.
+        folder that outputs are brought to, where its preimage does not hash to the key that it states, or the rest not to
+        its check.
         """
         try:
             document = json.loads(data)
             # Finite numbers and whole strings, so that what was read can be written again; the preimage once, below.
             inside = isinstance(document, dict)
-            canonical_parsed({**document, "preimage": None} if inside else document)
+            check = document.pop("check", None) if inside else None
+            rest = canonical_parsed({**document, "preimage": None} if inside else document)
             preimage = canonical_parsed(document.get("preimage") if inside else None)
         except (ValueError, RecursionError) as err:
             raise IntegrityError(f"action record is not JSON: {err}") from err
@@ -91,6 +96,9 @@ class ActionRecord:
         key = digest_bytes(preimage)
         if key != stated:
             raise IntegrityError(f"action record states key {str(stated)[:12]} but its preimage hashes to {key[:12]}")
+        # What the key does not cover; records of earlier releases have no check.
+        if check is not None and check != digest_bytes(rest):
+            raise IntegrityError("action record: its outputs, facts or times are not those that were written")
         vars(record)["key"] = key  # computed once: what was parsed has JSON types only
         return record
 

@@ -152,3 +152,22 @@ def test_what_is_said_of_damage(data: bytes, said: str) -> None:
 def test_facts_that_are_not_json_are_not_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         ActionRecord(EXAMPLE.preimage, {}, facts={"loss": float("nan")}).to_bytes()
+
+
+def test_a_flipped_bit_is_never_another_record() -> None:
+    text = EXAMPLE.to_bytes()
+    refused = 0
+    for bit in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            assert ActionRecord.from_bytes(bytes(flipped)) == EXAMPLE
+        except IntegrityError:
+            refused += 1
+    assert refused > 6 * len(text)
+
+
+def test_a_record_of_an_earlier_release_has_no_check() -> None:
+    document = json.loads(EXAMPLE.to_bytes())
+    del document["check"]
+    assert ActionRecord.from_bytes(json.dumps(document).encode()) == EXAMPLE

@@ -1,0 +1,26 @@
+"""No object with a flipped bit, or cut short, is used or lost in silence: the short form of bench/faults/flips.py."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from bench.faults.flips import damage_all
+
+pytestmark = pytest.mark.slow
+
+
+def test_whatever_is_damaged_is_refused_or_missed_aloud(tmp_path: Path):
+    with patch.dict(os.environ):  # entering a place changes the environment
+        tallies = damage_all(tmp_path, 8, random.Random(5))
+    assert {kind: tally.findings for kind, tally in tallies.items() if tally.findings} == {}
+    assert {"blob", "record", "manifest", "engine's file", "provenance", "signature", "channel", "pin", "host"} <= set(
+        tallies
+    )
+    for kind in ("blob", "manifest", "engine's file", "provenance", "signature"):
+        assert tallies[kind].answers == {"refused": tallies[kind].damages}
+    assert tallies["record"].answers["missed"] > 0.8 * tallies["record"].damages  # but for blanks
