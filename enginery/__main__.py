@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # for is imported: with every module, and every option made, a command would start later the more of them there are.
 MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.recipe_commands": ("validate", "plan", "build"),
+    "enginery.inspect_commands": ("inspect",),
     "enginery.catalog_commands": ("list", "show", "resolve", "pull"),
     "enginery.run_commands": ("run", "verify"),
     "enginery.bench_commands": ("bench",),

@@ -40,7 +40,7 @@ SPARED = {
     "rich.table",
 }
 COMMANDS = (
-    "validate", "plan", "build", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
+    "validate", "plan", "build", "inspect", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
     "gc", "pin", "unpin", "host", "doctor", "schema", "watch", "hosts", "rollout",
 )  # fmt: skip
 
