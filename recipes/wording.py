@@ -85,15 +85,20 @@ def _place(loc: Sequence[str | int], root: Node) -> tuple[Key, bool]:
             return path, True
         if path == ("source",) and index == 1 and part in _FRAMEWORKS:
             continue
-        if isinstance(node.value, dict) and part not in node.value:  # a missing key
-            return (*path, part), False
+        inside = node.value
+        if isinstance(inside, dict):
+            if part not in inside:  # a missing key
+                return (*path, part), False
+        elif not (isinstance(inside, list) and isinstance(part, int)):
+            break  # a tag of a union: the fault is of the value itself
         node = node.value[part]
         path = (*path, part)
     return path, False
 
 
 def _is_extent(path: Key) -> bool:
-    return len(path) == 4 and path[0] == "inputs" and path[2] == "shape"
+    own = path[2:] if path[:1] == ("parts",) else path
+    return len(own) == 4 and own[0] == "inputs" and own[2] == "shape"
 
 
 def _what(detail: Any, path: Key, node: Node, root: Node, *, is_key: bool) -> str:

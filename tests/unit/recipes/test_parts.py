@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
+from recipes.errors import RecipeError
+from recipes.loader import load
 from recipes.parts import part_recipe
 from recipes.rules import check
 from tests.unit.recipes.simulated import FILES, GOOD, World, recipe
 
+ROOT = Path(__file__).resolve().parents[3]
 PARTS = {
     "encoder": {
         "inputs": {"image": {"shape": ["batch", 3, 32, 32]}},
@@ -146,3 +151,17 @@ def test_profiles_are_narrowed_to_the_axes_of_a_part():
 )
 def test_what_is_wrong_is_told_where_it_is_stated(change, at, words):
     assert any(where == at and words in what for where, what in check(parted(change)))
+
+
+def test_a_size_that_is_none_is_told_at_its_place_in_the_part(tmp_path):
+    """Both sides of that union complain, with tags that are no part of the file."""
+    document = yaml.safe_load((ROOT / "recipes" / "digits-parts.yaml").read_text())
+    part, values = next(iter(document["parts"].items()))
+    name, tensor = next(iter(values["inputs"].items()))
+    tensor["shape"][0] = "batch 4"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path / "recipe.yaml")
+    (fault,) = caught.value.faults
+    assert fault.path == f"parts.{part}.inputs.{name}.shape[0]"
+    assert "expected a size" in fault.what

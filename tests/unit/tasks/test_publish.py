@@ -200,11 +200,10 @@ def test_the_manifest_lists_the_steps_that_the_engine_came_through_and_no_other(
     assert set(steps) == {
         "fetch:code", "fetch:weights", "export", "reference:parity", "fetch:labelled", "reference:labelled",
         "verify:export", "simplify", "verify:simplify", "type:fp16", "verify:fp16", "compile:tensorrt-rtx:sm89:fp16",
+        "fetch:calibration", "outliers",
     }  # fmt: skip
     assert steps["export"].toolchain["torch"] == "2.13.0"
-    assert {"calibrate", "fetch:calibration"} <= {
-        step.id for step in builder.manifests()["sm89", "int8"].provenance.steps
-    }
+    assert "calibrate" in {step.id for step in builder.manifests()["sm89", "int8"].provenance.steps}
     assert list(steps).index("export") < list(steps).index("simplify") < list(steps).index("type:fp16")
 
 

@@ -632,5 +632,5 @@ def test_a_fixed_batch_pads_the_last_samples_of_a_data_set(tmp_path):
 
 
 def test_an_unknown_framework_is_refused(tmp_path):
-    with pytest.raises(BackendError, match=r"no source 'tensorflow' \(allowed: torch, onnx\)"):
+    with pytest.raises(BackendError, match=r"no source 'tensorflow' \(allowed: torch, paddle, onnx\)"):
         run_export(request("export", {"framework": "tensorflow"}, {}, tmp_path))
