@@ -25,7 +25,7 @@ from tasks.toolchain import version
 from tests.integration.building import copy_digits, enginery, environment
 from tests.integration.test_prefect import QUIET, Server, server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 __all__ = ["server"]
 OLD = "1.0.0.1"
