@@ -38,6 +38,7 @@ _EXTRAS: Final = (
     ("model-signing", "signing engines, checking signatures", "pip install 'enginery[sign]'"),
     ("pillow", "calibration on folders of images", "pip install 'enginery[images]'"),
     ("rapidfuzz", "the metric cer", "pip install 'enginery[metrics]'"),
+    ("pycocotools", "the metric map", "pip install 'enginery[metrics]'"),
     ("nvidia-ml-py", "seeing this host's GPUs", "pip install nvidia-ml-py"),
 )
 

@@ -357,7 +357,8 @@ class Pipeline:
                 "output": metric.output,
             }
             toolchain |= self.versions(*(own.packages if own is not None else ()))
-            toolchain |= self.versions("rapidfuzz") if metric.name == "cer" else {}
+            counted_by = {"cer": "rapidfuzz", "map": "pycocotools"}
+            toolchain |= self.versions(counted_by[metric.name]) if metric.name in counted_by else {}
         inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 

@@ -31,7 +31,7 @@ from recipes.targets import check_targets, refusal
 
 Found = Iterator[tuple[Key, str]]
 
-METRICS: Final = ("top1", "exact-match", "cer")
+METRICS: Final = ("top1", "exact-match", "cer", "map")
 
 # Facts: toolchain.md section 1. dynamo silently stays at 18 below it; opset 22 is the last that onnx 1.17 checks, and
 # the graphs of both exporters at 23 were refused by it.
@@ -383,7 +383,7 @@ def _acceptance(recipe: Recipe) -> Found:
     elif metric.name not in METRICS:
         yield (
             (*at, "name"),
-            f"unknown metric {metric.name!r} ({near(metric.name, METRICS)}allowed: top1, exact-match, cer, file.py:callable)",
+            f"unknown metric {metric.name!r} ({near(metric.name, METRICS)}allowed: {', '.join(METRICS)}, file.py:callable)",
         )
     elif metric.name != "cer":  # which exceeds 1 where more is read than there is
         yield from _fractions(at, metric.floor, metric.max_drop, metric.name)
@@ -407,6 +407,11 @@ def _acceptance(recipe: Recipe) -> Found:
     outputs = recipe.outputs
     if metric.output is not None and outputs is not None and metric.output not in outputs:
         yield (*at, "output"), f"no such output ({near(metric.output, outputs)}allowed: {', '.join(outputs)})"
+    elif metric.name == "map" and metric.output is not None:
+        yield (*at, "output"), "map judges the outputs boxes, scores and classes together: leave it out"
+    missing = [name for name in ("boxes", "scores") if metric.name == "map" and name not in (outputs or (name,))]
+    if missing:
+        yield (*at, "name"), f"map judges outputs named boxes, scores and classes; missing here: {', '.join(missing)}"
 
 
 def _fractions(at: Key, floor: float | None, max_drop: float | None, name: str) -> Found:

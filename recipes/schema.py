@@ -286,7 +286,7 @@ class Metric(Model):
     """The recipe's own measure on labelled, held-out data, and how much of it may be lost."""
 
     name: str = Field(
-        description="top1, exact-match, cer, or file.py:callable taking (outputs, labels) and returning a float."
+        description="top1, exact-match, cer, map, or file.py:callable taking (outputs, labels) and returning a float."
     )
     data: Dataset = Field(description="Labelled data that calibration and training have not seen.")
     labels: str = Field(default="label", description="Array of the data set that holds the labels.")

@@ -27,6 +27,7 @@ from tasks.stage import STAGES, StageRequest, StageResult
 # Which extra installs an optional package, by the name it is imported under.
 EXTRAS: Final = {
     "rapidfuzz": "metrics",
+    "pycocotools": "metrics",
     "PIL": "images",
     "boto3": "s3",
     "onnxscript": "torch",

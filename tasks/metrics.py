@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from tasks.detection import mean_average_precision
 from tasks.errors import BackendError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,8 +64,14 @@ def distance(reference: Array, found: Array) -> Distance:
 
 
 def built_in(name: str) -> Metric:
-    """Return the metric "top1", "exact-match" or "cer"."""
-    return {"top1": top1, "exact-match": exact_match, "cer": character_error_rate}[name]
+    """Return the metric "top1", "exact-match" or "cer", which judge one output, or "map", which judges all."""
+    known: dict[str, Metric] = {
+        "top1": top1,
+        "exact-match": exact_match,
+        "cer": character_error_rate,
+        "map": mean_average_precision,
+    }
+    return known[name]
 
 
 def top1(outputs: Mapping[str, Array], labels: Array) -> float:

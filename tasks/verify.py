@@ -208,7 +208,10 @@ def _labelled(request: StageRequest, graph: Subject) -> tuple[dict[str, Any], di
         values = [_number(own(dict(outputs), labels), spec["entry"]) for outputs in (found, source)]
     else:
         measure = built_in(spec["name"])
-        values = [measure({judged: outputs[judged]}, labels) for outputs in (found, source)]
+        values = [
+            measure(outputs if spec["name"] == "map" else {judged: outputs[judged]}, labels)
+            for outputs in (found, source)
+        ]
     metric = {
         "name": spec["name"],
         "value": finite(values[0]),

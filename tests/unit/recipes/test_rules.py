@@ -123,8 +123,10 @@ BROKEN = {
     # acceptance
     "parity of nothing": (lambda d: d["acceptance"].update(parity={"bf16": {"cosine": 0.9}}), "acceptance.parity.bf16: nothing is built in bf16 (built: int8, fp16, fp32)"),
     "parity without bounds": (lambda d: d["acceptance"].update(parity={"fp16": {}}), "acceptance.parity.fp16: states no bound, so anything would pass (allowed: relative_l2, max_abs, cosine)"),
-    "metric name": (lambda d: d["acceptance"]["metric"].update(name="topl"), "acceptance.metric.name: unknown metric 'topl' (did you mean 'top1'? allowed: top1, exact-match, cer, file.py:callable)"),
+    "metric name": (lambda d: d["acceptance"]["metric"].update(name="topl"), "acceptance.metric.name: unknown metric 'topl' (did you mean 'top1'? allowed: top1, exact-match, cer, map, file.py:callable)"),
     "metric output": (lambda d: d["acceptance"]["metric"].update(output="logit"), "acceptance.metric.output: no such output (did you mean 'logits'? allowed: logits)"),
+    "map of logits": (lambda d: d["acceptance"]["metric"].update(name="map"), "acceptance.metric.name: map judges outputs named boxes, scores and classes; missing here: boxes, scores"),
+    "map of one output": (lambda d: [d.update(outputs=["boxes", "scores"]), d["acceptance"]["metric"].update(name="map", output="boxes")], "acceptance.metric.output: map judges the outputs boxes, scores and classes together: leave it out"),
     "metric labels": (lambda d: d["acceptance"]["metric"].update(labels="image"), "acceptance.metric.labels: 'image' is the name of an input"),
     "floor of errors": (lambda d: d["acceptance"]["metric"].update(name="cer", floor=0.1), "acceptance.metric.floor: cer is good where it is low: state ceiling, the greatest value that is acceptable"),
     "ceiling of a share": (lambda d: d["acceptance"]["metric"].update(ceiling=0.1), "acceptance.metric.ceiling: top1 is good where it is high: state floor, or better: lower"),
