@@ -64,7 +64,7 @@ def product(runtime: str, graph: Path, store_folder: Path) -> tuple[float, dict[
     from artifacts.folder import FolderStore
     from artifacts.keys import Action
     from artifacts.refs import ONNX, ArtifactRef, digest_file
-    from recipes.planner import RUNTIME_PACKAGES
+    from recipes.engine_stages import RUNTIME_PACKAGES
     from recipes.steps import Step
     from tasks.process import Limits
     from tasks.run import StepRunner

@@ -5,6 +5,6 @@ Enters: YAML text, the files it names, a host's toolchain, and a lookup of actio
 No code of a recipe is ever run here. Imports `artifacts` and nothing else of Enginery.
 Map: `schema` (Recipe v1), `loader` (YAML to Recipe: `yaml_text` and `nodes`, `includes`, `wording` of faults,
 `rules` and `targets`), `files` (digests of what a recipe names: `bundle` and `imports` for code, `onnx_data`,
-`digests`), `shapes` (profiles to tensor shapes), `planner`, `pipeline`, `steps` and `plan`, `gates` (does a
-precision pass).
+`digests`), `shapes` (profiles to tensor shapes), `planner`, `pipeline` (portable stages), `engine_stages`,
+`publishing`, `steps` and `plan`, `gates` (does a precision pass).
 """

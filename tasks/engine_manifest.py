@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from artifacts import manifest as m
 from artifacts.host import Host
+from recipes.engine_stages import PLAN_NAMES
 from recipes.gates import judge
 from recipes.parts import part_recipe
 from recipes.plan import EnginePlan
-from recipes.planner import PLAN_NAMES
 from recipes.refitting import PLAN
 from recipes.schema import Precision, Recipe
 from recipes.steps import Step

@@ -22,7 +22,7 @@ from artifacts.host import Gpu, Host
 from artifacts.keys import canonical_json
 from artifacts.refs import digest_bytes
 from artifacts.store import Store
-from recipes.planner import RUNTIME_PACKAGES
+from recipes.engine_stages import RUNTIME_PACKAGES
 from recipes.steps import Step
 from tasks.errors import TaskError
 from tasks.gpus import visible

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from recipes.planner import PLAN_NAMES, RUNTIME_PACKAGES
+from recipes.engine_stages import PLAN_NAMES, RUNTIME_PACKAGES
 from recipes.schema import GPUS
 from tasks.engines import RUNTIMES
 from tasks.errors import BackendError

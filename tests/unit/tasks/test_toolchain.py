@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from recipes.planner import RUNTIME_PACKAGES
+from recipes.engine_stages import RUNTIME_PACKAGES
 from tasks.toolchain import BACKENDS, probe_host, version
 
 REPORT = """
