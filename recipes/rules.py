@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -25,8 +26,9 @@ from recipes.schema import (
     Recipe,
     Tensor,
     TorchSource,
+    size_bytes,
 )
-from recipes.shapes import batch_axis
+from recipes.shapes import batch_axis, tensor_shape
 from recipes.targets import check_targets, refusal
 
 Found = Iterator[tuple[Key, str]]
@@ -48,10 +50,13 @@ _INTEGERS: Final = {
 }  # fmt: skip
 
 
+_BYTES: Final = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
+
+
 def check(recipe: Recipe) -> list[tuple[Key, str]]:
     """Return every broken rule as (path, message), in the order of the schema."""
     rules: tuple[Callable[[Recipe], Found], ...] = (
-        _source, _export, _inputs, _outputs, _profiles, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins, _pins,
+        _source, _export, _inputs, _outputs, _profiles, _extents, _precision, _calibration, _acceptance, _benchmark, check_targets, _plugins, _pins,
         _publish,
     )  # fmt: skip
     if not recipe.parts:
@@ -222,6 +227,25 @@ def _profiles(recipe: Recipe) -> Found:
         if tops and max(tops) == 1:
             first = next(name for name, ranges in recipe.profiles.items() if axis in ranges)
             yield ("profiles", first, axis), f"{axis} is 1 in every profile: write 1 in the shape, or allow more"
+
+
+def _extents(recipe: Recipe) -> Found:
+    """Refuse inputs that no stage could hold: parity is measured at each profile's max, in a process of `build.memory`."""
+    allowed = size_bytes(recipe.build.memory)
+    for name, ranges in recipe.profiles.items() or [("", {})]:
+        tops = {axis: most for axis, (_least, _best, most) in ranges.items()}
+        shapes = {
+            key: tensor_shape(tensor, tops)
+            for key, tensor in recipe.inputs.items()
+            if all(isinstance(axis, int) or axis in tops for axis in tensor.shape)
+        }
+        sizes = {key: math.prod(shape) * _BYTES[recipe.inputs[key].dtype] for key, shape in shapes.items()}
+        if sum(sizes.values()) > allowed:
+            largest = max(sizes, key=sizes.__getitem__)
+            at: Key = ("profiles", name) if recipe.profiles else ("inputs", largest, "shape")
+            where = f"{recipe.inputs[largest].dtype} {shapes[largest]}"
+            what = f"the inputs at max take {sum(sizes.values()) / 2**30:,.0f} GiB ({largest}: {where})"
+            yield at, f"{what}, and build.memory allows a stage {recipe.build.memory}: lower max, or raise it"
 
 
 def _precision(recipe: Recipe) -> Found:

@@ -25,6 +25,9 @@ from tasks.errors import BackendError, ModelCodeError, TaskError
 
 # Folders of bundles unpacked by this process: where a frame of a traceback is the recipe's own.
 _FOLDERS: Final[list[Path]] = []
+# Twice what recipes.bundle takes.
+_MAX_FILES: Final = 20_000
+_MAX_BYTES: Final = 1 << 30
 
 
 def load_callable(tar: Path, entry: str) -> Callable[..., Any]:
@@ -103,13 +106,29 @@ def _unpack(tar: Path) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="enginery-code-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        with tarfile.open(tar) as archive:
-            for member in archive:
+        # Not compressed: a bundle never is.
+        with tarfile.open(tar, "r:") as archive:
+            claimed = 0
+            for count, member in enumerate(archive):
+                claimed += member.size
+                if count >= _MAX_FILES or claimed > _MAX_BYTES:
+                    raise BackendError(
+                        "bad data",
+                        f"{tar.name}: refused to unpack: {count + 1} files claim {claimed} bytes "
+                        f"(at most {_MAX_FILES} files and {_MAX_BYTES >> 20} MiB)",
+                        "build the bundle with Enginery; name weights and data in the recipe",
+                    )
                 name = PurePosixPath(member.name)
                 if member.isdir() and ".." not in name.parts and not name.is_absolute():
                     continue
                 # Stricter than tarfile's "data" filter (which Python 3.10 lacks before 3.10.12): no links at all.
-                if not member.isreg() or name.is_absolute() or ".." in name.parts or "\\" in member.name:
+                if (
+                    not member.isreg()
+                    or member.issparse()
+                    or name.is_absolute()
+                    or ".." in name.parts
+                    or "\\" in member.name
+                ):
                     raise BackendError(
                         "bad data",
                         f"{tar.name}: refused to unpack {member.name!r}: not a plain file inside the bundle",
@@ -122,7 +141,15 @@ def _unpack(tar: Path) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with stream, target.open("wb") as out:
                     shutil.copyfileobj(stream, out)
-    except (tarfile.TarError, EOFError) as err:
+    except (
+        tarfile.TarError,
+        EOFError,
+        ValueError,
+        RecursionError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as err:
         raise BackendError(
             "bad data", f"{tar.name}: not a readable tar: {err}", "remove it from the store and build again"
         ) from err

@@ -6,9 +6,12 @@ file declares is compared with MEMORY_LIMIT before it is read.
 
 from __future__ import annotations
 
+import lzma
 import math
+import tokenize
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +25,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # No calibration or test set of a recipe needs more; a decompression bomb ends here.
 MEMORY_LIMIT: Final = 8 << 30
+# What zipfile and its decompressors raise for an archive that is damaged, encrypted, or of a method that they lack.
+_UNREADABLE: Final = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError,
+)  # fmt: skip
+# What numpy raises for a header that is none: it is parsed as a Python literal, and nesting exhausts that parser.
+_NO_HEADER: Final = (*_UNREADABLE, TypeError, SyntaxError, tokenize.TokenError, MemoryError)
+_MOST_AXES: Final = 32
+# By its name alone Pillow would take a file for what its first bytes say, and run Ghostscript for some of these.
+_IMAGE_FORMATS: Final = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _IMAGE_SUFFIXES: Final = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"])
 
 
@@ -79,7 +91,7 @@ def read_npz(path: Path, fields: Mapping[str, str] | None) -> dict[str, Array]:
                 with archive.open(there[array]) as stream:
                     arrays[name] = _read_npy(stream, f"{path.name}: {array}", budget)
                 budget -= arrays[name].nbytes
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as err:
+    except _UNREADABLE as err:
         raise _damaged(path.name, err) from err
     return arrays
 
@@ -187,15 +199,22 @@ def _read_npy(stream: Any, where: str, budget: int) -> Array:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise _bad(f"{where} holds Python objects", "save plain numbers; pickles are never loaded")
-        if dtype.kind not in "biuf":
-            raise _bad(f"{where} holds {dtype}, expected numbers", "save plain numbers")
-        size = math.prod(shape) * dtype.itemsize
-        if size > budget:
-            raise _too_large(where, size)
+    except _NO_HEADER as err:
+        raise _damaged(where, err) from err
+    if dtype.hasobject:
+        raise _bad(f"{where} holds Python objects", "save plain numbers; pickles are never loaded")
+    if dtype.kind not in "biuf":
+        raise _bad(f"{where} holds {dtype}, expected numbers", "save plain numbers")
+    if len(shape) > _MOST_AXES or any(type(extent) is not int or extent < 0 for extent in shape):
+        raise _bad(f"{where} has shape {shape!s:.100}, which no array has", "save the file again")
+    # An array of no elements too must not claim more than there could be.
+    size = math.prod(extent or 1 for extent in shape) * dtype.itemsize
+    if size > budget:
+        raise _too_large(where, size)
+    size = math.prod(shape) * dtype.itemsize
+    try:
         data = stream.read(size + 1)
-    except (ValueError, EOFError, zipfile.BadZipFile) as err:
+    except _UNREADABLE as err:
         raise _damaged(where, err) from err
     if len(data) != size:
         more = "more" if len(data) > size else f"only {len(data)}"
@@ -243,7 +262,7 @@ def _image(file: Path, spec: Mapping[str, Any]) -> Array:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit, made to hold
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_IMAGE_FORMATS) as opened:
                 mode = "L" if spec["color"] == "gray" else "RGB"
                 resized = _resize(ImageOps.exif_transpose(opened).convert(mode), tuple(spec["size"]), spec["resize"])
     except UnidentifiedImageError as err:  # its words hold the path, which differs from run to run
@@ -252,7 +271,7 @@ def _image(file: Path, spec: Mapping[str, Any]) -> Array:
         ) from err
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as err:
         raise _bad(f"{file.name} is too large an image: {err}", "scale it down") from err
-    except (OSError, SyntaxError, ValueError) as err:
+    except Exception as err:  # the decoders of a damaged image raise nearly anything
         raise _bad(f"{file.name} is not a readable image: {err}", "remove or replace it") from err
     pixels = np.asarray(resized, np.float32)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

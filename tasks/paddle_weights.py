@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -33,13 +34,15 @@ def _safetensors(path: Path) -> dict[str, Array]:
 
     try:
         return dict(load_file(str(path)))
-    except (SafetensorError, OSError, KeyError, TypeError) as err:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
         raise _unreadable(path, f"not readable as safetensors: {err}", "fetch or save the weights again") from err
 
 
 def _pdparams(path: Path) -> dict[str, Array]:
+    data = path.read_bytes()
     try:
-        content = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
+        _require_small_memo(data)
+        content = _ArraysOnly(io.BytesIO(data)).load()
     except _RefusedError as err:
         raise _unreadable(
             path,
@@ -67,6 +70,16 @@ def _array(value: object) -> Array | None:
     if isinstance(value, tuple) and len(value) == 2:  # (name of the parameter, its value)
         value = value[1]
     return value.array if isinstance(value, _Array) else None
+
+
+def _require_small_memo(data: bytes) -> None:
+    """Raise ValueError for a pickle that is cut short, or numbers its values beyond what it can hold.
+
+    The unpickler takes memory for as many values as the greatest number says.
+    """
+    for opcode, number, _at in pickletools.genops(data):
+        if opcode.name == "LONG_BINPUT" and isinstance(number, int) and number > len(data):
+            raise ValueError(f"value {number} of a file of {len(data)} bytes")
 
 
 class _RefusedError(Exception):

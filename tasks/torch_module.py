@@ -6,6 +6,7 @@ import inspect
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -145,8 +146,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
         try:
             return dict(load_file(str(path)))
-        except (SafetensorError, OSError, KeyError) as err:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
             raise _unreadable(path, f"not readable as safetensors: {err}", "fetch or save the weights again") from err
+    _require_stored(path)
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
@@ -164,6 +166,19 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise _unreadable(path, f"expected a state dict, found {_describe(content)}", "save model.state_dict()")
     return dict(content)
+
+
+def _require_stored(path: Path) -> None:
+    """Refuse a checkpoint whose parts claim more bytes than the file has: `torch.save` never compresses them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of an older format, or damaged: torch says so
+    size = path.stat().st_size
+    if claimed > size:
+        what = f"refused: it has {size} bytes, and claims to hold {claimed}"
+        raise _unreadable(path, what, "save it with torch.save, which compresses nothing")
 
 
 def _load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], file: str, entry: str) -> None:
