@@ -37,6 +37,15 @@ $(VENV)/.bindings: $(VENV)/.dev
 	done
 	@touch $@
 
+# Prefect's workers for Docker and Kubernetes, and the schema of Kubernetes: beside the environment, since a Prefect server
+# and a process worker import every worker that is installed with them, which takes seconds.
+$(VENV)/.workers: $(VENV)/.dev
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/workers --constraint constraints.txt \
+	  prefect-docker prefect-kubernetes kubernetes-validate \
+	  aiohappyeyeballs aiohttp aiosignal frozenlist importlib_resources iso8601 kopf kubernetes_asyncio multidict propcache \
+	  python-on-whales tenacity yarl
+	@touch $@
+
 demo: $(VENV)/.demo ## set up and build the digits recipe into .enginery/
 	$(BIN)/enginery build $(RECIPE)
 
@@ -56,8 +65,8 @@ test-fast: $(VENV)/.dev $(VENV)/.bindings
 test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
 	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not long and not gpu"
 
-test-long: $(VENV)/.dev ## the tests marked long: full-size models, minutes and gigabytes each; not part of `make test`
-	$(BIN)/python -m pytest -v -m "long and not gpu"
+test-long: $(VENV)/.dev $(VENV)/.workers ## the tests marked long: full-size models, minutes and gigabytes each; not part of `make test`
+	ENGINERY_WORKERS=$(VENV)/workers $(BIN)/python -m pytest -v -m "long and not gpu"
 
 test-gpu: ## the tests that need a GPU, by PYTHON, which has enginery[tensorrt] and pytest: a process for each file
 	failed=; for file in tests/gpu/test_*.py; do \

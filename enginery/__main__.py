@@ -27,6 +27,7 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.store_commands": ("gc", "pin", "unpin", "mirror"),
     "enginery.host_commands": ("host", "doctor", "schema"),
     "enginery.watch_commands": ("watch", "hosts", "rollout"),
+    "enginery.pool_commands": ("pool",),
 }
 _GARBAGE: Final = 100_000
 

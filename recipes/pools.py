@@ -7,6 +7,7 @@ A pool's hosts share major and minor version; a recipe that pins a whole version
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Final
@@ -17,6 +18,7 @@ from recipes.schema import GPUS
 
 PORTABLE: Final = "portable"
 _SHORT: Final[Mapping[str, str]] = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
+_GPU_POOL: Final = re.compile(r"gpu-sm\d{2,3}-(trt|rtx)\d+\.\d+")
 
 
 def pool_name(runtime: str, version: str, gpu: str) -> str:
@@ -62,6 +64,11 @@ def choose_pool(runtime: str, version: str, gpu: str, there: Collection[str], li
     alive = [name for name in fitting if name in live]
     best = alive or fitting
     return best[-1] if best else None
+
+
+def is_pool_name(name: str) -> bool:
+    """Tell whether builds ask a pool of this name for anything."""
+    return name == PORTABLE or _GPU_POOL.fullmatch(name) is not None
 
 
 def portable_host(host: Host) -> Host:
