@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeVar
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
 from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.fresh_plans import PLANS
 from artifacts.garbage import (
     BLOBS,
     LATEST,
@@ -47,7 +48,7 @@ PHASES: Final[tuple[Phase, ...]] = ("manifests", "files", "records", "blobs", "r
 # Builders may wait for a sweep, so that a long one is made of short ones.
 _SWEEP_SECONDS: Final = 20.0
 _THREADS: Final = 16
-_SMALL: Final = (LEASES, SWEEPS, PINS, "channels/", "engines/", RECORDS, LATEST, REFITS, REMOVED, QUARANTINE)
+_SMALL: Final = (LEASES, SWEEPS, PINS, "channels/", "engines/", RECORDS, LATEST, REFITS, PLANS, REMOVED, QUARANTINE)
 T = TypeVar("T")
 
 

@@ -22,6 +22,7 @@ from typing import Final
 from artifacts.attestation import FOLDER
 from artifacts.cache import blob_path, record_path
 from artifacts.catalog import SIGNATURE_DIGITS, SIGNATURES, EngineId
+from artifacts.fresh_plans import PLANS
 from artifacts.leases import FRESH_SECONDS, LEASES, SWEEPS, LeaseFacts, is_dead
 from artifacts.manifest import MANIFEST_NAME
 from artifacts.store import ObjectInfo
@@ -376,6 +377,9 @@ class _Rules:
         for path in self._under(QUARANTINE):
             if not self.young(path, days=self.policy.keep_days):
                 yield self._removal(path, "", f"in quarantine for {self.policy.keep_days:g} days")
+        for path in self._under(PLANS):
+            if not self.young(path, days=self.policy.keep_days):
+                yield self._removal(path, "", f"plans that no build has changed for {self.policy.keep_days:g} days")
         for path in self._under(LATEST):
             if not self._latest_counts(path):
                 yield self._removal(path, path.removeprefix(LATEST).removesuffix(".json"), "its recipe has no engine")

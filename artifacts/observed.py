@@ -1,16 +1,35 @@
-"""A store seen through a reader that notes which objects were asked for: what a plan was made from."""
+"""A store seen through a reader that notes what it found of each object: what a plan was made from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Final
+
+from artifacts.errors import NotFoundError
 from artifacts.store import ObjectInfo, Store
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What was found of an object: its size in bytes and its version, each None where that was not told.
+
+    `there`: whether it was there; None where one look found otherwise than another, so that a plan may be of both.
+    """
+
+    there: bool | None
+    size: int | None = None
+    version: str | None = None
+
+
+_ABSENT: Final = Sight(there=False)
+
+
 class ObservedStore:
-    """Reads objects, and notes in `paths` each that was asked for, there or not. It has nothing else of a store."""
+    """Reads objects, and notes in `sights` each that was asked for, there or not. It has nothing else of a store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.paths: set[str] = set()
+        self.sights: dict[str, Sight] = {}
 
     @property
     def uri(self) -> str:
@@ -19,10 +38,26 @@ class ObservedStore:
 
     def read(self, path: str) -> bytes:
         """Return a small object. Raises NotFoundError, StoreError."""
-        self.paths.add(path)
-        return self._store.read(path)
+        try:
+            data, version = self._store.read_versioned(path)
+        except NotFoundError:
+            self._note(path, _ABSENT)
+            raise
+        self._note(path, Sight(there=True, size=len(data), version=version))
+        return data
 
     def info(self, path: str) -> ObjectInfo | None:
         """Return size and time of an object, or None where there is none. Raises StoreError."""
-        self.paths.add(path)
-        return self._store.info(path)
+        info = self._store.info(path)
+        self._note(path, _ABSENT if info is None else Sight(there=True, size=info.size, version=info.version or None))
+        return info
+
+    def _note(self, path: str, sight: Sight) -> None:
+        seen = self.sights.setdefault(path, sight)
+        if seen is sight or seen.there is None:
+            return
+        same = seen.there == sight.there and seen.size == sight.size
+        if not same or (None not in (seen.version, sight.version) and seen.version != sight.version):
+            self.sights[path] = replace(seen, there=None)
+        elif seen.version is None:
+            self.sights[path] = sight

@@ -173,7 +173,7 @@ class S3Store:
                 head = self._client.head_object(Bucket=self.bucket, Key=key)
         except NotFoundError:
             return None
-        return ObjectInfo(path, head["ContentLength"], head["LastModified"].timestamp())
+        return ObjectInfo(path, head["ContentLength"], head["LastModified"].timestamp(), head.get("ETag", ""))
 
     def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
         """Return what `info` does of many objects: some are asked for one by one, thousands are found by listing.
@@ -291,7 +291,7 @@ class S3Store:
         from botocore.config import Config
 
         addressing = _addressing()
-        config = Config(retries={"mode": "standard"}, user_agent_extra="enginery")
+        config = Config(retries={"mode": "standard"}, user_agent_extra="enginery", max_pool_connections=_ASKERS)
         if addressing:
             config = config.merge(Config(s3={"addressing_style": addressing}))
         if _names_endpoint() and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
@@ -381,7 +381,7 @@ class S3Store:
                     path = item["Key"].removeprefix(base)
                     # Folder markers that consoles make, and whatever else is no object of a store.
                     if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
-                        yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp())
+                        yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
 
 
 def _session() -> BotocoreSession:

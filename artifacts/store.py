@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -24,11 +24,15 @@ RESERVED: Final = ("tmp", "locks", LAYOUT_NAME)
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One stored object: its path, its size in bytes, and when it was last written (seconds, UTC)."""
+    """One stored object: its path, its size in bytes, and when it was last written (seconds, UTC).
+
+    `version` is the name of its version as `read_versioned` tells it, where looking tells it too (S3), else empty.
+    """
 
     path: str
     size: int
     modified: float
+    version: str = field(default="", compare=False)
 
 
 class Store(Protocol):

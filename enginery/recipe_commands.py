@@ -158,7 +158,7 @@ def build(
     opened = open_store(store)
     paths, taken = _chosen(recipes, since)
     show = (lambda _report: None) if as_json else print_build
-    memory = PlanMemory(opened, tuple(target or ()))
+    memory = PlanMemory(opened, tuple(target or ()), warn=_warn)
     fresh = {path: found for path, found in memory.recall(paths).items() if found.is_latest}
     sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs, taken=taken)
     reports: list[dict[str, Any]] = []
@@ -170,6 +170,7 @@ def build(
             from enginery.building import build_session
 
             reports.append(build_session(sessions[path], show=show, verbose=verbose, quiet=as_json, memory=memory))
+    memory.share()
     if as_json:
         if taken is not None:
             reports = [report | {"since": taken.to_json(path)} for path, report in zip(paths, reports, strict=True)]
@@ -232,7 +233,7 @@ def _plan_reports(
     from tasks.remembered import PlanMemory
 
     opened = open_store(store)
-    memory = PlanMemory(opened, tuple(targets))
+    memory = PlanMemory(opened, tuple(targets), warn=_warn)
     fresh = memory.recall(paths)
     sessions = _sessions(paths, opened, targets, known=fresh, taken=taken)
     documents = {path: found.report for path, found in fresh.items()}
@@ -278,9 +279,7 @@ def _sessions(
         from tasks.session import open_session
 
         try:
-            session = open_session(
-                path, store, targets=tuple(targets), jobs=jobs, warn=lambda text: note(f"warning: {text}")
-            )
+            session = open_session(path, store, targets=tuple(targets), jobs=jobs, warn=_warn)
         except RecipeError as err:
             faults.extend(err.faults)
         else:
@@ -309,6 +308,10 @@ def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> l
         for name in targets
         if name not in known
     ]
+
+
+def _warn(text: str) -> None:
+    note(f"warning: {text}")
 
 
 def _worst(statuses: list[int]) -> int:

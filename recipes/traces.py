@@ -7,7 +7,7 @@ return the same, since both depend on nothing else (but their own code).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,26 @@ class FileTrace:
             )
         except (OSError, ValueError):
             return False
+
+    def below(self, folder: str) -> FileTrace:
+        """Return the trace with paths relative to a folder, so that it can be looked at where the folder lies elsewhere."""
+        return self._moved(lambda path: os.path.relpath(path, folder))
+
+    def above(self, folder: str) -> FileTrace:
+        """Return a trace that is relative with paths below this folder."""
+        return self._moved(lambda path: os.path.normpath(os.path.join(folder, path)))  # noqa: PTH118  of hundreds
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a relative trace has a path that leads out of its folder."""
+        return any(path.split("/", 1)[0] == ".." for path in (*self.files, *self.folders, *self.looked_for))
+
+    def _moved(self, move: Callable[[str], str]) -> FileTrace:
+        return FileTrace(
+            {move(path): known for path, known in self.files.items()},
+            {move(path): known for path, known in self.folders.items()},
+            {move(path): known for path, known in self.looked_for.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the trace as JSON values."""

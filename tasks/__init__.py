@@ -4,6 +4,7 @@ Enters: a `Step` of a plan, and a store. Leaves: an action record whose blobs ar
 `recipes` and `artifacts`; `tasks.sources` and `tasks.engines` import no sibling of theirs.
 Map: `stage` (what a stage's code gets and returns), `child` (the process it runs in), `process`
 (starting, bounding and classifying that process), `run` (a step to its record), `cache` (where
-Prefect's task states meet action records), `toolchain` (what is installed here), and the stages:
+Prefect's task states meet action records), `remembered` and `shared_plans` (plans that are fresh
+still), `toolchain` (what is installed here), and the stages:
 `fetch`, `sources/`, `simplify`, `calibrate`, `precision`, `engines/`, `verify`, `benchmark/`, `publish`.
 """

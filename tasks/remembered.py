@@ -6,7 +6,8 @@ object of the store that was read. It is given back where all of that is the sam
 every blob is there, of its size: what is spared is reading and parsing them again.
 
 Only plans in which nothing has to run are remembered, in files below `$XDG_CACHE_HOME/enginery/plans` (or `~/.cache`).
-That memory is a help and never needed: what cannot be read or written there is planned again.
+That memory is a help and never needed: what cannot be read or written there is planned again. What a build has found fresh
+it leaves in the store as well, for other machines (`shared_plans`).
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.errors import ArtifactError
+from artifacts.observed import Sight
 from artifacts.refs import digest_bytes
 from artifacts.store import ObjectInfo, Store, open_store
 from recipes.digests import Digests, cache_path
 from recipes.traces import FileTrace, trace_of
+from tasks.shared_plans import CODE, SharedPlans
 from tasks.toolchain import probe_host, version
 
 if TYPE_CHECKING:
@@ -35,12 +38,13 @@ if TYPE_CHECKING:
     from tasks.session import BuildSession
 
 MAX_PLANS: Final = 20_000
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
 # What changed so shortly before it was looked at may change again without a trace (Git calls that racy). A folder tells
 # fractions of seconds by this machine's clock; S3 tells seconds, by its own.
 _RACY_FOLDER_S: Final = 2.0
 _RACY_S: Final = 60.0
-Stamp = list[float] | None  # size in bytes and time of the last write; None where there is no such object
+# Size in bytes, and version or else the time of the last write; None where there is no such object.
+Stamp = list[Any] | None
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,49 @@ class PlanMemory:
     folder: Path | None = field(default_factory=plans_folder)
     began: float = field(default_factory=time.time)
     most: int = MAX_PLANS
+    warn: Callable[[str], None] = lambda _message: None
     _digests: Digests = field(default_factory=Digests)
     _has_room: bool = False
 
     def recall(self, recipes: Iterable[Path]) -> dict[Path, Remembered]:
-        """Return the reports of those recipes whose plan is known to be fresh still. Raises nothing."""
-        entries = {recipe: entry for recipe in recipes if (entry := self._entry(recipe)) is not None}
+        """Return the reports of those recipes whose plan is known to be fresh still, here or to the store. Raises nothing."""
+        recipes = list(recipes)
+        found = self._fresh({recipe: entry for recipe in recipes if (entry := self._entry(recipe)) is not None})
+        shared = self._shared.recall([recipe for recipe in recipes if recipe not in found], self._digests)
+        return found | self._fresh(
+            {recipe: entry | {"objects": {self.store.uri: entry["objects"]}} for recipe, entry in shared.items()}
+        )
+
+    def keep(self, planned: Collection[tuple[BuildSession, Plan]], *, latest: bool = False) -> None:
+        """Remember those of these plans that are fresh, each made since this memory was; `latest` after a build. Raises nothing.
+
+        What a build has found fresh, others may know too: `share`.
+        """
+        fresh = [(session, plan) for session, plan in planned if plan.fresh]
+        asked: dict[str, set[str]] = {}
+        for session, _plan in fresh:
+            for uri, sights in session.objects_read().items():
+                asked.setdefault(uri, set()).update(path for path in sights if not _is_versioned(uri))
+            asked.setdefault(self.store.uri, set()).add(session.latest_path)
+        stamps = {uri: self._stamps(uri, paths) for uri, paths in asked.items()}
+        for session, plan in fresh:
+            objects = {uri: self._kept(uri, sights, stamps[uri]) for uri, sights in session.objects_read().items()}
+            known = {uri: kept for uri, kept in objects.items() if kept is not None}
+            if len(known) < len(objects):
+                continue
+            left = {session.latest_path: (stamps[self.store.uri] or {}).get(session.latest_path)} if latest else {}
+            if not self._settled(self.store.uri, left.values()):
+                left = {}
+            self._write(session, plan, known, left)
+            if latest and list(known) == [self.store.uri]:
+                self._shared.offer(session, plan, known[self.store.uri], left)
+
+    def share(self) -> None:
+        """Leave in the store what builds have found fresh. Raises nothing."""
+        self._shared.share()
+
+    def _fresh(self, entries: Mapping[Path, dict[str, Any]]) -> dict[Path, Remembered]:
+        """Return the reports of those entries of which every object is as it was."""
         asked: dict[str, set[str]] = {}
         for entry in entries.values():
             for uri, objects in (*entry["objects"].items(), (self.store.uri, entry["latest"])):
@@ -104,26 +145,16 @@ class PlanMemory:
             if all(same(uri, objects) for uri, objects in entry["objects"].items())
         }
 
-    def keep(self, planned: Collection[tuple[BuildSession, Plan]], *, latest: bool = False) -> None:
-        """Remember those of these plans that are fresh, each made since this memory was; `latest` after a build. Raises nothing."""
-        fresh = [(session, plan) for session, plan in planned if plan.fresh]
-        asked: dict[str, set[str]] = {}
-        for session, _plan in fresh:
-            for uri, paths in session.objects_read().items():
-                asked.setdefault(uri, set()).update(paths)
-            asked.setdefault(self.store.uri, set()).add(session.latest_path)
-        stamps = {uri: self._stamps(uri, paths) for uri, paths in asked.items()}
-        for session, plan in fresh:
-            objects = {
-                uri: {path: (stamps[uri] or {}).get(path) for path in paths}
-                for uri, paths in session.objects_read().items()
-            }
-            if any(stamps[uri] is None or not self._settled(uri, kept.values()) for uri, kept in objects.items()):
-                continue
-            left = {session.latest_path: (stamps[self.store.uri] or {}).get(session.latest_path)} if latest else {}
-            if not self._settled(self.store.uri, left.values()):
-                left = {}
-            self._write(session, plan, objects, left)
+    def _kept(self, uri: str, sights: Mapping[str, Sight], stamps: dict[str, Stamp] | None) -> dict[str, Stamp] | None:
+        """Return the stamps of what a plan was made from, or None where it cannot be told that they are of those bytes."""
+        if _is_versioned(uri):
+            known = all(not sight.there or sight.version for sight in sights.values())
+            kept = {path: [sight.size, sight.version] if sight.there else None for path, sight in sights.items()}
+        else:
+            known = stamps is not None and self._settled(uri, (stamps.get(path) for path in sights))
+            kept = {path: (stamps or {}).get(path) for path in sights}
+        agreed = all(sight.there == (kept[path] is not None) for path, sight in sights.items())
+        return kept if known and agreed else None
 
     def _entry(self, recipe: Path) -> dict[str, Any] | None:
         """Return what is remembered of a recipe, where all but the store's objects is as it was."""
@@ -167,7 +198,8 @@ class PlanMemory:
             handle, name = tempfile.mkstemp(prefix=".plan-", dir=self.folder)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    json.dump(entry, stream, ensure_ascii=False, separators=(",", ":"))
+                    # Not json.dump, which goes without the encoder in C, and takes six times as long.
+                    stream.write(json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
                 Path(name).replace(self._place(session.loaded.path))
             finally:
                 Path(name).unlink(missing_ok=True)
@@ -189,6 +221,10 @@ class PlanMemory:
         return (self.folder or Path()) / f"{digest_bytes(json.dumps(of).encode())}.json"
 
     @cached_property
+    def _shared(self) -> SharedPlans:
+        return SharedPlans(self.store, self.targets, self.warn)
+
+    @cached_property
     def _made_by(self) -> dict[str, Any]:
         """Return what besides files and objects decides a plan: the host, and the code that plans."""
         return {"layout": _LAYOUT, "host": json.loads(json.dumps(probe_host().to_json())), "code": _code()}
@@ -204,18 +240,23 @@ class PlanMemory:
     def _settled(self, uri: str, stamps: Iterable[Stamp]) -> bool:
         """Tell whether everything was written well before it was read, so that a later change shows."""
         before = self.began - (_RACY_FOLDER_S if uri.startswith("file:") else _RACY_S)
-        return all(stamp is None or stamp[1] < before for stamp in stamps)
+        return all(stamp is None or isinstance(stamp[1], str) or stamp[1] < before for stamp in stamps)
 
 
 def _stamp(info: ObjectInfo) -> Stamp:
-    return [info.size, info.modified]
+    return [info.size, info.version or info.modified]
+
+
+def _is_versioned(uri: str) -> bool:
+    """Tell whether looking at an object of such a store tells its version, which other bytes do not have."""
+    return uri.startswith("s3:")
 
 
 def _code() -> str:
     """Return a digest of the planner's code, by when and how large its files are, and of what it is executed by."""
     top = Path(__file__).resolve().parents[1]
     found = [sys.version, version("pydantic"), version("pyyaml")]
-    for package in ("artifacts", "recipes", "tasks"):
+    for package in CODE:
         with os.scandir(top / package) as entries:
             files = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(".py")]
         found += [f"{package}/{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in sorted(files)]

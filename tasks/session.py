@@ -23,7 +23,7 @@ from artifacts.errors import AddressError, ArtifactError, IntegrityError, NotFou
 from artifacts.host import Host
 from artifacts.keys import canonical_json
 from artifacts.leases import Lease, leased
-from artifacts.observed import ObservedStore
+from artifacts.observed import ObservedStore, Sight
 from artifacts.records import ActionRecord
 from artifacts.refits import Base, RefitIndex, refit_identity
 from artifacts.store import Store
@@ -132,11 +132,11 @@ class BuildSession:
         """Where the preimages of the recipe's last build are kept."""
         return latest_path(self.recipe_name)
 
-    def objects_read(self) -> dict[str, frozenset[str]]:
-        """Return the objects that this session's plans were made from, there or not, by store."""
-        found: dict[str, frozenset[str]] = {}
+    def objects_read(self) -> dict[str, dict[str, Sight]]:
+        """Return what was found of the objects that this session's plans were made from, there or not, by store."""
+        found: dict[str, dict[str, Sight]] = {}
         for seen in self._shelves:
-            found[seen.uri] = found.get(seen.uri, frozenset()) | seen.paths
+            found[seen.uri] = {**found.get(seen.uri, {}), **seen.sights}
         return found
 
     def versions_read(self) -> dict[str, str | None]:

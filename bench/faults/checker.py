@@ -46,8 +46,8 @@ INVARIANTS: Final[Mapping[str, str]] = {
 }
 # What is JSON and says nothing that anybody relies on unchecked.
 _HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "claims/", "sweeps/", "pins/", "removed/")
-# Of no concern here: caches of the compiler and what was set aside as damaged. `store.json` says the layout's version.
-_OTHER: Final = ("timing/", "quarantine/")
+# Of no concern here: caches of the compiler, fresh plans (checked by those who read them), what was set aside as damaged. `store.json` says the layout's version.
+_OTHER: Final = ("timing/", "cache/plans/", "quarantine/")
 _TEMPORARY: Final = (".part", ".lock", ".fresh", ".new", ".tmp")
 
 

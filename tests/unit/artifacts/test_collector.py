@@ -19,6 +19,7 @@ from artifacts.channels import move_channel
 from artifacts.collector import Collected, Collector
 from artifacts.errors import StoreError
 from artifacts.folder import FolderStore
+from artifacts.fresh_plans import SHARDS, FreshPlans
 from artifacts.garbage import Policy, note_path, pin_path
 from artifacts.keys import Action
 from artifacts.leases import leased
@@ -280,6 +281,18 @@ def test_plans_that_may_be_refitted_stay_as_long_as_their_list_is_young(shop: Sh
     assert shop.cache.lookup("compile", compiled.key) is not None
     shop.collect(Policy(keep_days=9))
     assert shop.paths() == set()
+
+
+def test_fresh_plans_stay_as_long_as_builds_change_them(shop: Shop) -> None:
+    for profile in ("used", "gone"):
+        FreshPlans(shop.store, profile).add({"0" * 64: 1})
+    shop.age(10)
+    FreshPlans(shop.store, "used").add({f"{SHARDS:08x}{0:056x}": 1})  # of the same shard
+    shop.collect(Policy(keep_days=11))
+    assert FreshPlans(shop.store, "gone").read(["0" * 64])
+    shop.collect(Policy(keep_days=9))
+    assert FreshPlans(shop.store, "gone").read(["0" * 64]) == {}
+    assert FreshPlans(shop.store, "used").read(["0" * 64])
 
 
 def test_timing_caches_hosts_and_what_is_not_known_stay(shop: Shop) -> None:

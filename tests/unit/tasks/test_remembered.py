@@ -7,17 +7,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from artifacts import fresh_plans
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu
 from artifacts.store import open_store
 from recipes.digests import Digests
 from recipes.traces import FileTrace, trace_of
+from tasks import shared_plans
 from tasks.remembered import PlanMemory, plans_folder
 from tasks.report import plan_report
 from tasks.session import BuildSession, open_session
+from tasks.toolchain import version
 from tests.simulated_builds import simulate_build, write_recipe
 
 CODE = """
@@ -120,16 +125,30 @@ def test_no_plan_is_given_back_after_a_change(house: Path, change: str):
     assert not recalled(house)
 
 
-def test_every_object_that_a_plan_was_made_from_is_looked_for(house: Path):
-    """Whatever single object goes, the plan that is remembered goes, exactly where the plan itself is fresh no more."""
+def test_every_object_that_a_plan_was_made_from_is_looked_for(house: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever object goes, the plan that is remembered (here, in the store) goes, exactly where the plan is fresh no more."""
     kept(house)
-    for path in sorted(path for path in (house / "store").rglob("*") if path.is_file()):
+    shared(house)
+    index = set((house / "store").glob("cache/plans/*/*"))
+    assert len(index) == 1
+    homes = [os.environ["XDG_CACHE_HOME"], str(house / "nothing")]
+
+    def known() -> set[bool]:
+        found = set()
+        for home in homes:
+            monkeypatch.setenv("XDG_CACHE_HOME", home)
+            found.add(recalled(house))
+        return found
+
+    for path in sorted({path for path in (house / "store").rglob("*") if path.is_file()} - index):
         aside = path.with_name(f"{path.name}.aside")
         path.rename(aside)
         fresh = open_session(recipe_of(house), FolderStore(house / "store")).plan().fresh
-        assert recalled(house) == fresh, path
+        assert known() == {fresh}, path
         aside.rename(path)
-    assert recalled(house)
+    assert known() == {True}
+    index.pop().unlink()
+    assert known() == {True, False}  # what this machine remembers needs no index
 
 
 def test_other_targets_and_stores_and_places_are_remembered_apart(house: Path, tmp_path: Path):
@@ -228,22 +247,113 @@ def test_a_memory_that_has_grown_large_begins_anew(house: Path, tmp_path: Path):
     assert len(list(folder.iterdir())) == 1
 
 
-def test_plans_of_a_store_in_s3_are_remembered_once_they_have_settled(s3_store_uri: str, tmp_path: Path):
+def test_plans_of_a_store_in_s3_are_remembered_by_versions_and_not_by_times(s3_store_uri: str, tmp_path: Path):
     (tmp_path / "recipes").mkdir()
     recipe, store = write_recipe(tmp_path / "recipes", "m"), open_store(s3_store_uri)
     simulate_build(recipe, store, tmp_path)
-
-    def keep(seconds: float) -> bool:
-        memory = PlanMemory(store, began=time.time() + seconds)
-        session = open_session(recipe, store)
-        memory.keep([(session, session.plan())])
-        return recipe in PlanMemory(open_store(s3_store_uri)).recall([recipe])
-
-    assert not keep(50)
-    assert keep(100)
+    memory = PlanMemory(store)
+    session = open_session(recipe, store)
+    planned = session.plan()
     record = next(store.list("cache/actions/simplify/"))
+    data = store.read(record.path)
+    store.write(record.path, data.replace(b"1.0", b"2.0"))  # after it was read, and at once
+    memory.keep([(session, planned)])
+    assert not PlanMemory(store).recall([recipe])
+    store.write(record.path, data)
+    memory.keep([(session, planned)])
+    assert PlanMemory(store).recall([recipe])
+    store.touch(record.path)
+    assert PlanMemory(store).recall([recipe])
     store.delete(record.path)
     assert not PlanMemory(store).recall([recipe])
+
+
+# ---- what builds share through the store
+
+
+def shared(house: Path, *targets: str) -> None:
+    """Build a recipe in which nothing is stale, and leave its plan in the store."""
+    memory = memory_of(house, *targets)
+    session = open_session(recipe_of(house), memory.store, targets=targets)
+    memory.keep([(session, session.plan())], latest=True)
+    memory.share()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin on a machine that remembers nothing itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_machine_that_has_planned_nothing_is_given_what_a_build_left(house: Path, tmp_path: Path):
+    shared(house)
+    session = open_session(recipe_of(house), FolderStore(house / "store"))
+    found = memory_of(house).recall([recipe_of(house)])[recipe_of(house)]
+    assert (found.report, found.is_latest) == (plan_report(session.plan()), True)
+    assert not recalled(house, "onnxruntime")
+    other = Path(shutil.copytree(house, tmp_path / "elsewhere"))  # of a recipe that names nothing outside of its folder
+    assert recalled(other)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_plans_alone_leave_nothing_in_the_store(house: Path):
+    kept(house)
+    assert not list((house / "store").glob("cache/plans/*"))
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_plan_of_another_machine_is_given_back_after_a_change(house: Path, change: str):
+    shared(house)
+    for path in (house / "store").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert recalled(house)
+    CHANGES[change](house)
+    assert not recalled(house)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_recipe_that_names_files_elsewhere_is_known_where_it_lay(house: Path, tmp_path: Path):
+    (house / "recipes" / "base.inc").rename(house / "base.inc")
+    recipe_of(house).write_text(recipe_of(house).read_text().replace("base.inc", "../base.inc"))
+    shared(house)
+    assert recalled(house)
+    assert not recalled(Path(shutil.copytree(house, tmp_path / "elsewhere")))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_another_host_or_code_or_version_is_another_plan(house: Path, monkeypatch: pytest.MonkeyPatch):
+    shared(house)
+    here = shared_plans.probe_host()
+    for other, same in (
+        (replace(here, name="another", cpu="another"), True),  # nothing was timed
+        (replace(here, gpus=(Gpu("T4", "uuid", "sm75", 1),)), False),
+        (replace(here, driver="580.1"), False),
+        (replace(here, runtimes={**here.runtimes, "tensorrt-rtx": "9.9.9.9"}), False),
+    ):
+        monkeypatch.setattr(shared_plans, "probe_host", lambda host=other: host)
+        assert recalled(house) == same, other
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(house / "nothing"))
+    assert recalled(house)
+    monkeypatch.setattr(shared_plans, "version", lambda package: "0.0.1" if package == "onnx" else version(package))
+    assert not recalled(house)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("part", ["folder", "cpu", "versions", "trace", "objects", "latest", "report"])
+@pytest.mark.parametrize("value", [None, [], {}, 1, {"a": 1}])
+def test_an_entry_with_a_part_of_another_kind_harms_nothing(house: Path, part: str, value: object):
+    shared(house)
+    place = next((house / "store").glob("cache/plans/*/*"))
+    entries = fresh_plans.unpack(place.read_bytes())
+    place.write_bytes(fresh_plans.pack({name: entry | {part: value} for name, entry in entries.items()}))
+    found = memory_of(house).recall([recipe_of(house)])
+    assert all(one.report["steps"] for one in found.values())
+    place.write_bytes(fresh_plans.pack(dict.fromkeys(entries, value)))
+    assert not recalled(house)
 
 
 # ---- the files of a recipe
