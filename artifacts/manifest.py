@@ -166,12 +166,24 @@ class PrecisionFacts(Part):
     io: str = Field(description="Type of float inputs and outputs: float32, or native (that of the precision).")
 
 
+class WorstTensor(Part):
+    """The tensor that its int8 range serves least."""
+
+    tensor: str
+    clipped: float = Field(description="Share of the values beyond the range.")
+    snr_db: float | None = Field(description="Signal over rounding error, in decibels; null: no error, or no signal.")
+
+
 class CalibrationFacts(Part):
     """What the int8 ranges were found on."""
 
     digest: Digest = Field(description="Content of the calibration set.")
     samples: int | None
     method: str | None
+    report: str | None = Field(
+        default=None, description="Which of the files says what each tensor's range costs, the worst first."
+    )
+    worst: WorstTensor | None = Field(default=None, description="The first of that report.")
 
 
 class ParityFacts(Part):
@@ -469,6 +481,9 @@ class Manifest(Part):
             for file, entry in self.files.items()
             if file.startswith(f"{name}/") or "/" not in file
         }
+        calibration = part.calibration
+        if calibration is not None and calibration.report is not None:
+            calibration = calibration.model_copy(update={"report": calibration.report.removeprefix(f"{name}/")})
         return self.model_copy(
             update={
                 "schema_version": MANIFEST_SCHEMA,
@@ -477,10 +492,9 @@ class Manifest(Part):
                 "files": own,
                 **{
                     field: getattr(part, field)
-                    for field in (
-                        "inputs", "outputs", "profiles", "precision", "calibration", "verification", "benchmark",
-                    )
+                    for field in ("inputs", "outputs", "profiles", "precision", "verification", "benchmark")
                 },
+                "calibration": calibration,
             }
         )  # fmt: skip
 

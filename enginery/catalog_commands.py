@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,10 +35,12 @@ from enginery.output import (
     explains_errors,
     note,
     print_json,
+    stop,
 )
 
 if TYPE_CHECKING:
-    from artifacts.catalog import EngineCatalog
+    from artifacts.catalog import EngineCatalog, EngineId
+    from artifacts.manifest import Manifest
     from artifacts.resolve import Request, Resolution
     from artifacts.trust import Trust
     from enginery.trusting import Unchecked
@@ -82,6 +84,9 @@ def list_engines(
 @explains_errors
 def show(
     engine: EngineArgument,
+    ranges: Annotated[
+        bool, typer.Option("--ranges", help="Show what each tensor's calibrated range costs instead, the worst first.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,18 +96,40 @@ def show(
     """
     from artifacts.attestation import effective
     from artifacts.refs import digest_bytes
-    from enginery.catalog_tables import print_engine
+    from enginery.catalog_tables import print_engine, print_ranges
 
     catalog = open_catalog(store)
     found = the_engine(catalog, engine)
     data = catalog.manifest_bytes(found)
     manifest = catalog.read_manifest(found, data)
+    if ranges:
+        reports = _ranges(catalog, found, manifest)
+        print_json(reports) if as_json else print_ranges(reports)
+        return
     later = catalog.attestations(found, digest_bytes(data))
     if as_json:
         executed = [attestation.model_dump(mode="json", by_alias=True) for attestation in later]
         print_json(json.loads(data) | ({"executed_later": executed} if executed else {}))
     else:
         print_engine(effective(manifest, later), later)
+
+
+def _ranges(catalog: EngineCatalog, engine: EngineId, manifest: Manifest) -> dict[str, Any]:
+    """Read the calibration report of each part of an engine (of its only graph, under an empty name)."""
+    import tempfile
+
+    of_parts = {name: part.calibration for name, part in manifest.parts.items()} or {"": manifest.calibration}
+    names = {part: one.report for part, one in of_parts.items() if one is not None and one.report is not None}
+    if not names:
+        stop(
+            FAILED,
+            f"{engine} has no calibration report: it has no calibrated ranges, or TensorRT's own, "
+            "or was published before there were reports",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for index, name in enumerate(names.values()):
+            catalog.fetch(engine, name, manifest.files[name], Path(folder, str(index)))
+        return {part: json.loads(Path(folder, str(index)).read_text("utf-8")) for index, part in enumerate(names)}
 
 
 @explains_errors

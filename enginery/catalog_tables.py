@@ -11,13 +11,13 @@ from enginery.rows import print_table
 from enginery.tables import candidate_cells, size_text, timing_cells
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
 
     from artifacts.attestation import Attestation
-    from artifacts.manifest import Manifest, Measured
+    from artifacts.manifest import Manifest, Measured, WorstTensor
     from artifacts.resolve import Request, Resolution
 
 
@@ -139,6 +139,8 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
         samples = f", {manifest.calibration.samples} samples" if manifest.calibration.samples is not None else ""
         method = f", {manifest.calibration.method}" if manifest.calibration.method is not None else ""
         rows.append(("calibration", f"sha256 {manifest.calibration.digest}{samples}{method}"))
+        if manifest.calibration.report is not None:
+            rows.append(("ranges", f"{_worst_text(manifest.calibration.worst)}; all: enginery show --ranges"))
     rows.append(("graph", _measured_text(manifest.verification.graph)))
     rows.append(("engine itself", _measured_text(manifest.verification.engine)))
     rows += [("timed", line) for line in _timed_lines(manifest)]
@@ -155,6 +157,28 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
         tools = ", ".join(f"{name} {found}" for name, found in step.toolchain.items() if found is not None)
         add_row(table, step.id, f"{step.seconds:.1f}", "reused" if step.reused else "built", tools)
     print_table(out, table)
+
+
+def print_ranges(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what each tensor's range costs, the worst first, of each part (or of the only graph, whose name is empty)."""
+    out = console()
+    for part, report in reports.items():
+        where = f"part {part}: " if part else ""
+        out.print(
+            f"{where}{len(report['tensors'])} tensors, {report['method']}, {report['samples']} samples", markup=False
+        )
+        table = plain_table(out, "SNR dB", "minmax", "fp8", "clipped", "range", "observed", "tensor", "taken by")
+        for row in report["tensors"]:
+            spans = (f"{row[name][0]:.4g} .. {row[name][1]:.4g}" for name in ("range", "observed"))
+            ratios = (_figure(row[name], ".1f") for name in ("snr_db", "snr_minmax_db", "snr_fp8_db"))
+            add_row(table, *ratios, f"{row['clipped']:.3%}", *spans, row["tensor"], ", ".join(row["nodes"]))
+        print_table(out, table)
+
+
+def _worst_text(worst: WorstTensor | None) -> str:
+    if worst is None:
+        return "no tensor"
+    return f"worst is {worst.tensor}: SNR {_figure(worst.snr_db, '.1f')} dB, {worst.clipped:.3%} clipped"
 
 
 def _part_rows(name: str, part: Manifest) -> list[tuple[str, str]]:

@@ -80,6 +80,7 @@ def _stated(
         "engine": executed.facts if executed is not None else not_executed,
     }
     inputs, timed = stages.files(engine, engine.compile), engine.benchmark
+    inputs += _calibration_report(stages, engine)
     if timed is not None:
         # Which measurement it is enters the key, and not what was found, as that is never the same twice.
         measured["benchmark"] = {"key": timed.action.key} if timed.record and timed.action else None
@@ -90,6 +91,15 @@ def _stated(
             made for name in PINNED if (made := Output(engine.compile, name)).ref is not None and made not in inputs
         ]
     return params, measured, inputs, [gate for gate in (engine.verify, executed, timed) if gate is not None]
+
+
+def _calibration_report(stages: EngineStages, engine: EnginePlan) -> list[Output]:
+    """Return what says how good the ranges are that are written into the graph, where they are."""
+    typed, recipe = engine.typed or engine.given, stages.pipeline.recipe
+    spec, files = recipe.precision.calibration, stages.pipeline.files.calibration
+    if typed not in QUANTIZED or spec is None or files is None:
+        return []
+    return [Output(stages.pipeline.calibrate(typed, spec, files).step, "calibration.json")]
 
 
 def _publish(

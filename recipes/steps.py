@@ -28,7 +28,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "reference": 1,
     "export": 1,
     "simplify": 1,
-    "calibrate": 2,
+    "calibrate": 3,
     "outliers": 1,
     "type": 4,
     "compile": 1,

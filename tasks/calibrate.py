@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from artifacts.refs import JSON
+from tasks.calibration_report import Seen, measured, worst_first
 from tasks.datasets import Array, batches
 from tasks.errors import BackendError
 from tasks.graphs import hoist_constants
@@ -31,6 +32,7 @@ from tasks.quantize import activations, zero_range
 from tasks.stage import StageRequest, StageResult
 
 RANGES: Final = "ranges.json"
+REPORT: Final = "calibration.json"
 # As in NVIDIA's entropy calibration (GTC 2017, S7310); ONNX Runtime counts the levels of both signs together.
 _BINS: Final = 2048
 _LEVELS: Final = 128
@@ -42,7 +44,10 @@ def run(request: StageRequest) -> StageResult:
     """Run "model.onnx" on "dataset.safetensors" and write "ranges.json": {tensor: [low, high]}, sorted, float32 bounds.
 
     The tensors are what Conv, ConvTranspose, MatMul and Gemm take (`quantize.activations`): typing puts pairs nowhere
-    else. With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead (`tasks.engines.trt_calibrate`). Facts: tensors, samples, method, constant (tensors that were zero on all data). Raises BackendError("bad data")
+    else. "calibration.json" beside it says what each range costs: {"method", "samples", "tensors": [...]}, the worst first
+    (`tasks.calibration_report`). With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead
+    (`tasks.engines.trt_calibrate`). Facts: tensors, samples, method, constant (tensors that were zero on all data), worst
+    (of the report: tensor, clipped, snr_db). Raises BackendError("bad data")
     for NaN, infinity, and inputs that the data set lacks; by its kind where ONNX Runtime fails.
     """
     params = request.params
@@ -56,9 +61,13 @@ def run(request: StageRequest) -> StageResult:
     once = partial(batches, data, params["tensors"], params["batch"])
     with tempfile.TemporaryDirectory() as folder:
         observed = _Observed(request.inputs, Path(folder))
-        ranges = _extremes(request, observed, once)
+        extremes, seen = _extremes(request, observed, once)
+        ranges = dict(extremes)
         if params["method"] != "minmax":
             ranges |= _clipped(request, observed, once, ranges)
+    rows = worst_first(
+        {name: measured(seen[name], *ranges[name], *extremes[name]) for name in sorted(ranges)}, observed.readers
+    )
     ordered = {name: list(ranges[name]) for name in sorted(ranges)}
     (request.output_dir / RANGES).write_text(json.dumps(ordered, indent=1, allow_nan=False) + "\n", "utf-8")
     constant = [name for name, (low, high) in ordered.items() if zero_range(low, high)]
@@ -67,8 +76,11 @@ def run(request: StageRequest) -> StageResult:
         "samples": len(data[next(iter(params["tensors"]))]),
         "method": params["method"],
         "constant": constant,
+        "worst": {name: rows[0][name] for name in ("tensor", "clipped", "snr_db")} if rows else None,
     }
-    return StageResult({RANGES: JSON}, facts)
+    document = {"method": params["method"], "samples": facts["samples"], "tensors": rows}
+    (request.output_dir / REPORT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
+    return StageResult({RANGES: JSON, REPORT: JSON}, facts)
 
 
 class _Observed:
@@ -80,6 +92,7 @@ class _Observed:
         model = load_graph(inputs[GRAPH])
         hoist_constants(model)
         self.names = activations(model)
+        self.readers = {name: [node.name for node in model.graph.node if name in node.input] for name in self.names}
         known = {value.name for value in model.graph.input}
         # What is an input of the graph needs no run to be observed.
         self._direct = [name for name in self.names if name in known]
@@ -114,8 +127,9 @@ class _Observed:
         yield from zip(self._computed, values, strict=True)
 
 
-def _extremes(request: StageRequest, observed: _Observed, once: Pass) -> Ranges:
+def _extremes(request: StageRequest, observed: _Observed, once: Pass) -> tuple[Ranges, dict[str, Seen]]:
     ranges: Ranges = {}
+    seen: dict[str, Seen] = {}
     for index, (_samples, batch) in enumerate(once()):
         request.report(None, f"least and greatest values, batch {index + 1}")
         for name, values in observed(batch):
@@ -128,7 +142,8 @@ def _extremes(request: StageRequest, observed: _Observed, once: Pass) -> Ranges:
                 )
             old_low, old_high = ranges.get(name, (low, high))
             ranges[name] = (min(old_low, low), max(old_high, high))
-    return ranges
+            seen.setdefault(name, Seen()).add(values)
+    return ranges, seen
 
 
 def _clipped(request: StageRequest, observed: _Observed, once: Pass, extremes: Ranges) -> Ranges:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from recipes.loader import LoadedRecipe
 
 _GIT_SECONDS: Final = 30.0
+# What a calibration by ONNX Runtime makes beside the ranges; TensorRT's own has none.
+REPORT: Final = "calibration.json"
 _SOURCES: Final = ("fetch:code", "fetch:weights", "fetch:model")
 
 
@@ -156,7 +158,7 @@ def _part(
             outliers=tuple(typed.get("outliers", ())),
             io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),
-        calibration=_calibration(params["calibration"], next(iter(_calibrations(used)), None)),
+        calibration=_calibration(params["calibration"], next(iter(_calibrations(used)), None), name),
         verification=_verification({**params, "measured": own}, recipe, engine.given),
         benchmark=_benchmark(engine.benchmark),
         refitted_from=_refitted_from(engine) if name else None,
@@ -275,11 +277,18 @@ def _calibrations(used: Mapping[str, Step]) -> list[Step]:
     )
 
 
-def _calibration(digest: str | None, step: Step | None) -> m.CalibrationFacts | None:
+def _calibration(digest: str | None, step: Step | None, part: str) -> m.CalibrationFacts | None:
     if digest is None:
         return None
     facts = (step.facts if step is not None else None) or {}
-    return m.CalibrationFacts(digest=digest, samples=facts.get("samples"), method=facts.get("method"))
+    worst, report = facts.get("worst"), step is not None and step.record is not None and REPORT in step.record.outputs
+    return m.CalibrationFacts(
+        digest=digest,
+        samples=facts.get("samples"),
+        method=facts.get("method"),
+        report=f"{part}/{REPORT}" if report and part else REPORT if report else None,
+        worst=_read(m.WorstTensor, worst) if worst is not None else None,
+    )
 
 
 def _verification(params: Mapping[str, Any], recipe: Recipe, given: Precision) -> m.Verification:

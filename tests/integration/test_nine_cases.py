@@ -7,6 +7,7 @@ simplified one, unchanged: `verify:fp32` has the key of `verify:simplify`, which
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from artifacts.catalog import EngineCatalog
+from artifacts.folder import FolderStore
 from recipes.plan import Plan
 from tests.integration.building import build, copy_digits, edit_recipe, enginery, link_store
 
@@ -51,6 +54,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert planned.fresh
     assert planned.status == 0
     return folder
+
+
+def test_what_each_range_costs_is_published_with_int8_and_shown_worst_first(base: Path):
+    shown = enginery("show", "cpu/int8", "--ranges", "--json", "--store", str(base / "store"), cwd=base)
+    report = json.loads(shown.stdout)[""]
+    rows = report["tensors"]
+    assert [row["snr_db"] for row in rows] == sorted(row["snr_db"] for row in rows)
+    assert 15 < rows[0]["snr_db"] < rows[-1]["snr_db"] < 60
+    assert all(row["nodes"] and 0 <= row["clipped"] < 0.2 for row in rows)
+    manifests = {
+        one.precision.given: one for one in EngineCatalog(FolderStore(base / "store")).manifests() if one.calibration
+    }
+    assert manifests["int8"].calibration.worst.tensor == rows[0]["tensor"]
+    assert "calibration.json" in manifests["int8"].files
+    refused = enginery("show", "cpu/fp32", "--ranges", "--store", str(base / "store"), cwd=base)
+    assert (refused.returncode, "has no calibration report" in refused.stderr) == (1, True)
 
 
 def _one_sample(folder: Path) -> None:
@@ -210,7 +229,7 @@ def test_the_engines_are_those_of_the_issue(base: Path):
         names = {file.name for file in path.iterdir()}
         plan = "model.plan" if engine.gpu == "sm89" else "model.onnx"
         assert names == {"manifest.json", *engine.publish.facts["files"]}
-        (provenance,) = names - {"manifest.json", plan}
+        (provenance,) = names - {"manifest.json", plan, "calibration.json"}
         assert provenance.endswith(".intoto.json")
 
 

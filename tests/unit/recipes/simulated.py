@@ -24,7 +24,7 @@ OUTPUTS = {
     "export": ["model.onnx"],
     "simplify": ["model.onnx"],
     "type": ["model.onnx"],
-    "calibrate": ["ranges.json"],
+    "calibrate": ["ranges.json", "calibration.json"],
     "outliers": ["outliers.json"],
     "reference:parity": ["reference.safetensors"],
     "reference:labelled": ["outputs.safetensors"],

@@ -29,7 +29,7 @@ def test_ranges_are_of_what_is_quantised_and_true(tmp_path):
     x = images(20)
     ranges, facts, _text = run(tmp_path, x)
     assert list(ranges) == ["f", "r1", "x"]
-    assert facts == {"tensors": 3, "samples": 20, "method": "minmax", "constant": []}
+    assert {**facts, "worst": None} == {"tensors": 3, "samples": 20, "method": "minmax", "constant": [], "worst": None}
     assert ranges["x"] == [float(x.min()), float(x.max())]
     assert ranges["r1"][0] == 0
 
@@ -127,3 +127,56 @@ def test_int8_of_a_calibrated_network_is_close_to_fp32(tmp_path, method):
     check = {"subject": "graph", "executor": "onnxruntime", "batch": 8, "metric": None, "tensors": TENSORS}
     facts = stage(verify.run, tmp_path, check, model_onnx=output / "model.onnx", reference_safetensors=arrays)[0].facts
     assert 1e-5 < facts["parity"]["relative_l2"] < 0.03
+
+
+def tensor_report(folder, data, model=None, **settings):
+    _result, output = stage(
+        calibrate.run, folder, params(**settings), model_onnx=model or cnn(), dataset_safetensors={"x": data}
+    )
+    return json.loads((output / "calibration.json").read_text("utf-8")), _result.facts
+
+
+@pytest.mark.parametrize(("method", "percentile"), [("minmax", None), ("entropy", None), ("percentile", 99.0)])
+def test_the_report_says_what_a_range_costs(tmp_path, method, percentile):
+    x = np.random.default_rng(0).standard_t(3, (64, 1, 8, 8)).astype(np.float32)
+    report, facts = tensor_report(tmp_path, x, method=method, percentile=percentile)
+    assert (report["method"], report["samples"]) == (method, 64)
+    ratios = [row["snr_db"] for row in report["tensors"]]
+    assert ratios == sorted(ratios)
+    assert facts["worst"] == {name: report["tensors"][0][name] for name in ("tensor", "clipped", "snr_db")}
+    (row,) = [row for row in report["tensors"] if row["tensor"] == "x"]
+    bound = max(map(abs, row["range"]))
+    assert row["observed"] == [float(x.min()), float(x.max())]
+    assert row["nodes"] == ["stem/conv"]
+    # by the values themselves
+    values = x.astype(np.float64)
+    rounded = np.rint(values / (bound / 127.5)).clip(-128, 127) * bound / 127.5
+    exact = 10 * np.log10((values**2).sum() / ((rounded - values) ** 2).sum())
+    assert row["snr_db"] == pytest.approx(exact, abs=0.5)
+    assert row["clipped"] == pytest.approx((np.abs(values) > bound).mean(), abs=2e-3)
+    assert (row["clipped"] > 0) == (method != "minmax")
+
+
+def test_the_report_does_not_depend_on_the_batch_and_knows_fp8(tmp_path):
+    import ml_dtypes
+
+    x = np.exp(np.random.default_rng(0).normal(0, 2, (64, 1, 8, 8))).astype(np.float32)
+    first, second = (tensor_report(tmp_path, x, batch=batch)[0] for batch in (5, 64))
+    (row,) = [row for row in first["tensors"] if row["tensor"] == "x"]
+    assert row in second["tensors"]
+    scale = x.max() / 448
+    rounded = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    exact = 10 * np.log10((x**2).sum() / ((rounded - x) ** 2).sum())
+    assert row["snr_fp8_db"] == pytest.approx(exact, abs=0.5)
+    assert row["snr_minmax_db"] == row["snr_db"]
+
+
+def test_a_tensor_that_is_always_zero_has_no_ratio(tmp_path):
+    model = graph([node("Mul", ["x", "zero"], ["z"]), node("MatMul", ["z", "w"], ["y"])], {
+        "zero": np.zeros(4, np.float32),
+        "w": np.eye(4, dtype=np.float32),
+    })  # fmt: skip
+    tensors = {"x": {"dtype": "float32", "shape": ["batch", 4]}}
+    report, facts = tensor_report(tmp_path, np.ones((9, 4), np.float32), model, tensors=tensors)
+    assert [(row["tensor"], row["snr_db"], row["clipped"]) for row in report["tensors"]] == [("z", None, 0.0)]
+    assert facts["worst"]["snr_db"] is None

@@ -31,7 +31,13 @@ from tests.unit.recipes.simulated import FILES, GOOD, HOST, RECIPE, World
 FACTS = {
     "export": {"outputs": {"logits": {"dtype": "float32", "shape": ["batch", 10]}}},
     "type": {"inputs": {"image": "float32"}, "outputs": {"logits": "float32"}, "kept": ["/head/Gemm"], "casts": 2},
-    "calibrate": {"tensors": 9, "samples": 256, "method": "entropy", "constant": []},
+    "calibrate": {
+        "tensors": 9,
+        "samples": 256,
+        "method": "entropy",
+        "constant": [],
+        "worst": {"tensor": "p", "clipped": 0.01, "snr_db": 21.5},
+    },
 }
 BAD = {**GOOD, "metric": {"name": "top1", "value": 0.5, "source": 0.99}}
 
@@ -57,8 +63,8 @@ class Builder(World):
         if step.stage == "publish":
             return self.publish(step)
         record = super().run(step)
-        if step.stage == "compile":
-            for name in record.outputs:
+        for name in record.outputs:
+            if step.stage == "compile" or name == "calibration.json":
                 data = f"{name} of {step.action.key}".encode()
                 ref = ArtifactRef(digest_bytes(data), len(data), ENGINE_PLAN)
                 source = self.folder / "blob"
@@ -157,8 +163,9 @@ def test_every_engine_of_the_plan_is_published_and_says_what_it_is(builder):
     assert manifest.plan == "model.plan"
     files = {name: entry.ref for name, entry in manifest.files.items()}
     assert files.items() >= engine.compile.record.outputs.items()
-    (provenance,) = files.keys() - engine.compile.record.outputs.keys()
+    (provenance,) = files.keys() - engine.compile.record.outputs.keys() - {manifest.calibration.report}
     assert provenance == f"provenance-{files[provenance].digest[:12]}.intoto.json"
+    assert (manifest.calibration.report, manifest.calibration.worst.tensor) == ("calibration.json", "p")
     assert manifest.inputs["image"].shape == ("batch", 1, "height", "width")
     assert manifest.outputs["logits"].shape == ("batch", 10)
     assert manifest.profiles[0].inputs["image"].opt == (64, 1, 8, 8)
