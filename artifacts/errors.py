@@ -3,7 +3,8 @@
 ArtifactError
 ├── StoreError             the store cannot be used (network, permission, disk, layout)
 │   ├── NotFoundError      nothing is stored at this path
-│   └── AddressError       what was given is no store's address
+│   ├── AddressError       what was given is no store's address
+│   └── UnavailableError   it does not answer, or not now: the same request may succeed later
 ├── IntegrityError         bytes are there but are not what their name or record says
 ├── RefusedError           an engine is whole, but the rules forbid loading it here
 ├── TrustError             nobody whom the trust policy names vouches for what is there
@@ -36,6 +37,10 @@ class NotFoundError(StoreError):
 
 class AddressError(StoreError):
     """What was given is no address of a store."""
+
+
+class UnavailableError(StoreError):
+    """The store does not answer, or says that it cannot now: alone of these errors, trying again may help."""
 
 
 class IntegrityError(ArtifactError):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from artifacts.errors import StoreError
+from artifacts.errors import StoreError, UnavailableError
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_match
 
 _NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
@@ -29,6 +29,11 @@ _ADVICE: Final = {
     errno.EISDIR: "a folder lies where a file is expected; move it away",
     errno.ENOTEMPTY: "a folder lies where a file is expected; move it away",
 }
+# What a file system on a network says while its server is away (NFS: nfs(5), soft mounts).
+_AWAY: Final = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ECONNRESET, errno.EAGAIN,
+)  # fmt: skip
 
 
 @contextmanager
@@ -43,7 +48,8 @@ def os_faults(what: str) -> Iterator[None]:
 def store_error(what: str, err: OSError) -> StoreError:
     """Return the StoreError that says what happened to `what`, and what to do next."""
     advice = _ADVICE.get(err.errno or 0, "check the folder and its disk, or use another --store")
-    return StoreError(f"{what}: {err.strerror or err}: {advice}")
+    kind = UnavailableError if err.errno in _AWAY else StoreError
+    return kind(f"{what}: {err.strerror or err}: {advice}")
 
 
 def open_regular(source: Path) -> BinaryIO:

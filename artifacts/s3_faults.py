@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError
+from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError, UnavailableError
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
@@ -20,6 +20,17 @@ _CREDENTIALS: Final = (
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
     "RequestTimeTooSkewed",
 )  # fmt: skip
+# Said of the service's state and not of the request; a status of 500 and more says the same (S3's list of error codes).
+_BUSY: Final = (
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "OperationAborted",
+)
+_TOO_MANY: Final = 429
+_SERVER_ERROR: Final = 500
 _REGION: Final = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 _NO_CREDENTIALS: Final = (
     "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure (or: aws sso login)"
@@ -72,6 +83,8 @@ def s3_faults(find_place: Callable[[], Place], path: str) -> Iterator[None]:
         place, cause = find_place(), err.__context__
         if isinstance(cause, ClientError):
             raise _refused(place, path, cause) from err
+        if isinstance(cause, BotoCoreError):
+            raise _failed(place, path, cause) from err
         raise StoreError(f"{place.uri}: {path}: {err}") from err
 
 
@@ -98,12 +111,15 @@ def _refused(place: Place, path: str, err: ClientError) -> StoreError:
     if code in _REGION:
         return StoreError(f"{where}: the bucket is in another region ({said}); set AWS_REGION to the bucket's")
     if code == "PreconditionFailed":
-        return StoreError(f"{where}: it changed while it was read; run again")
+        return UnavailableError(f"{where}: it changed while it was read; run again")
     if code == "NotImplemented":
         return StoreError(
             f"{where}: {place.endpoint} does not offer this ({said}); use a service that does (Amazon S3)"
         )
-    return StoreError(f"{where}: {place.endpoint} answered {code}: {said}; run again, or ask who runs the service")
+    status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    later = code in _BUSY or status == _TOO_MANY or status >= _SERVER_ERROR
+    answered = f"{where}: {place.endpoint} answered {code}: {said}; run again, or ask who runs the service"
+    return UnavailableError(answered) if later else StoreError(answered)
 
 
 def _failed(place: Place, path: str, err: Exception) -> ArtifactError:
@@ -119,7 +135,7 @@ def _failed(place: Place, path: str, err: Exception) -> ArtifactError:
     if isinstance(err, exceptions.FlexibleChecksumError):
         return IntegrityError(f"{where}: {err}")
     if isinstance(err, exceptions.IncompleteReadError | exceptions.ConnectionError | exceptions.HTTPClientError):
-        return StoreError(
+        return UnavailableError(
             f"{where}: cannot reach {place.endpoint} ({err}); check the network, and AWS_ENDPOINT_URL_S3 if it is set"
         )
     return StoreError(f"{where}: {err}; check the AWS settings (AWS_PROFILE, AWS_REGION, ~/.aws/config)")

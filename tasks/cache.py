@@ -21,6 +21,7 @@ from prefect.states import Completed, Failed
 from recipes.plan import Plan
 from recipes.steps import Step
 from tasks.drive import drive
+from tasks.patience import delays
 from tasks.progress import Progress
 from tasks.report import report
 from tasks.session import BuildSession, Outcome
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 _LOOK_SECONDS: Final = 1.0
+_JITTER: Final = 0.3  # of the waits before new tries, so that a fleet does not come back all at once
 
 
 async def run_session(session: BuildSession) -> dict[str, Any]:
@@ -62,7 +64,19 @@ class StageTasks:
         """Run one step as a Prefect task run and return what became of it."""
         outcomes: list[Outcome] = []
 
-        @task(name=step.stage, task_run_name=step.id, cache_policy=NO_CACHE, persist_result=False)
+        def interrupted(*_run: object) -> bool:
+            return bool(outcomes) and outcomes[-1].state == "interrupted"
+
+        @task(
+            name=step.stage,
+            task_run_name=step.id,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=self._session.retries,
+            retry_delay_seconds=delays(self._session.retries),
+            retry_jitter_factor=_JITTER,
+            retry_condition_fn=interrupted,
+        )
         async def stage(key: str, why: list[str]) -> Any:
             """Run a stage, or find that it is cached."""
             logger = get_run_logger()
@@ -77,7 +91,7 @@ class StageTasks:
                 await self._show(step, shown, logger, done=done)
             outcome = running.result()
             outcomes.append(outcome)
-            if outcome.state == "failed":
+            if outcome.state in ("failed", "interrupted"):
                 logger.error("%s: %s", step.id, outcome.message)
                 return Failed(message=outcome.message)
             if outcome.state == "cached":
@@ -90,7 +104,7 @@ class StageTasks:
         if not outcomes:  # not a failed stage, which is an outcome: say what it was, and not that nothing came
             await state.aresult(raise_on_failure=True)
             raise RuntimeError(f"{step.id}: Prefect ended its task run as {state.name}: {state.message}")
-        return outcomes[0]
+        return outcomes[-1]
 
     async def _show(
         self, step: Step, shown: ProgressShown, logger: Logger | LoggerAdapter[Logger], *, done: bool

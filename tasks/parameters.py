@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from prefect import get_run_logger
 from pydantic import Field
 
 from artifacts.host import Host
 from artifacts.store import open_store
 from recipes.errors import Fault, RecipeError
+from tasks.patience import patiently
 from tasks.session import BuildSession, open_session
 
 RecipePath = Annotated[str, Field(description="The recipe's path in the checkout.", examples=["recipes/digits.yaml"])]
@@ -23,7 +25,7 @@ Jobs = Annotated[int, Field(ge=1, le=64, description="How many stages run at onc
 Versions = Annotated[
     dict[str, str | None] | None, Field(description="Versions of the packages that made the portable stages.")
 ]
-_RETRIES = 3
+_RETRIES = 4  # after 2, 8, 32 and 128 s
 
 
 def worker_session(
@@ -35,15 +37,27 @@ def worker_session(
     host: Host | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> BuildSession:
-    """Open a session on a worker, which tries a stage again whose store failed.
+    """Open a session on a worker, which tries again what fails because the store does not answer.
 
     Of `versions`, those of runtimes that compile are this host's own. Raises RecipeError, AddressError.
     """
-    opened = open_store(store or os.environ.get("ENGINERY_STORE") or ".enginery")
+    address = store or os.environ.get("ENGINERY_STORE") or ".enginery"
     portable = {name: found for name, found in (versions or {}).items() if not name.startswith("tensorrt")}
-    return open_session(
-        Path(recipe), opened, targets=tuple(targets or ()), jobs=jobs, host=host, versions=portable, retries=_RETRIES
-    )
+    warn = get_run_logger().warning
+
+    def opened() -> BuildSession:
+        return open_session(
+            Path(recipe),
+            open_store(address),
+            targets=tuple(targets or ()),
+            jobs=jobs,
+            warn=warn,
+            host=host,
+            versions=portable,
+            retries=_RETRIES,
+        )
+
+    return patiently(opened, _RETRIES, warn=warn)
 
 
 def recipes_in(folder: Path) -> list[Path]:

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from artifacts.cache import ActionCache
-from artifacts.errors import AddressError, ArtifactError, IntegrityError, NotFoundError, StoreError
+from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, UnavailableError
 from artifacts.host import Host
 from artifacts.keys import canonical_json
 from artifacts.leases import Lease, leased
@@ -35,6 +35,7 @@ from recipes.planner import plan
 from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
 from tasks.errors import BackendError, StageCancelledError, TaskError
+from tasks.patience import patiently
 from tasks.progress import Listener, Progress
 from tasks.publish import is_published, other_store, publish_engine
 from tasks.slots import Slots
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
 
     from tasks.run import StepRunner
 
+T = TypeVar("T")
+
 DEFAULT_JOBS: Final = 2
 _RERUNS: Final = 3
-_BACK_OFF_SECONDS: Final = 2.0
 _SAID: Final = 4000  # how much of what steps said is kept for who comes later
 
 
@@ -61,7 +63,7 @@ class Outcome:
     """What became of one step in this build. `seconds` is the wall time that making it took, whenever that was."""
 
     step: Step
-    state: str  # "built" | "cached" | "failed"
+    state: str  # "built" | "cached" | "failed" | "interrupted": the store did not answer, and it is to be tried again
     seconds: float
     message: str = ""
 
@@ -80,7 +82,7 @@ class BuildSession:
     listen: Listener = lambda _progress: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)  # of the packages that made the portable stages
-    retries: int = 0  # of a stage that the store failed
+    retries: int = 0  # of whatever fails because the store does not answer
 
     def __post_init__(self) -> None:
         """Prepare the cache, the limits of stages and the explanations."""
@@ -94,6 +96,7 @@ class BuildSession:
         self._failures: dict[str, str] = {}
         self._spent: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
+        self._interruptions: dict[str, int] = {}
         self._warned: set[str] = set()
         self._bases: dict[str, tuple[Base, ...]] = {}
         self._said: deque[Progress] = deque(maxlen=_SAID)
@@ -152,7 +155,7 @@ class BuildSession:
         with self._leasing:
             if self._lease is None:
                 what = f"build {self.recipe_name}"
-                self._lease = self._lease_ends.enter_context(leased(self.store, what))
+                self._lease = self._patiently(lambda: self._lease_ends.enter_context(leased(self.store, what)))
                 with self._lock:
                     self._known.clear()
             self._holders += 1
@@ -169,21 +172,26 @@ class BuildSession:
         """Plan with what the store holds and what failed in this session."""
         with self._lock:
             failures, spent = dict(self._failures), dict(self._spent)
-        return plan(
-            self.loaded.recipe,
-            self.files,
-            self.host,
-            version=self._version,
-            lookup=self._lookup,
-            previous=lambda: self._previous,
-            failures=failures,
-            selection=self.selection,
-            bases=self._refit_bases,
-            spent=spent,
+        return self._patiently(
+            lambda: plan(
+                self.loaded.recipe,
+                self.files,
+                self.host,
+                version=self._version,
+                lookup=self._lookup,
+                previous=lambda: self._previous,
+                failures=failures,
+                selection=self.selection,
+                bases=self._refit_bases,
+                spent=spent,
+            )
         )
 
     def ensure(self, step: Step, planned: Plan) -> Outcome:
-        """Run a ready step, or join the one that runs it, or find that it is cached; failures are outcomes."""
+        """Run a ready step, or join the one that runs it, or find that it is cached; failures are outcomes.
+
+        "interrupted", up to `retries` times: the store did not answer, nothing failed yet, and the caller is to come again.
+        """
         if step.action is None:
             raise ValueError(f"{step.id}: its inputs are not known yet")
         if step.record is not None:
@@ -202,6 +210,11 @@ class BuildSession:
             self._run(step, planned, future)
         try:
             record, built = future.result()
+        except UnavailableError as err:
+            with self._lock:
+                interrupted = key not in self._failures
+            outcome = Outcome(step, "interrupted" if interrupted else "failed", 0.0, str(err))
+            return outcome if interrupted else self._note(outcome)
         except (TaskError, RecipeError, ArtifactError) as err:
             return self._note(Outcome(step, "failed", 0.0, str(err)))
         return self._note(Outcome(step, "built" if built else "cached", record.seconds))
@@ -239,7 +252,8 @@ class BuildSession:
         if steps:
             document = {**self._previous, **steps}
             if document != self._previous:
-                self.store.write(latest_path(self.recipe_name), canonical_json(document))
+                data = canonical_json(document)
+                self._patiently(lambda: self.store.write(latest_path(self.recipe_name), data))
 
     def _run(self, step: Step, planned: Plan, future: Future[tuple[ActionRecord, bool]]) -> None:
         key = step.action.key if step.action is not None else ""
@@ -249,6 +263,8 @@ class BuildSession:
                 result = self._make(step, planned)
         except (IntegrityError, NotFoundError) as err:
             self._input_gone(step, key, err, future)
+        except UnavailableError as err:
+            self._interrupted(step, key, err, future)
         except (TaskError, RecipeError, ArtifactError) as err:
             self._fail(step, key, err, future)
         except BaseException as err:
@@ -269,25 +285,11 @@ class BuildSession:
         begin = time.monotonic()
         self._require_versions(step)
         try:
-            return self._made(step, planned)
+            return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
         finally:  # what failed has cost its time too
             if step.action is not None:
                 with self._lock:
                     self._spent[step.action.key] = time.monotonic() - begin
-
-    def _made(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
-        """Make a step; again, after a while, where the store failed: never for what the recipe or a compiler did wrong."""
-        for attempt in range(self.retries + 1):
-            try:
-                return self._publish(step, planned) if step.stage == "publish" else self._runner.run(step)
-            except StoreError as err:
-                if attempt == self.retries or isinstance(err, (AddressError, NotFoundError)):
-                    raise
-                wait = _BACK_OFF_SECONDS * 4**attempt
-                self.warn(f"{step.id}: {err}; tried again in {wait:.0f} s")
-                if self._cancelled.wait(wait):
-                    raise StageCancelledError(f"{step.id}: cancelled") from err
-        raise AssertionError("the last try returns or raises")
 
     def _require_versions(self, step: Step) -> None:
         """Refuse to make here what was planned with packages of another host: its record would not tell the truth."""
@@ -354,6 +356,25 @@ class BuildSession:
             self._fail(step, key, err, future)
         else:
             future.set_exception(err)
+
+    def _interrupted(
+        self, step: Step, key: str, err: UnavailableError, future: Future[tuple[ActionRecord, bool]]
+    ) -> None:
+        """Let a step be tried again whose store does not answer, as often as may be."""
+        with self._lock:
+            self._interruptions[key] = self._interruptions.get(key, 0) + 1
+            again = self._interruptions[key] <= self.retries and not self.cancelled
+            if again:
+                del self._running[key]
+        if again:
+            self._tell(Progress(step.id, "log", text=f"Warning: {err}"))
+            future.set_exception(err)
+        else:
+            self._fail(step, key, err, future)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Do what reads or writes the store outside of steps, again where it does not answer."""
+        return patiently(call, self.retries, warn=self.warn, wait=self._cancelled.wait)
 
     def _fail(self, step: Step, key: str, err: Exception, future: Future[tuple[ActionRecord, bool]]) -> None:
         with self._lock:
@@ -436,7 +457,7 @@ def open_session(
     """Load a recipe and gather what it names; nothing is written and none of its code runs. Raises RecipeError.
 
     `host` is what this host counts as (None: all that it is); `versions` are those of the packages with which portable
-    stages were planned elsewhere; `retries` bounds how often a stage is tried again whose store failed.
+    stages were planned elsewhere; `retries` bounds how often what fails because the store does not answer is tried again.
     """
     loaded = load(recipe)
     return BuildSession(

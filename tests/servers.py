@@ -89,7 +89,9 @@ class Faults:
 
     # Given instead of the server's own, as status and S3 code; None lets one request pass.
     answers: deque[tuple[int, str] | None] = field(default_factory=deque)
-    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # for every request whose path has such a part
+    refused: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # for every request whose "METHOD /path" has such a part
     lost_answers: int = 0  # requests that reach the server while their answer is lost
     cuts: deque[int] = field(default_factory=deque)  # bytes of a GET's body after which the connection breaks
     flips: int = 0  # GETs in whose body one bit changes on the way
@@ -126,7 +128,7 @@ class _Proxy(BaseHTTPRequestHandler):
         rules.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = rules.answers.popleft() if rules.answers else None
-        answer = next((said for part, said in rules.refused.items() if part in self.path), answer)
+        answer = next((said for part, said in rules.refused.items() if part in f"{self.command} {self.path}"), answer)
         if answer is not None:
             status, code = answer
             text = f"<Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode()

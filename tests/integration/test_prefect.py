@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -17,11 +18,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
+from artifacts.store import open_store
+from tasks.session import open_session
 from tests.integration.building import ROOT, copy_digits, edit_recipe, enginery, environment, one_engine
+from tests.servers import bad_network
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +178,55 @@ def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_
 
     model.write_text(broken.replace("    raise ValueError('no such width')\n", ""))
     assert _build(tmp_path, server.env)["export"] == "built"  # a failure is no result: nothing has to be cleared
+
+
+def test_a_worker_tries_again_what_the_store_fails_and_nothing_else(
+    server: Server, tmp_path: Path, s3_store_uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Three faults in one build: S3 answers 503 for a while, refuses one write for good, and the model's code is wrong."""
+    recipe = copy_digits(tmp_path, one_engine)
+    model = tmp_path / "digits" / "model.py"
+    model.write_text(
+        model.read_text().replace(
+            "    return DigitsNet(", "    raise ValueError('no such width')\n    return DigitsNet("
+        )
+    )
+    steps = {step.id: step for step in open_session(recipe, open_store(s3_store_uri)).plan().steps}
+
+    def write_of(step: str) -> str:
+        place = urlsplit(s3_store_uri)
+        return f"PUT /{place.netloc}{place.path}/cache/actions/fetch/{steps[step].action.key}"
+
+    with bad_network(os.environ["AWS_ENDPOINT_URL_S3"]) as (address, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        faults.refused = {
+            write_of("fetch:weights"): (503, "SlowDown"),
+            write_of("fetch:labelled"): (403, "AccessDenied"),
+        }
+        code = (
+            f"import asyncio; from flows.build import build; asyncio.run(build('digits.yaml', store={s3_store_uri!r}))"
+        )
+        env = {**environment(), **server.env, "AWS_MAX_ATTEMPTS": "1"}
+        with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
+            while process.poll() is None and not server.ask(
+                "task_runs/filter", {"task_runs": {"state": {"name": {"any_": ["AwaitingRetry"]}}}}
+            ):
+                time.sleep(0.2)
+            faults.refused = {name: answer for name, answer in faults.refused.items() if answer[0] != 503}
+            said = process.communicate()[1].decode()
+    assert process.returncode == 1, said
+    flow, shown = server.last_run()
+    assert flow["state"]["type"] == "FAILED"
+    tries = {
+        run["name"]: run["run_count"]
+        for run in server.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+    }
+    assert shown["fetch:weights"][0] == "Completed"
+    assert tries["fetch:weights"] > 1
+    assert shown["fetch:labelled"][0] == "Failed"
+    assert "access denied" in shown["fetch:labelled"][1]
+    assert "ValueError: no such width" in shown["export"][1]
+    assert {name for name, count in tries.items() if count > 1} == {"fetch:weights"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import EngineCatalog
-from artifacts.errors import IntegrityError, NotFoundError, StoreError
+from artifacts.errors import IntegrityError, NotFoundError, StoreError, UnavailableError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
@@ -251,8 +251,9 @@ def test_a_file_that_changes_while_it_is_sent(store: Store, faults: Faults, tmp_
 def test_refusals(store: Store, faults: Faults, tmp_path: Path, status: int, code: str, said: str) -> None:
     (tmp_path / "source").write_bytes(b"x" * 6)
     faults.answers.append((status, code))
-    with pytest.raises(StoreError, match=said):
+    with pytest.raises(StoreError, match=said) as refused:
         store.read("blob")
+    assert not isinstance(refused.value, UnavailableError)  # no second try mends it
     # An upload's refusal comes through boto3's transfer library, which wraps it.
     store.info("blob")
     faults.answers.extend([(404, "NotFound"), (status, code)])
@@ -264,6 +265,24 @@ def test_refusals(store: Store, faults: Faults, tmp_path: Path, status: int, cod
     faults.answers.append((403, "AccessDenied"))
     with pytest.raises(StoreError, match="access denied"):
         store.info("blob")
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (503, "Whatever"), (400, "RequestTimeout")]
+)
+def test_what_may_succeed_later(
+    s3_store_uri: str, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store = open_store(s3_store_uri)
+    store.write("first", b"")
+    (tmp_path / "source").write_bytes(b"x" * 6)
+    faults.answers.append((status, code))
+    with pytest.raises(UnavailableError, match=f"answered {code}"):
+        store.read("first")
+    faults.answers.extend([(404, "NotFound"), (status, code)])
+    with pytest.raises(UnavailableError, match=f"answered {code}"):
+        store.put_file("blob", tmp_path / "source", ref_of(b"x" * 6))
 
 
 def test_a_bit_that_flips_on_the_way(store: Store, faults: Faults, tmp_path: Path) -> None:
@@ -309,7 +328,9 @@ def test_unreachable_endpoint(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        with pytest.raises(StoreError, match=f"cannot reach {address} .* check the network, and AWS_ENDPOINT_URL_S3"):
+        with pytest.raises(
+            UnavailableError, match=f"cannot reach {address} .* check the network, and AWS_ENDPOINT_URL_S3"
+        ):
             open_store(s3_store_uri).read("a")
 
 

@@ -8,11 +8,13 @@ import threading
 import pytest
 
 from artifacts.cache import blob_path
+from artifacts.errors import StoreError, UnavailableError
 from artifacts.folder import FolderStore
 from artifacts.keys import Action
 from artifacts.refs import digest_bytes
 from recipes.steps import Step
 from tasks.drive import drive
+from tasks.patience import delays, patiently
 from tasks.session import latest_path, open_session
 
 RECIPE = """
@@ -65,6 +67,64 @@ def test_a_cancelled_session_starts_nothing_and_ends(session):
         pytest.fail(f"{step.id} was started")
 
     asyncio.run(drive(session, run))
+
+
+class Away(FolderStore):
+    """A folder that refuses its next writes below cache/ with what is given."""
+
+    faults: tuple[StoreError, ...] = ()
+
+    def put_file(self, path, source, ref):
+        if self.faults:
+            fault, *rest = self.faults
+            self.faults = tuple(rest)
+            raise fault
+        return super().put_file(path, source, ref)
+
+
+@pytest.fixture
+def away(tmp_path, session):
+    return open_session(session.loaded.path, Away(tmp_path / "away"), retries=2)
+
+
+def test_a_store_that_does_not_answer_interrupts_a_step_and_a_refusal_fails_it(away):
+    planned = away.plan()
+    step = step_of(planned, "fetch:model")
+    away.store.faults = (UnavailableError("not now"), UnavailableError("not now"))
+    assert [away.ensure(step, planned).state for _ in range(2)] == ["interrupted", "interrupted"]
+    assert step_of(away.plan(), "fetch:model").ready  # nothing has failed yet
+    assert away.outcomes == {}
+    assert away.ensure(step, planned).state == "built"
+    assert away.store.faults == ()
+
+
+@pytest.mark.parametrize("faults", [(StoreError("access denied"),), (UnavailableError("not now"),) * 3])
+def test_what_no_other_try_mends_fails(away, faults):
+    planned = away.plan()
+    away.store.faults = faults
+    states = [away.ensure(step_of(planned, "fetch:model"), planned).state for _ in faults]
+    assert states == ["interrupted"] * (len(faults) - 1) + ["failed"]
+    assert away.outcomes["fetch:model"].message == str(faults[0])
+    assert step_of(away.plan(), "fetch:model").state == "failed"
+
+
+def test_patience_ends_with_the_last_try_or_when_it_is_told():
+    waits, said = [], []
+
+    def call():
+        raise UnavailableError("not now")
+
+    def wait(seconds):
+        waits.append(seconds)
+        return len(waits) == 4
+
+    with pytest.raises(UnavailableError):
+        patiently(call, 3, warn=said.append, wait=wait)
+    assert waits == delays(3) == [2.0, 8.0, 32.0]
+    assert said[0] == "not now; tried again in 2 s"
+    with pytest.raises(UnavailableError):
+        patiently(call, 3, wait=wait)
+    assert waits == [2.0, 8.0, 32.0, 2.0]
 
 
 @pytest.mark.parametrize(
