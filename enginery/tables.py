@@ -64,6 +64,10 @@ def print_build(document: dict[str, Any]) -> None:
             for row in engine["candidates"]:
                 candidates.add_row(row["name"], *candidate_cells(row))
             print_rows(candidates)
+    for why in dict.fromkeys(engine["why"] for engine in document["engines"] if "\n" in engine["why"]):
+        if "Traceback (most" not in why:
+            for line in why.splitlines():
+                say(line)
     for step in document["steps"]:
         for warning in step.get("warnings", ()):
             say(f"warning: {step['subject']} data: {warning}")

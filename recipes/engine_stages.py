@@ -16,6 +16,7 @@ from recipes.plan import EnginePlan
 from recipes.refitting import Compilation
 from recipes.schema import FP8, Precision, Target
 from recipes.steps import Output, Step
+from recipes.support import support_step
 from recipes.targets import lowers_beside_pairs
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
@@ -62,6 +63,12 @@ class EngineStages:
             self.pipeline.verify(self.pipeline.id("verify", "simplify"), "graph", simplify),
         ]
 
+    def support(self, engine: EnginePlan, target: Target, waiting: str | None) -> Step | None:
+        """Ask the target's runtime which nodes it refuses, where it is here; else what is known of its version."""
+        plugins = self.pipeline.plugins(engine.options) if waiting is None and target.runtime == "tensorrt" else ()
+        toolchain = {RUNTIME_PACKAGES[target.runtime]: engine.runtime_version}
+        return support_step(self.pipeline, target, here=waiting is None, toolchain=toolchain, plugins=plugins)
+
     def compilation(self, engine: EnginePlan, precision: Precision, gate: Step) -> Compilation:
         """Describe compiling for one GPU; nothing of other targets, and no name or path, enters the key."""
         params: dict[str, Any] = {"runtime": engine.runtime, "gpu": engine.gpu}
@@ -72,7 +79,7 @@ class EngineStages:
                 **compile_params(engine.options, engine.runtime),
             }
         inputs = graph_files(self.pipeline.typed(engine.typed or precision))
-        gates = [*self.portable_gates(), gate]
+        gates = [*self.portable_gates(), gate, *([engine.support] if engine.support is not None else [])]
         if engine.runtime == "tensorrt":
             # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
             params["precision"] = precision

@@ -28,7 +28,7 @@ class EnginePlan:
     `state`: cached (published), run (something has to run first), waiting (needs a host that is not here),
     failed (no precision passed its gates, or a step failed). `compile` makes the plan: it is a step of the stage
     refit where `refitted_from` names the compilation whose plan gets new weights. `typed` is the precision of the graph
-    that is compiled: fp32 where a weakly typed compiler lowers it itself.
+    that is compiled: fp32 where a weakly typed compiler lowers it itself. `support` asks the target which nodes it refuses.
 
     Of one asked for as `auto`, `candidates` says what became of each, `chosen` which it is, `variant` how its steps are told
     from those of its precision at another level, and `tolerated` which steps may fail, as another candidate takes their place.
@@ -47,6 +47,7 @@ class EnginePlan:
     options: Options = field(default_factory=Options)
     typed: Precision | None = None
     trials: tuple[Trial, ...] = ()
+    support: Step | None = None
     compile: Step | None = None
     verify: Step | None = None
     engine_verify: Step | None = None

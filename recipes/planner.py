@@ -26,6 +26,7 @@ from recipes.refitting import Bases, Refits
 from recipes.schema import EXACTNESS, INT8, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
+from recipes.support import refused_nodes
 from recipes.targets import refusal
 
 
@@ -107,6 +108,10 @@ class _Engines:
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)
         if waiting is None and lacking is not None:
             return replace(base, state="failed", why=lacking)
+        base = replace(base, support=self.stages.support(base, target, waiting))
+        unread = refused_nodes(base.support.facts) if base.support is not None else None
+        if unread is not None:
+            return replace(base, state="failed", why=unread)
         if asked == "auto":
             return self._fastest(base, target, waiting)
         trials: list[Trial] = []

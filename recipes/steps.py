@@ -26,10 +26,11 @@ Local = LocalFile | CodeBundle | DatasetFiles
 STAGE_VERSIONS: Mapping[str, int] = {
     "fetch": 1,
     "reference": 1,
-    "export": 1,
+    "export": 2,
     "simplify": 1,
     "calibrate": 3,
     "outliers": 1,
+    "check": 1,
     "type": 4,
     "compile": 1,
     "refit": 1,

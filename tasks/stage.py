@@ -19,6 +19,7 @@ STAGES: Final[Mapping[str, str]] = {
     "simplify": "tasks.simplify:run",
     "calibrate": "tasks.calibrate:run",
     "outliers": "tasks.outliers:run",
+    "check": "tasks.support.check:run",
     "type": "tasks.precision:run",
     "compile": "tasks.engines:run",
     "refit": "tasks.engines.trt_refit:run",

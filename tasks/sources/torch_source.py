@@ -7,6 +7,7 @@ or not at all. torchscript traces one run: opset 11 and later, and what the trac
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from artifacts.refs import JSON
 from tasks.code import plain_words
 from tasks.errors import BackendError, TaskError
 from tasks.exporter_words import Noise, first_sentence, quiet, summary
@@ -35,6 +37,7 @@ from tasks.onnx_files import (
 from tasks.references import write_reference
 from tasks.seeded import Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
+from tasks.support.nodes import PLACES, modules_of
 from tasks.torch_module import ByName, call_order, check_output_count, load_module, run_module
 from tasks.tracing import Place, decisions_by_value
 
@@ -81,8 +84,13 @@ def export(request: StageRequest) -> StageResult:
         model = job.exported(Path(scratch) / GRAPH, noise)
         request.report(0.8, "checking the graph")
         job.check_inputs(model)
+        places = modules_of(model)
         strip_notes(model)
         outputs = save_graph(model, request.output_dir)
+        if places:
+            text = json.dumps(places, indent=0, sort_keys=True)
+            (request.output_dir / PLACES).write_text(f"{text}\n", "utf-8")
+            outputs[PLACES] = JSON
     graph = infer_shapes(request.output_dir)
     with quiet("torch", "onnxscript"):
         if job.check_outputs(graph):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tasks.onnx_files import GRAPH, graph_inputs, graphs_of, load_graph, opset_of, tensors_of, value_facts
@@ -55,6 +55,31 @@ def run(request: StageRequest) -> StageResult:
     return StageResult({}, facts)
 
 
+def above_ceiling(model: Any, target: str, ceiling: int, custom: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Judge a graph whose opset is above what a target reads: which nodes have a form that came later, and what to do."""
+    import onnx
+
+    opset, newer = opset_of(model), []
+    for index, node, place in located(model):
+        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+            continue
+        since = onnx.defs.get_schema(node.op_type, opset).since_version
+        if since > ceiling:
+            words = f"has the form of opset {since}, and {target} reads {ceiling} at most"
+            newer.append(refusal(index, node, place, words, runtime="tensorrt"))
+    advice = f"export with opset {ceiling} or lower (export.opset; exporter: torchscript for opsets below 18)"
+    if not newer:
+        advice += ": no operator of the graph changed since"
+    return {
+        "target": target,
+        "by": "opset ceiling",
+        "state": "no",
+        "words": f"reads opset {ceiling} at most, this is {opset}",
+        "advice": advice,
+        "nodes": [*custom, *newer],
+    }
+
+
 def _facts(value: Any) -> dict[str, Any]:
     """Return a tensor's dtype and shape; the shape is None where the file states none."""
     facts = value_facts(value)
@@ -84,9 +109,9 @@ def _by_ceiling(model: Any) -> list[dict[str, Any]]:
     for release, ceiling in _CEILINGS.items():
         state, words, advice = "not known", "its opset ceiling is not known here", "build for it on a host that has it"
         if ceiling is not None and opset > ceiling:
-            state, words = "no", f"reads opset {ceiling} at most, this is {opset}"
-            advice = f"export with opset {ceiling} or lower (export.opset)"
-        elif custom:
+            found.append(above_ceiling(model, f"tensorrt {release}", ceiling, custom))
+            continue
+        if custom:
             state, words, advice = "needs plugins", "operators outside the ONNX standard", "see the nodes"
         elif ceiling is not None:
             state, words, advice = "opset ok", f"opset {opset} of {ceiling} at most; operators were not asked", ""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+# What an export keeps of the modules that nodes came from, since their notes are stripped from the graph.
+PLACES: Final = "places.json"
+
 _VALUES: Final = (
     "the size of its output depends on values: use a mask (Where, Mul) or TopK, or move it out of the model"
 )
@@ -35,8 +38,7 @@ def located(model: Any) -> Iterator[tuple[int, Any, str]]:
 def refusal(index: int, node: Any, place: str, words: str, *, runtime: str) -> dict[str, Any]:
     """Return what is told of a node that `runtime` refuses, as JSON values; `words` are the target's own."""
     outputs = ", ".join(filter(None, node.output))
-    scopes = {entry.key: entry.value for entry in getattr(node, "metadata_props", ())}
-    inside = scopes.get("namespace", "").lstrip(": ")
+    inside = _module_of(node)
     return {
         "index": index,
         "name": node.name,
@@ -45,6 +47,22 @@ def refusal(index: int, node: Any, place: str, words: str, *, runtime: str) -> d
         "words": words,
         "advice": advice_for(node, runtime),
     }
+
+
+def modules_of(model: Any) -> dict[str, str]:
+    """Return the module that each value was exported from, as far as the exporter noted it: {value: "Model/layer1: Block"}."""
+    return {
+        name: module
+        for _index, node, _place in located(model)
+        if (module := _module_of(node))
+        for name in node.output
+        if name
+    }
+
+
+def _module_of(node: Any) -> str:
+    scopes: dict[str, str] = {entry.key: entry.value for entry in getattr(node, "metadata_props", ())}
+    return scopes.get("namespace", "").lstrip(": ")
 
 
 def advice_for(node: Any, runtime: str) -> str:

@@ -1,7 +1,9 @@
-"""What TensorRT-RTX's own parser says of a graph, node by node; `supports_operator` is not asked, since it says yes to NonZero."""
+"""What TensorRT's (or TensorRT-RTX's) own parser says of a graph, node by node; `supports_operator` is not asked, since it says yes to NonZero."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 from tasks.onnx_files import GRAPH, load_graph
@@ -15,36 +17,62 @@ def run(request: StageRequest) -> StageResult:
     A node is refused where an error of the parser names it, or where it is in none of the parser's subgraphs. Raises
     ModuleNotFoundError without the package, BackendError("bad data") for what is no ONNX.
     """
-    import tensorrt_rtx as trt
+    return StageResult({}, asked(request, "tensorrt_rtx"))
 
+
+def asked(request: StageRequest, module: str) -> dict[str, Any]:
+    """Ask the parser of the package `module` as `run` does; plugins among the inputs are loaded first.
+
+    Raises ModuleNotFoundError, BackendError.
+    """
+    trt: Any = importlib.import_module(module)
+    runtime = module.replace("_", "-")
     path = request.inputs[GRAPH]
     model = load_graph(path, weights=False)
     logger = type("Logger", (trt.ILogger,), {"log": lambda _self, _severity, _text: None})()
-    network = trt.Builder(logger).create_network(0)
+    builder, flags = trt.Builder(logger), 0
+    if module == "tensorrt":
+        from tasks.engines.trt_adapter import adapter
+        from tasks.engines.trt_plugins import load_plugins, plugin_files
+
+        load_plugins(trt, plugin_files(request.inputs))
+        flags = adapter(trt).network_flags(trt)
+    network = builder.create_network(flags)  # the parser does not hold it
     parser = trt.OnnxParser(network, logger)
-    supported = bool(parser.supports_model_v2(path.read_bytes(), str(path)))
+    supported, read = _supports(parser, path)
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    read = {index for subgraph in range(parser.num_subgraphs) for index in parser.get_subgraph_nodes(subgraph)}
-    nodes = _refused(model, errors, read, f"{path.parent}/") if not supported else []
-    rest = "; ".join(error.desc() for error in errors if not error.node_operator())
+    nodes = _refused(model, errors, read, path, runtime) if not supported else []
+    rest = "; ".join(
+        error.desc() for error in errors if not (hasattr(error, "node_operator") and error.node_operator())
+    )
     words = "" if supported else f"the parser refuses {len(nodes)} node(s)" + (f"; {rest}" if rest else "")
-    facts = {
-        "target": f"tensorrt-rtx {trt.__version__}",
+    return {
+        "target": f"{runtime} {trt.__version__}",
         "by": "its parser",
         "state": "yes" if supported else "no",
         "words": words,
         "advice": "" if supported else "see the nodes",
         "nodes": nodes,
     }
-    return StageResult({}, facts)
 
 
-def _refused(model: Any, errors: list[Any], read: set[int], folder: str) -> list[dict[str, Any]]:
-    places = list(located(model))
+def _supports(parser: Any, path: Path) -> tuple[bool, set[int]]:
+    """Return whether the whole graph is read, and the indices of the nodes that are."""
+    if hasattr(parser, "supports_model_v2"):
+        supported = bool(parser.supports_model_v2(path.read_bytes(), str(path)))
+        count = range(parser.num_subgraphs)
+        return supported, {index for subgraph in count for index in parser.get_subgraph_nodes(subgraph)}
+    supported, subgraphs = parser.supports_model(path.read_bytes(), str(path))  # 8.6
+    return bool(supported), {index for nodes, reads in subgraphs if reads for index in nodes}
+
+
+def _refused(model: Any, errors: list[Any], read: set[int], path: Path, runtime: str) -> list[dict[str, Any]]:
+    places, folder = list(located(model)), f"{path.parent}/"
     found: dict[str, dict[str, Any]] = {}
     named: set[int] = set()
     for error in errors:
-        if not error.node_operator():
+        # 8.6 names a node by its index alone; its subgraphs say which are refused.
+        if not hasattr(error, "node_operator") or not error.node_operator():
             continue
         named.add(error.node())
         index, node, place = next(
@@ -59,12 +87,10 @@ def _refused(model: Any, errors: list[Any], read: set[int], folder: str) -> list
         said = " ".join(error.desc().replace(folder, "").split())
         # Some refusals say nothing but the assertion that failed.
         words = "not supported" if said in ("", "false") else said
-        found.setdefault(
-            f"{place} {node.name} {node.output}", refusal(index, node, place, words, runtime="tensorrt-rtx")
-        )
+        found.setdefault(f"{place} {node.name} {node.output}", refusal(index, node, place, words, runtime=runtime))
     for index, node in enumerate(model.graph.node):
         if index not in read and index not in named:
             place = f"node {index} of {len(model.graph.node)}"
             words = "in none of the subgraphs that the parser takes"
-            found[f"{place} {node.name} {node.output}"] = refusal(index, node, place, words, runtime="tensorrt-rtx")
+            found[f"{place} {node.name} {node.output}"] = refusal(index, node, place, words, runtime=runtime)
     return sorted(found.values(), key=lambda entry: int(entry["index"]))

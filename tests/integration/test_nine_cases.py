@@ -38,8 +38,9 @@ PUBLISH = {
 ENGINES = RTX | ORT | ORT_VERIFY | PUBLISH
 FETCH = {"fetch:code", "fetch:weights", "fetch:calibration", "fetch:labelled"}
 REFERENCE = {"reference:parity", "reference:labelled"}
-EVERYTHING = FETCH | REFERENCE | {"export", "simplify", "calibrate", "outliers"} | TYPES | GRAPHS | ENGINES
-FROM_SIMPLIFY = {"simplify", "calibrate", "outliers"} | TYPES | (GRAPHS - {"verify:export"}) | ENGINES
+CHECK = "check:tensorrt-rtx"
+EVERYTHING = FETCH | REFERENCE | {"export", "simplify", CHECK, "calibrate", "outliers"} | TYPES | GRAPHS | ENGINES
+FROM_SIMPLIFY = {"simplify", CHECK, "calibrate", "outliers"} | TYPES | (GRAPHS - {"verify:export"}) | ENGINES
 INT8 = {step for step in EVERYTHING if step.endswith(":int8")}
 FP16 = {step for step in EVERYTHING if step.endswith(":fp16")}
 

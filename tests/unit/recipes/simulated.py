@@ -36,6 +36,7 @@ OUTPUTS = {
     "calibrate:tensorrt:sm90": ["calibration.cache"],
     "fetch:plugin-aaaaaaaaaaaaaaaa.so": ["plugin-aaaaaaaaaaaaaaaa.so"],
     "fetch:labelled": ["dataset.safetensors"],
+    "check": [],
     "verify": [],
     "benchmark": [],
     "publish": [],

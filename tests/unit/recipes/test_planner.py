@@ -28,7 +28,8 @@ ORT = {
     for stage in ("compile", "verify", "publish")
     for precision in ("fp32", "int8")
 }
-EVERYTHING = PORTABLE | RTX | ORT
+CHECK = {"check:tensorrt-rtx"}
+EVERYTHING = PORTABLE | CHECK | RTX | ORT
 INT8 = {step for step in EVERYTHING if step.endswith(":int8")}
 
 
@@ -80,7 +81,7 @@ CHANGES = {
         lambda d: d["profiles"]["bulk"].update(batch=[1, 64, 512]),
         FILES,
         EVERYTHING
-        - {"export", "calibrate", "type:int8", "type:fp16", "type:fp32", "reference:labelled"}
+        - {"export", "check:tensorrt-rtx", "calibrate", "type:int8", "type:fp16", "type:fp32", "reference:labelled"}
         - {step for step in ORT if step.startswith("compile")}  # which takes any shape
         - {step for step in EVERYTHING if step.startswith("fetch")},
     ),
@@ -213,7 +214,7 @@ def test_a_new_version_of_a_tool_runs_the_stages_that_use_it(built: World, packa
 def test_a_new_runtime_version_rebuilds_its_engines_alone(built: World):
     built.host = replace(HOST, runtimes={"tensorrt-rtx": "1.8.0.9", "onnxruntime": "1.31.1"})
     ran, _planned = built.build(recipe())
-    assert set(ran) == RTX
+    assert set(ran) == CHECK | RTX
     planned = built.plan(recipe())
     assert planned.engines[0].target == "tensorrt-rtx-1.8.0.9-sm89"
 
@@ -524,7 +525,7 @@ def test_plugins_enter_the_key_by_their_digest_and_go_where_the_engine_goes():
     assert world.build(made, moved)[0] == []
     newer = replace(files, plugins={"b" * 64: replace(library, digest="b" * 64)})
     ran, _planned = world.build(recipe(classic(plugins=[{"file": "plugins/deform.so", "sha256": "b" * 64}])), newer)
-    assert set(ran) == TRT | {f"fetch:{name}"}
+    assert set(ran) == TRT | {f"fetch:{name}", "check:tensorrt:aaaaaaaaaaaaaaaa"}
 
 
 def test_a_graph_that_only_plugins_can_run_is_judged_when_its_engine_is_executed():
@@ -798,3 +799,78 @@ def test_mixed_int8_is_typed_where_the_compiler_reads_half_pairs(version, graph)
     assert params["precision"] == "int8-fp16"
     assert params.get("keep") == (["/head/*"] if graph == "int8" else None)
     assert engine.publish.action.params["calibration"] is not None
+
+
+UNREAD = {
+    "target": "tensorrt-rtx 1.7.1.116", "by": "its parser", "state": "no", "words": "the parser refuses 1 node(s)",
+    "advice": "see the nodes", "refused": 1,
+    "nodes": [
+        {
+            "index": 8, "name": "head/nonzero", "operator": "NonZero", "location": "node 8 of 9, makes found",
+            "words": "not supported", "advice": "use a mask",
+        }
+    ],
+}  # fmt: skip
+
+
+def test_an_operator_that_a_target_refuses_fails_that_target_alone_with_the_node_before_anything_is_compiled():
+    world = World(facts={"check": UNREAD})
+    ran, planned = world.build(recipe())
+    assert not [step for step in ran if step.startswith("compile:tensorrt-rtx")]
+    assert {engine.runtime: engine.state for engine in planned.engines} == {
+        "tensorrt-rtx": "failed",
+        "onnxruntime": "cached",
+    }
+    assert planned.status == 1
+    assert planned.engines[0].why.splitlines() == [
+        "tensorrt-rtx 1.7.1.116 does not read the model: the parser refuses 1 node(s)",
+        "  NonZero 'head/nonzero' (node 8 of 9, makes found): not supported",
+        "    next: use a mask",
+    ]
+    assert set(ran) >= ORT
+
+
+def test_a_long_table_of_refused_nodes_is_cut_and_says_so():
+    many = {**UNREAD, "nodes": UNREAD["nodes"] * 25}
+    _ran, planned = World(facts={"check": many}).build(recipe())
+    assert planned.engines[0].why.endswith("and 5 more: enginery inspect tells all of a file's")
+
+
+@pytest.mark.parametrize(("opset", "refused"), [(18, True), (17, False)])
+def test_a_tensorrt_that_is_not_here_is_judged_by_the_opset_that_it_reads(opset, refused):
+    facts = {
+        "export": {"opset": opset},
+        "check": {**UNREAD, "nodes": [], "words": "reads opset 17 at most", "advice": "lower it"},
+    }
+    made = recipe(
+        lambda d: d.update(
+            targets=[{"runtime": "tensorrt", "gpus": ["sm80"], "version": "8.6.1.6"}],
+            source={"framework": "onnx", "model": {"file": "m.onnx"}},
+            export={},
+        )
+    )
+    files = replace(FILES, code=None, weights=None, model=(LocalFile("model.onnx", digest("m"), 10, "m.onnx"),))
+    ran, planned = World(facts=facts).build(made, files)
+    assert ("check:tensorrt:8.6.1.6" in ran) is refused
+    states = {engine.state for engine in planned.engines}
+    assert states == ({"failed"} if refused else {"waiting"})
+    assert not refused or planned.engines[0].why.endswith("reads opset 17 at most\n    next: lower it")
+
+
+def test_onnx_runtime_is_asked_only_about_operators_outside_the_standard():
+    library = LocalFile("plugin-aaaaaaaaaaaaaaaa.so", "a" * 64, 10, "/anywhere/plugins/deform.so")
+
+    def with_plugins(document):
+        document["targets"] = [
+            {
+                "runtime": "tensorrt",
+                "gpus": ["sm90"],
+                "build": {"plugins": [{"file": "deform.so", "sha256": "a" * 64}]},
+            },
+            {"runtime": "onnxruntime", "precision": ["fp32"]},
+        ]
+
+    world = World(facts={"export": {"domains": {"my": ["Deform"]}}, "check": UNREAD})
+    ran, planned = world.build(recipe(with_plugins), replace(FILES, plugins={library.digest: library}))
+    assert "check:onnxruntime" in ran
+    assert [engine.state for engine in planned.engines] == ["waiting", "waiting", "failed"]

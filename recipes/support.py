@@ -1,0 +1,75 @@
+"""The operator check of a plan: which target refuses which node of the model, known before anything is compiled for it.
+
+Where the runtime is installed its parser is asked (`tasks.support.check`). ONNX Runtime runs every standard graph while it is
+simplified and measured, so that it is asked only about operators outside the standard, which may run by plugins elsewhere.
+Where TensorRT is not here, the opset that its version reads at most decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from recipes.options import stated_plugins
+from recipes.pipeline import Pipeline, graph_files
+from recipes.schema import Target
+from recipes.steps import Output, Step
+from recipes.targets import opset_ceiling
+
+PLACES: Final = "places.json"
+_TOLD: Final = 20
+
+
+def support_step(
+    pipeline: Pipeline, target: Target, *, here: bool, toolchain: Mapping[str, Any], plugins: Sequence[Output]
+) -> Step | None:
+    """Describe the check of one target's runtime, or None where nothing is left to ask.
+
+    `here` says that the runtime is installed and can be asked, `toolchain` what it is.
+    """
+    exported = pipeline.export.facts or {}
+    custom = bool(exported.get("domains"))
+    params: dict[str, Any] = {"runtime": target.runtime}
+    subject: str = target.runtime
+    if target.runtime == "onnxruntime":
+        if not custom or not stated_plugins_of_any(pipeline):
+            return None
+        params["by"] = "session"
+    elif here:
+        params["by"] = "parser"
+        subject += "".join(f":{plugin.name.removeprefix('plugin-').removesuffix('.so')}" for plugin in plugins)
+    else:
+        ceiling = opset_ceiling(target)
+        if ceiling is None or int(exported.get("opset", 0)) <= ceiling:
+            return None
+        params |= {"by": "opset", "version": target.version, "ceiling": ceiling}
+        subject += f":{target.version}"
+    places = Output(pipeline.export, PLACES)
+    return pipeline.steps.add(
+        pipeline.id("check", subject),
+        params=params,
+        inputs=[*graph_files(pipeline.simplify), *([places] if places.ref is not None else []), *plugins],
+        toolchain={**pipeline.versions("onnx"), **(toolchain if params["by"] != "opset" else {})},
+    )
+
+
+def stated_plugins_of_any(pipeline: Pipeline) -> bool:
+    """Tell whether any target of the recipe has plugins: only then does a graph get here that ONNX Runtime cannot run."""
+    return any(plugins for _at, plugins in stated_plugins(pipeline.recipe))
+
+
+def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
+    """Return what a check found, as lines: each node with its place, the target's words and what to do; None: nothing."""
+    if facts is None or facts.get("state") != "no":
+        return None
+    nodes: Sequence[Mapping[str, Any]] = facts["nodes"]
+    lines = [f"{facts['target']} does not read the model: {facts['words']}"]
+    for node in nodes[:_TOLD]:
+        named = f" {node['name']!r}" if node["name"] else ""
+        lines.append(f"  {node['operator']}{named} ({node['location']}): {node['words']}")
+        lines.append(f"    next: {node['advice']}")
+    if len(nodes) > _TOLD:
+        lines.append(f"  and {len(nodes) - _TOLD} more: enginery inspect tells all of a file's")
+    if not nodes:
+        lines.append(f"    next: {facts['advice']}")
+    return "\n".join(lines)
