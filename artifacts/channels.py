@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from artifacts.errors import ChannelError, IntegrityError, NotFoundError, StoreError
+from artifacts.errors import ChannelError, IntegrityError, NotFoundError, StaleError, StoreError
 from artifacts.keys import canonical_json
 from artifacts.manifest import Digest, Instant, Name, Part
 from artifacts.refs import digest_bytes
@@ -171,7 +171,14 @@ def move_channel(
         done = next((signed for signed in moves if signed.move.id == mine), None)
         if done is not None:
             return done
-        fields = decide(channel)
+        try:
+            fields = decide(channel)
+        except StaleError:
+            # Another process of this user may have seen it move on since it was read.
+            now = read_channel(store, recipe, target, name)
+            if now is None or channel is None or not is_newer(now, channel):
+                raise
+            continue
         if fields is None:
             return None
         statement = {
@@ -198,6 +205,11 @@ def move_channel(
     raise StoreError(
         f"{store.uri}: {channel_path(recipe, target, name)}: others moved the channel {_MOST_TRIES} times; try again"
     )
+
+
+def is_newer(channel: Channel, other: Channel) -> bool:
+    """Tell whether a channel has moved on from another state of it."""
+    return channel.head.move.sequence > other.head.move.sequence
 
 
 def check_name(name: str) -> str:

@@ -8,7 +8,8 @@ ArtifactError
 ├── IntegrityError         bytes are there but are not what their name or record says
 ├── RefusedError           an engine is whole, but the rules forbid loading it here
 ├── TrustError             nobody whom the trust policy names vouches for what is there
-│   └── PolicyError        the trust policy itself cannot be used
+│   ├── PolicyError        the trust policy itself cannot be used
+│   └── StaleError         an earlier state of a channel than was seen before
 ├── SigningError           something cannot be signed or checked: the key, or the library
 └── ChannelError           a channel may not be moved there
 """
@@ -65,6 +66,10 @@ class PolicyError(TrustError):
     def __init__(self, message: str, path: tuple[str | int, ...] = ()) -> None:
         self.path = path
         super().__init__(message)
+
+
+class StaleError(TrustError):
+    """A channel is shown in an earlier, or another, state than the one that was seen here before."""
 
 
 class SigningError(ArtifactError):

@@ -10,14 +10,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from artifacts.channels import SignedMove
-from artifacts.errors import TrustError
+from artifacts.channels import Channel, SignedMove, is_newer, read_channel
+from artifacts.errors import StaleError
 from artifacts.files import create_file, make_folders, os_faults, sync_file
 from artifacts.refs import digest_bytes, is_digest
+from artifacts.store import Store
 
 STATE: Final = "ENGINERY_STATE"
 
@@ -40,7 +42,7 @@ class Seen:
     def check(self, store: str, head: SignedMove) -> None:
         """Remember the head of a channel of a store, whose signature was checked, and refuse one that is older.
 
-        Raises TrustError where a later move was seen before, or another one of this sequence; StoreError where the folder
+        Raises StaleError where a later move was seen before, or another one of this sequence; StoreError where the folder
         cannot be used.
         """
         move = head.move
@@ -53,7 +55,7 @@ class Seen:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # dropped by the kernel with its holder
                 sequence, known = _read(path)
                 if move.sequence < sequence or (move.sequence == sequence and known != statement):
-                    raise TrustError(
+                    raise StaleError(
                         f"{store}: channel {'/'.join(move.at)} shows move {move.sequence}, and move {sequence} was seen "
                         "here before: an older or another state of the store was put in its place. If somebody who may "
                         f"has really reset the channel, remove {path}"
@@ -66,6 +68,24 @@ class Seen:
                         stream.write(json.dumps(document | {"statement": statement}).encode())
                         sync_file(stream)
                     temporary.replace(path)
+
+
+def believed(store: Store, channel: Channel, check: Callable[[SignedMove], object]) -> Channel:
+    """Return a channel whose head `check` lets pass, remembered; where another process here saw it move on since it was read, as it is now.
+
+    Raises TrustError, StoreError, IntegrityError.
+    """
+    while True:
+        check(channel.head)
+        try:
+            Seen.of_this_user().check(store.uri, channel.head)
+        except StaleError:
+            now = read_channel(store, *channel.head.move.at)
+            if now is None or not is_newer(now, channel):
+                raise
+            channel = now
+        else:
+            return channel
 
 
 def _read(path: Path) -> tuple[int, str]:

@@ -239,14 +239,15 @@ def _channel(
     pinned: dict[str, str | None] = {}
     if name is not None:
         from artifacts.channels import channels_of
-        from artifacts.seen import Seen
+        from artifacts.seen import believed
 
         for channel in channels_of(store, recipe, name):
             move = channel.head.move
             try:
                 if judge is not None:
-                    judge.check_move(channel.head.statement, channel.head.signature, recipe, name)
-                    Seen.of_this_user().check(store.uri, channel.head)
+                    move = believed(
+                        store, channel, lambda head: judge.check_move(head.statement, head.signature, recipe, name)
+                    ).head.move
             except TrustError as err:
                 builds[move.target] = f"nothing that may be trusted: {err}"  # no build has spaces in its name
             else:

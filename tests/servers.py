@@ -22,9 +22,9 @@ S3_PAGE = 7
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Run an S3 server in a child process; yield its address, http://127.0.0.1:PORT."""
-    environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(S3_PAGE)}
+def s3_server(page: int = S3_PAGE) -> Iterator[str]:
+    """Run an S3 server in a child process, whose listings have so many objects on a page; yield http://127.0.0.1:PORT."""
+    environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(page)}
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve())],
         stdin=subprocess.PIPE,

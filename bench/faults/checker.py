@@ -43,6 +43,10 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "outputs": "Every blob that a record names is there (after blobs were removed: the record is a miss).",
     "hint": "Every hint (cache/latest, cache/refit), host and timing fact is JSON.",
     "lost": "What was visible once stays: manifests byte for byte, moves of channels, records; but for what gc removed.",
+    "told": "Who was told that a channel moved finds that move in its history once; who was refused, once at most.",
+    "published": "A visible engine is one that a publisher was told of, byte for byte.",
+    "pinned": "An engine that was pinned, or promoted last, is visible, whoever collected garbage meanwhile.",
+    "used": "Who holds a lease is refused nothing: what they keep, publish and read stays while they do.",
 }
 # What is JSON and says nothing that anybody relies on unchecked.
 _HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "claims/", "sweeps/", "pins/", "removed/")

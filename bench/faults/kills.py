@@ -44,6 +44,7 @@ from bench.faults.world import keep as world_keep
 from bench.faults.world import promote as world_promote
 from bench.faults.world import publish as world_publish
 from enginery import client
+from tests.servers import S3_PAGE
 
 KINDS: Final = ("build", "publish", "pull", "promote", "gc")
 STORES: Final = ("folder", "s3")
@@ -255,14 +256,14 @@ def _left(place: Place) -> list[str]:
 
 
 @contextmanager
-def places_of(kind: str, folder: Path) -> Iterator[Iterator[Place]]:
+def places_of(kind: str, folder: Path, page: int = S3_PAGE) -> Iterator[Iterator[Place]]:
     """Yield an endless supply of new stores, in folders or in one S3 server."""
     with ExitStack() as stack:
         environment: Mapping[str, str] = {}
         if kind == "s3":
             from bench.faults.servers import s3_with_bucket
 
-            environment = stack.enter_context(s3_with_bucket(_BUCKET))
+            environment = stack.enter_context(s3_with_bucket(_BUCKET, page))
 
         def supply() -> Iterator[Place]:
             number = 0

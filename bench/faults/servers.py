@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers import careless_s3_server, s3_environment, s3_server
+from tests.servers import S3_PAGE, careless_s3_server, s3_environment, s3_server
 
 
 def make_bucket(endpoint: str, bucket: str) -> None:
@@ -21,9 +21,9 @@ def make_bucket(endpoint: str, bucket: str) -> None:
 
 
 @contextmanager
-def s3_with_bucket(bucket: str) -> Iterator[dict[str, str]]:
-    """Run moto's S3 server with a bucket; yield the environment that leads boto3 to it."""
-    with s3_server() as endpoint:
+def s3_with_bucket(bucket: str, page: int = S3_PAGE) -> Iterator[dict[str, str]]:
+    """Run moto's S3 server with a bucket, as `s3_server`; yield the environment that leads boto3 to it."""
+    with s3_server(page) as endpoint:
         make_bucket(endpoint, bucket)
         yield s3_environment(endpoint)
 

@@ -26,6 +26,7 @@ from artifacts.channels import read_channel
 from artifacts.collector import Collector
 from artifacts.errors import ArtifactError
 from artifacts.garbage import Policy
+from artifacts.leases import Lease
 from artifacts.manifest import Manifest
 from artifacts.records import ActionRecord
 from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
@@ -40,7 +41,7 @@ RECIPES: Final = ("digits", "swin")
 TARGET: Final = "tensorrt-rtx-1.7.1.116-sm89"
 CHANNEL: Final = "production"
 PLAN_BYTES: Final = 200_000
-_PRELOADED: Final = ("bench.faults.world", "boto3", "model_signing.signing", "model_signing.verifying", "onnx")
+PRELOADED: Final = ("bench.faults.world", "boto3", "model_signing.signing", "model_signing.verifying", "onnx")
 _MEASURED: Final = {
     "executed": True,
     "parity": {"relative_l2": 1e-4, "max_abs": 1e-3, "cosine": 1.0, "non_finite": 0},
@@ -102,13 +103,13 @@ def engine(recipe: str, number: int) -> EngineId:
     return EngineId(recipe, TARGET, f"fp16-{number:06d}")
 
 
-def publish(place: Place, recipe: str, number: int, writer: str = "") -> str:
+def publish(place: Place, recipe: str, number: int, writer: str = "", lease: Lease | None = None) -> str:
     """Publish an engine of five files, one of them shared by all of its recipe; return its manifest's digest.
 
     `writer` is who says to have built it: two of different names publish different manifests of one action.
     """
     store, name = place.store, engine(recipe, number)
-    cache = ActionCache(store)
+    cache = ActionCache(store, lease=lambda: lease)
     contents = {
         "model.plan": digest_bytes(f"{name}".encode()).encode() * (PLAN_BYTES // 64),
         "report.html": f"<p>{name}</p>".encode(),
@@ -186,10 +187,10 @@ def collect(place: Place, grace: float = 0.0) -> list[str]:
     return sorted(removal.path for removal in Collector(place.store, policy).collect().removed)
 
 
-def keep(place: Place, number: int) -> bool:
+def keep(place: Place, number: int, lease: Lease | None = None) -> bool:
     """Keep a record of an action with one blob, and tell whether it is a hit then, its bytes being those that were kept."""
     store = place.store
-    cache = ActionCache(store)
+    cache = ActionCache(store, lease=lambda: lease)
     data = f"the output of action {number}\n".encode() * 2000
     ref = ArtifactRef(digest_bytes(data), len(data), ENGINE_PLAN)
     record = ActionRecord({"stage": "compile", "number": number}, {"model.plan": ref})
@@ -251,7 +252,7 @@ class Actors:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOADED))
+        self._context.set_forkserver_preload(list(PRELOADED))
 
     @contextmanager
     def started(self, action: Action, place: Place) -> Iterator[Running]:

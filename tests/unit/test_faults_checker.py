@@ -139,7 +139,18 @@ def test_what_is_harmed_is_told_by_its_name(place: Place, harm: str):
 
 
 def test_every_invariant_has_a_harm():
-    assert {invariant for invariant, _apply in HARMS.values()} == INVARIANTS.keys() - {"lost"}
+    assert {invariant for invariant, _apply in HARMS.values()} == INVARIANTS.keys() - {
+        "lost",
+        "told",
+        "published",
+        "pinned",
+        "used",
+    }
+
+
+def test_every_invariant_is_written_down():
+    written = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert [words for words in INVARIANTS.values() if f"* {words}\n" not in written] == []
 
 
 def test_a_record_whose_blobs_were_collected_is_a_miss_and_no_violation(place: Place):

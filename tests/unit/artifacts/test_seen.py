@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from artifacts.channels import Channel, SignedMove, move_channel, read_channel
-from artifacts.errors import StoreError, TrustError
+from artifacts.errors import StaleError, StoreError, TrustError
 from artifacts.folder import FolderStore
-from artifacts.seen import Seen
+from artifacts.seen import Seen, believed
 from artifacts.store import Store
 
 AT = ("digits", "t", "production")
@@ -35,6 +35,40 @@ def test_later_moves_are_remembered_and_earlier_ones_refused(tmp_path: Path) -> 
     other = move_channel(store, *AT[:2], "staging", lambda _found: {**FIELDS, "build": "a"})
     seen.check(store.uri, other)
     seen.check(store.uri, move(store, "a"))
+
+
+def test_what_another_process_saw_move_on_is_read_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_STATE", str(tmp_path / "state"))
+    store, looked = FolderStore(tmp_path / "store"), list[int]()
+    move(store, "a")
+    early = read_channel(store, *AT)
+    # Between reading and looking, somebody moves it, and another process of this user sees that.
+    Seen.of_this_user().check(store.uri, move(store, "b"))
+    now = believed(store, early, lambda head: looked.append(head.move.sequence))
+    assert (now.head.move.build, looked) == ("b", [1, 2])
+    # What stays as it was is an old state.
+    Seen.of_this_user().check(store.uri, replace(now.head, move=now.head.move.model_copy(update={"sequence": 3})))
+    with pytest.raises(StaleError):
+        believed(store, now, lambda _head: None)
+
+
+def test_a_mover_begins_again_where_the_channel_moved_on_since_it_was_read(tmp_path: Path) -> None:
+    store, shown = FolderStore(tmp_path / "store"), list[str | None]()
+    move(store, "a")
+
+    def decide(found: Channel | None) -> dict[str, str]:
+        shown.append(found.head.move.build)
+        if len(shown) == 1:
+            move(store, "b")
+        if found.head.move.build == "a":
+            raise StaleError("move 2 was seen before")
+        return {**FIELDS, "build": "c"}
+
+    assert move_channel(store, *AT, decide).move.sequence == 3
+    assert shown == ["a", "b"]
+    shown.append("not the first")
+    with pytest.raises(StaleError):
+        move_channel(FolderStore(tmp_path / "other"), *AT, lambda _found: (_ for _ in ()).throw(StaleError("old")))
 
 
 def test_two_histories_of_one_channel_are_not_both_believed(tmp_path: Path) -> None:
