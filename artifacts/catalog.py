@@ -2,12 +2,13 @@
 
 engines/<recipe>/<target>/<build>/     the engine's files, and manifest.json, which makes them an engine
     signatures/<digest>-<key>.sig      signatures, each named by 16 digits of what it signs and of its key
+    publications/<name>                marks of what it is published together with (artifacts.publications)
     verification/                      what was found when it was executed later (artifacts.attestation)
 channels/<recipe>/<target>/<name>.json what a channel names, with its history (artifacts.channels)
 hosts/<host>.json                      a host's fingerprint, with its history (artifacts.hosts)
 
-A folder without a manifest is not an engine: it is what a publication that died has left, or one
-that is under way. A signature's name says which manifest it is of, so that of two who publish one
+A folder without a manifest is not an engine, nor is one that is marked for publications none of which is complete: it
+is what a publication that died has left, or one that is under way. A signature's name says which manifest it is of, so that of two who publish one
 build neither's signature meets the other's manifest, and several keys may sign one.
 """
 
@@ -30,6 +31,16 @@ from artifacts.host import Host
 from artifacts.leases import leased
 from artifacts.manifest import MANIFEST_NAME, FileEntry, Identity, Manifest
 from artifacts.provenance import PROVENANCE_TYPE
+from artifacts.publications import (
+    PUBLICATIONS,
+    completed,
+    mark_document,
+    mark_of,
+    mark_path,
+    publication_document,
+    publication_name,
+    publication_path,
+)
 from artifacts.refs import digest_bytes
 from artifacts.signing import ATTESTATION_NAME, SIGNATURE_BYTES, Signer, hint_of, signed_contents
 from artifacts.store import Store
@@ -75,27 +86,80 @@ class EngineCatalog:
     believes: Callable[[Attestation, Mapping[str, bytes]], bool] | None = None
 
     def publish(self, manifest: Manifest, signer: Signer | None = None) -> bytes:
-        """Make stored blobs an engine: the files, its signature, the manifest last; return the manifest that counts.
+        """Make stored blobs an engine, as `publish_together` does; return the manifest that counts."""
+        return self.publish_together([manifest], signer)[0]
 
-        Of two that publish the same build the first wins; a damaged manifest is replaced. Raises NotFoundError
-        where a blob is gone, StoreError, SigningError, and IntegrityError where another action's engine has this name.
+    def publish_together(
+        self, manifests: Sequence[Manifest], signer: Signer | None = None, without: Mapping[str, str] | None = None
+    ) -> list[bytes]:
+        """Make stored blobs engines of one recipe that are visible all at once; return the manifests that count.
+
+        Of each the files first, its signature, its mark, its manifest; then, in one write, the publication. Of two that
+        publish the same build the first wins; a damaged manifest is replaced. `without` says for people which targets were
+        not built, and why. Raises NotFoundError where a blob is gone, StoreError, SigningError, and IntegrityError where
+        another action's engine has this name; nothing is visible then that was not before.
         """
-        engine = EngineId.of(manifest.identity)
-        with leased(self.store, f"publish {engine}", [str(engine)]):
-            return self._publish(engine, manifest, signer)
+        engines = [EngineId.of(manifest.identity) for manifest in manifests]
+        names = [str(engine) for engine in engines]
+        with leased(self.store, f"publish {', '.join(names)}", names):
+            for engine, manifest in zip(engines, manifests, strict=True):
+                for name, entry in manifest.files.items():
+                    self.store.copy(blob_path(entry.digest), f"{engine.path}/{name}")
+            made = [
+                (engine, manifest, manifest.to_bytes()) for engine, manifest in zip(engines, manifests, strict=True)
+            ]
+            signatures: dict[EngineId, str] = {}
 
-    def _publish(self, engine: EngineId, manifest: Manifest, signer: Signer | None) -> bytes:
-        data = manifest.to_bytes()
-        for name, entry in manifest.files.items():
-            self.store.copy(blob_path(entry.digest), f"{engine.path}/{name}")
-        signature = self.sign(manifest, data, signer) if signer is not None else None
-        winner = self._complete(engine, manifest, data)
-        if winner != data:
-            # What only this manifest names, which will never be there.
-            own = manifest.files.keys() - self.read_manifest(engine, winner).files.keys()
-            for path in (*(f"{engine.path}/{name}" for name in own), *filter(None, [signature])):
-                self.store.delete(path)
-        return winner
+            def sign(engine: EngineId, manifest: Manifest, data: bytes) -> None:
+                if signer is not None:
+                    signatures[engine] = self.sign(manifest, data, signer)
+
+            winners = self._make_visible(made, without or {}, sign)
+            for (engine, manifest, data), winner in zip(made, winners, strict=True):
+                if winner != data:
+                    # What only this manifest names, which will never be there.
+                    own = manifest.files.keys() - self.read_manifest(engine, winner).files.keys()
+                    for path in (*(f"{engine.path}/{name}" for name in own), *filter(None, [signatures.get(engine)])):
+                        self.store.delete(path)
+        return winners
+
+    def _make_visible(
+        self,
+        made: Sequence[tuple[EngineId, Manifest, bytes]],
+        without: Mapping[str, str],
+        sign: Callable[[EngineId, Manifest, bytes], None],
+    ) -> list[bytes]:
+        """Do all that is left when the files of engines are there; return the manifests that count."""
+        publication = publication_name(manifest.provenance.key for _engine, manifest, _data in made)
+        winners: dict[str, bytes] = {}
+        for engine, manifest, data in made:
+            sign(engine, manifest, data)
+            # One that is visible without marks, from an older release, must not disappear.
+            if not self.is_visible(engine):
+                self.store.write(mark_path(str(engine), publication), mark_document(engine.recipe, publication))
+            winners[str(engine)] = self._complete(engine, manifest, data)
+        digests = {name: digest_bytes(data) for name, data in winners.items()}
+        path = publication_path(made[0][0].recipe, publication)
+        self.store.write(path, publication_document(digests, without))
+        return list(winners.values())
+
+    def is_visible(self, engine: EngineId) -> bool:
+        """Tell whether an engine has a manifest, and a publication that is complete where it is marked. Raises StoreError."""
+        if self.store.info(f"{engine.path}/{MANIFEST_NAME}") is None:
+            return False
+        marks = [info.path.rpartition("/")[2] for info in self.store.list(f"{engine.path}/{PUBLICATIONS}/")]
+        paths = [publication_path(engine.recipe, mark) for mark in marks]
+        return not marks or any(self.store.info(path) is not None for path in paths)
+
+    def unmark(self, engine: EngineId) -> None:
+        """Make a visible engine one by its manifest alone, which whoever is about to remove that does first.
+
+        Else what is published anew in its place would be visible by an old mark before its own publication is complete.
+        Raises StoreError.
+        """
+        if self.is_visible(engine):
+            for info in list(self.store.list(f"{engine.path}/{PUBLICATIONS}/")):
+                self.store.delete(info.path)
 
     def sign(self, manifest: Manifest, data: bytes, signer: Signer) -> str:
         """Store a signature over an engine's manifest, whose bytes are `data`, and its files; return its path.
@@ -120,23 +184,31 @@ class EngineCatalog:
                     found[fingerprint] = signature
         return found
 
-    def send(self, engine: EngineId, other: EngineCatalog) -> bytes:
-        """Publish one of this store's engines in another too, its bytes checked on the way, as they are.
+    def send(
+        self, engines: Sequence[EngineId], other: EngineCatalog, without: Mapping[str, str] | None = None
+    ) -> list[bytes]:
+        """Publish engines of one recipe in another store too, all at once and as they are; return the manifests that count there.
 
-        Raises NotFoundError, StoreError and IntegrityError.
+        Their bytes are checked on the way. Raises NotFoundError, StoreError and IntegrityError.
         """
-        data = self.manifest_bytes(engine)
-        manifest = self.read_manifest(engine, data)
-        with leased(other.store, f"publish {engine}", [str(engine)]):
-            # The receiver's scratch, so that a folder links the files instead of copying them once more.
-            with other.store.scratch() as folder:
-                for name, entry in manifest.files.items():
-                    (folder / name).parent.mkdir(exist_ok=True)  # a part's own
-                    self.fetch(engine, name, entry, folder / name)
-                    other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
-            for signature in self.signatures(engine, data).values():
-                other._put_signature(engine, data, signature)
-            return other._complete(engine, manifest, data)
+        names = [str(engine) for engine in engines]
+        stored = [(engine, self.manifest_bytes(engine)) for engine in engines]
+        sent = [(engine, self.read_manifest(engine, data), data) for engine, data in stored]
+        with leased(other.store, f"publish {', '.join(names)}", names):
+            for engine, manifest, _data in sent:
+                # The receiver's scratch, so that a folder links the files instead of copying them once more.
+                with other.store.scratch() as folder:
+                    for name, entry in manifest.files.items():
+                        (folder / name).parent.mkdir(exist_ok=True)  # a part's own
+                        self.fetch(engine, name, entry, folder / name)
+                        other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
+            return other._make_visible(
+                sent, without or {}, lambda engine, _manifest, data: self._send_signatures(engine, data, other)
+            )
+
+    def _send_signatures(self, engine: EngineId, data: bytes, other: EngineCatalog) -> None:
+        for signature in self.signatures(engine, data).values():
+            other._put_signature(engine, data, signature)
 
     def fetch(self, engine: EngineId, name: str, entry: FileEntry, target: Path) -> None:
         """Bring one file of an engine to the new path `target`, checked. Raises NotFoundError, StoreError, IntegrityError."""
@@ -256,13 +328,19 @@ class EngineCatalog:
     def _listed(self, recipe: str | None) -> dict[EngineId, list[str]]:
         """Return every engine that has a manifest, with the paths of what was executed later; one listing, unsorted."""
         engines, attested = set[EngineId](), dict[EngineId, list[str]]()
+        marks = dict[EngineId, list[str]]()
         for info in self.store.list("engines/" if recipe is None else f"engines/{recipe}/"):
             parts = info.path.split("/")
             if len(parts) == 5 and parts[4] == MANIFEST_NAME:
                 engines.add(EngineId(*parts[1:4]))
             elif len(parts) == 6 and parts[4] == FOLDER:
                 attested.setdefault(EngineId(*parts[1:4]), []).append(info.path)
-        return {engine: attested.get(engine, []) for engine in engines}
+            elif (mark := mark_of(info.path)) is not None:
+                marks.setdefault(EngineId(*parts[1:4]), []).append(publication_path(parts[1], mark))
+        # After the engines: where one of a publication was seen, all that are visible with it are.
+        done = completed(self.store, recipe) if engines & marks.keys() else frozenset[str]()
+        visible = (engine for engine in engines if engine not in marks or not done.isdisjoint(marks[engine]))
+        return {engine: attested.get(engine, []) for engine in visible}
 
     def _attestations(self, paths: Sequence[str], manifest: str) -> list[Attestation]:
         found = []

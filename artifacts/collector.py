@@ -38,6 +38,7 @@ from artifacts.garbage import (
 from artifacts.keys import canonical_json
 from artifacts.leases import LEASES, SWEEPS, Notice, read_leases, sweeping
 from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.publications import PUBLICATIONS
 from artifacts.records import ActionRecord
 from artifacts.refits import parse_bases
 from artifacts.refs import digest_bytes
@@ -48,7 +49,20 @@ PHASES: Final[tuple[Phase, ...]] = ("manifests", "files", "records", "blobs", "r
 # Builders may wait for a sweep, so that a long one is made of short ones.
 _SWEEP_SECONDS: Final = 20.0
 _THREADS: Final = 16
-_SMALL: Final = (LEASES, SWEEPS, PINS, "channels/", "engines/", RECORDS, LATEST, REFITS, PLANS, REMOVED, QUARANTINE)
+_SMALL: Final = (
+    LEASES,
+    SWEEPS,
+    PINS,
+    "channels/",
+    "engines/",
+    f"{PUBLICATIONS}/",
+    RECORDS,
+    LATEST,
+    REFITS,
+    PLANS,
+    REMOVED,
+    QUARANTINE,
+)
 T = TypeVar("T")
 
 
@@ -108,6 +122,7 @@ class Collector:
                 note = {"schema": 1, "engine": str(engine), "why": removal.why}
                 self.store.write(note_path(engine), json.dumps(note, indent=1).encode() + b"\n")
                 self._gone[engine] = self._facts[engine]  # type: ignore[assignment]  # what cannot be read stays
+                EngineCatalog(self.store).unmark(engine)
             self.store.delete(removal.path)
             self._blobs.pop(removal.path, None)
             return removal

@@ -1,8 +1,8 @@
 """Reads everything that a store holds, moves aside what is damaged, and repairs it from another store.
 
-Checked: blobs by their names, records by their keys, engines' manifests, their files, signatures and attestations, channels
-by their chains. What is damaged goes to `quarantine/<time>/<its path>` and is never deleted here (`gc` removes it when
-it has lain there for long). Right bytes are those of the digest that a name or a manifest states, found in this store or
+Checked: blobs by their names, records by their keys, engines' manifests, their files, signatures and attestations, what
+was published together, channels by their chains. What is damaged goes to `quarantine/<time>/<its path>` and is never deleted here (`gc` removes it when
+it has lain there for long). What was published together is told by its name and its engines' marks. Right bytes are those of the digest that a name or a manifest states, found in this store or
 in the other; a document is taken from the other store where it can be read there and is of this place. An engine that
 cannot be repaired goes with its manifest first, so that nobody finds an engine that is not whole.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -21,8 +22,16 @@ from artifacts.channels import channel_path, read_channel
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError
 from artifacts.leases import leased
 from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.publications import (
+    PUBLICATIONS,
+    mark_document,
+    mark_of,
+    publication_document,
+    publication_path,
+    read_publication,
+)
 from artifacts.records import ActionRecord
-from artifacts.refs import BYTES, ArtifactRef, is_digest
+from artifacts.refs import BYTES, ArtifactRef, digest_bytes, is_digest
 from artifacts.signing import hint_of
 from artifacts.store import Store
 
@@ -64,6 +73,7 @@ class DeepCheck:
                     self._document(path, lambda _path, data: Attestation.from_bytes(data))
                 elif path.split("/")[4] == SIGNATURES:
                     self._document(path, _check_signature)
+            self._publications()
             for path in self._paths("channels/", 4):
                 self._channel(path)
         return self.damages
@@ -103,6 +113,7 @@ class DeepCheck:
         lost = [name for name, ref, _why in found if not self._has_right_blob(ref)]
         if lost:
             # First, so that nobody finds an engine that is not whole.
+            EngineCatalog(self.store).unmark(engine)
             moved = self._set_aside(path)
             self.damages.append(Damage(path, f"its files {', '.join(lost)} are damaged or gone", "quarantined", moved))
         for name, ref, why in found:
@@ -113,6 +124,31 @@ class DeepCheck:
             else:
                 self.store.copy(blob_path(ref.digest), file)
             self.damages.append(Damage(file, why, "quarantined" if name in lost else "repaired", moved))
+
+    def _publications(self) -> None:
+        """Mend what says that engines were published together: that it is there counts, so that it is never only removed."""
+        marked: dict[str, dict[str, str]] = {}
+        for path in self._paths("engines/", 6):
+            name, engine = mark_of(path), EngineId(*path.split("/")[1:4])
+            if name is not None:
+                self._mend(path, mark_document(engine.recipe, name), _check_mark)
+                with suppress(NotFoundError):
+                    digest = digest_bytes(EngineCatalog(self.store).manifest_bytes(engine))
+                    marked.setdefault(publication_path(engine.recipe, name), {})[str(engine)] = digest
+        for path in self._paths(f"{PUBLICATIONS}/", 3):
+            self._mend(path, publication_document(marked.get(path, {}), {}), lambda _path, data: read_publication(data))
+
+    def _mend(self, path: str, right: bytes, check: Callable[[str, bytes], object]) -> None:
+        try:
+            data = self.store.read(path)
+        except NotFoundError:
+            return  # removed since it was listed
+        self.checked += 1
+        why = _why_not(path, data, check)
+        if why is not None:
+            moved = self._copy_aside(path)
+            self.store.write(path, right)
+            self.damages.append(Damage(path, why, "repaired", moved))
 
     def _channel(self, path: str) -> None:
         place = path.removesuffix(".json").split("/")[1:]
@@ -253,6 +289,11 @@ def _check_record(path: str, data: bytes) -> None:
     record = ActionRecord.from_bytes(data)
     if record_path(record.stage, record.key) != path:
         raise IntegrityError(f"{path}: holds the record of {record.stage} {record.key[:12]}")
+
+
+def _check_mark(path: str, data: bytes) -> None:
+    if data != mark_document(path.split("/")[1], mark_of(path) or ""):
+        raise IntegrityError(f"{path}: is no mark of this publication")
 
 
 def _check_signature(path: str, data: bytes) -> None:

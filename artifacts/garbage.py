@@ -25,6 +25,7 @@ from artifacts.catalog import SIGNATURE_DIGITS, SIGNATURES, EngineId
 from artifacts.fresh_plans import PLANS
 from artifacts.leases import FRESH_SECONDS, LEASES, SWEEPS, LeaseFacts, is_dead
 from artifacts.manifest import MANIFEST_NAME
+from artifacts.publications import PUBLICATIONS, mark_of, publication_path
 from artifacts.store import ObjectInfo
 
 BLOBS: Final = "cache/blobs/sha256/"
@@ -163,7 +164,17 @@ class _Rules:
             if facts is not None and engine not in self.kept
         }
         manifests = [
-            self._removal(f"{engine.path}/{MANIFEST_NAME}", engine.recipe, "nothing names it") for engine in doomed
+            self._removal(
+                f"{engine.path}/{MANIFEST_NAME}",
+                engine.recipe,
+                "its publication ended early" if engine in self.held else "nothing names it",
+            )
+            for engine in doomed
+        ] + [
+            self._removal(path, engine.recipe, "its engine goes")
+            for engine in doomed
+            if engine not in self.held
+            for path in self._marks.get(engine, ())
         ]
         files, waiting = self._files(doomed)
         gone = {**self.survey.gone, **doomed}
@@ -203,10 +214,12 @@ class _Rules:
                 yield engine, "of another recipe"
             elif any(lease.names(str(engine)) for lease in self.leases):
                 yield engine, "somebody is using it"
-            elif facts.key in self.survey.latest.get(f"{LATEST}{engine.recipe}.json", ()):
+            elif engine not in self.held and facts.key in self.survey.latest.get(f"{LATEST}{engine.recipe}.json", ()):
                 yield engine, "its recipe's last build made it"
             elif self.young(manifest):
                 yield engine, "written within the grace period"
+            elif engine in self.held:
+                continue
             elif self.young(manifest, days=self.policy.keep_days):
                 yield engine, f"younger than {self.policy.keep_days:g} days"
         for path in self._under(f"{RECORDS}publish/"):
@@ -240,7 +253,7 @@ class _Rules:
     def _newest(self) -> Iterator[tuple[EngineId, str]]:
         kinds: dict[tuple[str, str, str], list[tuple[str, EngineId]]] = defaultdict(list)
         for engine, facts in self.survey.engines.items():
-            if facts is not None:
+            if facts is not None and engine not in self.held:
                 kinds[engine.recipe, engine.target, facts.precision].append((facts.created, engine))
         for (_recipe, _target, precision), found in kinds.items():
             for _created, engine in sorted(found, reverse=True)[: self.policy.keep_newest]:
@@ -254,7 +267,10 @@ class _Rules:
             if not self._in_scope(engine.recipe) or any(lease.names(str(engine)) for lease in self.leases):
                 continue
             if engine in doomed:
-                later += [self._removal(path, engine.recipe, "its engine goes") for path in paths]
+                with_manifest = self._marks.get(engine, []) if engine not in self.held else []
+                later += [
+                    self._removal(path, engine.recipe, "its engine goes") for path in paths if path not in with_manifest
+                ]
             elif engine in self.survey.engines:
                 facts = self.survey.engines[engine]
                 strays = [path for path in paths if facts is not None and self._is_stray(engine, facts, path)]
@@ -279,6 +295,24 @@ class _Rules:
             attested = any(other.startswith(f"{engine.path}/{FOLDER}/") for other in self._folders[engine])
             return not attested and not signature.startswith(f"{facts.manifest[:SIGNATURE_DIGITS]}-")
         return not folder and name not in facts.files
+
+    @cached_property
+    def held(self) -> frozenset[EngineId]:
+        """Every engine that nobody can see, since it waits for a publication that is not complete."""
+        return frozenset(
+            engine
+            for engine, paths in self._marks.items()
+            if not any(self._publication(path) in self.survey.objects for path in paths)
+        )
+
+    @cached_property
+    def _marks(self) -> dict[EngineId, list[str]]:
+        """The marks of engines that have some."""
+        found = {engine: [path for path in paths if mark_of(path)] for engine, paths in self._folders.items()}
+        return {engine: paths for engine, paths in found.items() if paths}
+
+    def _publication(self, mark: str) -> str:
+        return publication_path(mark.split("/")[1], mark_of(mark) or "")
 
     @cached_property
     def _folders(self) -> dict[EngineId, list[str]]:
@@ -372,6 +406,16 @@ class _Rules:
                 engine = EngineId(*parts[1:])
                 if engine in self.kept or (engine not in self.survey.engines and engine not in self._folders):
                     yield self._removal(path, engine.recipe, "what it is about is done")
+        marked = {
+            self._publication(path)
+            for engine, paths in self._marks.items()
+            for path in paths
+            if engine in self.kept or engine in self.held or engine not in self.survey.engines
+        }
+        for path in self._under(f"{PUBLICATIONS}/"):
+            recipe = path.split("/")[1]
+            if path not in marked and self._in_scope(recipe) and not self.young(path):
+                yield self._removal(path, recipe, "its engines are gone")
         if self.policy.recipe is not None:
             return
         for path in self._under(QUARANTINE):

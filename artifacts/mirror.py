@@ -140,7 +140,7 @@ class Mirror:
         try:
             data = here.manifest_bytes(engine)
             if not self._has(engine, manifest, data):
-                there_now = here.send(engine, there)
+                (there_now,) = here.send([engine], there)
                 if there_now != data:
                     self._leave(f"{engine}: {self.target.uri} has another manifest of this build, which stays")
                     return
@@ -157,6 +157,8 @@ class Mirror:
     def _has(self, engine: EngineId, manifest: Manifest, data: bytes) -> bool:
         try:
             if self.target.read(f"{engine.path}/{MANIFEST_NAME}") != data:
+                return False
+            if not EngineCatalog(self.target).is_visible(engine):
                 return False
         except NotFoundError:
             return False

@@ -71,8 +71,9 @@ class Plan:
 
     @property
     def ready(self) -> tuple[Step, ...]:
-        """The steps that can run now."""
-        return tuple(step for step in self.steps if step.ready)
+        """The steps that can run now. Engines are published together, when all else that can be made is made or failed."""
+        ready = tuple(step for step in self.steps if step.ready)
+        return tuple(step for step in ready if step.stage != "publish") or ready
 
     @property
     def fresh(self) -> bool:

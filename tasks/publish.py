@@ -1,7 +1,8 @@
-"""The `publish` stage: a compiled engine and its manifest become visible in the store, and in another where asked.
+"""The `publish` stage: what a build made becomes visible in the store, all at once, and in another where asked.
 
-It runs in the parent process, since it only copies and writes inside of stores. The files are copied
-first and the manifest is written last, so that a build that dies at any instant publishes nothing.
+It runs in the parent process, since it only copies and writes inside of stores, when nothing else of the build is left to
+run. Files are copied first, then manifests are written, and then the publication that makes all of them visible
+(`artifacts.publications`), so that a build that dies at any instant publishes nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from artifacts.cache import ActionCache, record_path
 from artifacts.errors import NotFoundError
 from artifacts.host import Host
+from artifacts.publications import mark_path, publication_name, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refs import ArtifactRef, digest_bytes
 from artifacts.store import Store, open_store
@@ -30,56 +32,62 @@ if TYPE_CHECKING:
 BUILDER_ID: Final = "ENGINERY_BUILDER_ID"
 
 
-def publish_engine(
-    step: Step,
-    engine: EnginePlan,
+def publish_engines(
+    engines: Mapping[str, tuple[Step, EnginePlan]],
     steps: Sequence[Step],
     recipe: LoadedRecipe,
     host: Host,
     store: Store,
     *,
     built: Collection[str] = (),
-) -> ActionRecord:
-    """Publish a compiled and verified engine, also where the recipe's `publish.to` says; return the action's record.
+    without: Mapping[str, str] | None = None,
+) -> dict[str, ActionRecord]:
+    """Publish compiled and verified engines together, also where the recipe's `publish.to` says; return records by key.
 
-    `steps` are the plan's, with the records of all that the engine came through; `built` names those that this build
-    ran itself. A relative `publish.to` is a folder beside the recipe. Where `ENGINERY_SIGN_KEY` names a key, it signs the
-    engine. Raises StoreError, SigningError and IntegrityError.
+    `engines` are by key of their publish actions. `steps` are the plan's, with the records of all that the engines came
+    through; `built` names those that this build ran itself, `without` the targets that are not among the engines, and why. A
+    relative `publish.to` is a folder beside the recipe. Where `ENGINERY_SIGN_KEY` names a key, it signs the engines.
+    Raises StoreError, SigningError and IntegrityError; nothing is visible then that was not before.
     """
     # Manifest models take 0.15 s to import, which a build that publishes nothing must not pay.
     from artifacts.catalog import EngineCatalog, EngineId
-    from artifacts.manifest import Manifest
     from artifacts.signing import signer_from_environment
     from tasks.engine_manifest import engine_manifest
 
-    if step.action is None:
-        raise ValueError(f"{step.id}: its inputs are not known yet")
     begin = time.perf_counter()
     now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     catalog = EngineCatalog(store)
-    described = _with_provenance(engine_manifest(step, engine, steps, recipe, host, now, built), store)
-    data = catalog.publish(described, signer_from_environment())
-    manifest = Manifest.from_bytes(data)
-    identity = EngineId.of(manifest.identity)
-    to = step.action.params["to"]
+    manifests = [
+        _with_provenance(engine_manifest(step, engine, steps, recipe, host, now, built), store)
+        for step, engine in engines.values()
+    ]
+    stored = catalog.publish_together(manifests, signer_from_environment(), without)
+    names = [EngineId.of(manifest.identity) for manifest in manifests]
+    (to,) = {None if step.action is None else step.action.params["to"] for step, _engine in engines.values()}
     other = other_store(to, recipe.path)
     if other is not None and other.uri != store.uri:
-        catalog.send(identity, EngineCatalog(other))
-    _forget_if_gone(step.stage, step.action.key, store)
-    return ActionRecord(
-        preimage=step.action.preimage(),
-        outputs={},
-        facts={
-            "path": identity.path,
-            "build": identity.build,
-            "to": to,
-            "manifest": digest_bytes(data),
-            "files": {name: entry.size for name, entry in manifest.files.items()},
-        },
-        seconds=time.perf_counter() - begin,
-        started=now,
-        producer={"host": host.name, "os": host.os},
-    )
+        catalog.send(names, EngineCatalog(other), without)
+    records = {}
+    for (key, (step, _engine)), engine, data in zip(engines.items(), names, stored, strict=True):
+        if step.action is None:
+            raise ValueError(f"{step.id}: its inputs are not known yet")
+        _forget_if_gone(step.stage, key, store)
+        records[key] = ActionRecord(
+            preimage=step.action.preimage(),
+            outputs={},
+            facts={
+                "path": engine.path,
+                "build": engine.build,
+                "to": to,
+                "manifest": digest_bytes(data),
+                "publication": publication_name(engines),
+                "files": {name: entry.size for name, entry in catalog.read_manifest(engine, data).files.items()},
+            },
+            seconds=time.perf_counter() - begin,
+            started=now,
+            producer={"host": host.name, "os": host.os},
+        )
+    return records
 
 
 def _with_provenance(manifest: Manifest, store: Store) -> Manifest:
@@ -104,7 +112,7 @@ def other_store(to: str | None, recipe: Path) -> Store | None:
 
 
 def is_published(record: ActionRecord, store: Store) -> bool:
-    """Tell whether what a publish record names is in a store still: the very manifest, and files of their sizes."""
+    """Tell whether what a publish record names is in a store still: the very manifest, visible, and files of their sizes."""
     path = record.facts["path"]
     try:
         data = store.read(f"{path}/manifest.json")
@@ -112,6 +120,12 @@ def is_published(record: ActionRecord, store: Store) -> bool:
         return False
     if digest_bytes(data) != record.facts["manifest"]:
         return False
+    publication = record.facts.get("publication")  # of a record of an earlier release there is none
+    if publication is not None:
+        _engines, recipe, target, build = path.split("/")
+        mark = mark_path(f"{recipe}/{target}/{build}", publication)
+        if store.info(publication_path(recipe, publication)) is None and store.info(mark) is not None:
+            return False
     infos = {name: store.info(f"{path}/{name}") for name in record.facts["files"]}
     return all(info is not None and info.size == record.facts["files"][name] for name, info in infos.items())
 

@@ -37,7 +37,7 @@ from recipes.steps import Step
 from tasks.errors import BackendError, StageCancelledError, TaskError
 from tasks.patience import patiently
 from tasks.progress import Listener, Progress
-from tasks.publish import is_published, other_store, publish_engine
+from tasks.publish import is_published, other_store, publish_engines
 from tasks.slots import Slots
 from tasks.toolchain import probe_host, version
 
@@ -102,6 +102,8 @@ class BuildSession:
         self._said: deque[Progress] = deque(maxlen=_SAID)
         self._followers: list[Listener] = []
         self._telling = threading.Lock()
+        self._publishing = threading.Lock()
+        self._published: dict[str, ActionRecord | Exception] = {}
         self._cancelled = threading.Event()
         self._lease: Lease | None = None
         self._leasing = threading.Lock()
@@ -304,20 +306,44 @@ class BuildSession:
                 )
 
     def _publish(self, step: Step, planned: Plan) -> tuple[ActionRecord, bool]:
-        engine = next(
-            engine for engine in planned.engines if engine.publish is not None and engine.publish.id == step.id
-        )
+        key = step.action.key if step.action is not None else ""
         self._tell(Progress(step.id, "started", text="; ".join(step.why)))
-        with self._lock:
-            built = [name for name, outcome in self.outcomes.items() if outcome.state == "built"]
-        record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=built)
-        kept = self._cache.put_record(record)
-        for one in engine.parts.values() or [engine]:
-            if one.compile is not None and one.compile.stage == "compile" and one.compile.record is not None:
-                self._offer_refit(one.compile.record, record.facts["path"].removeprefix("engines/"))
+        with self._publishing:  # who comes second finds what the first has published with its own
+            if key not in self._published:
+                self._publish_ready(planned)
+            record = self._published.pop(key)
+        if isinstance(record, Exception):
+            raise record
         self._tell(Progress(step.id, "done", seconds=record.seconds))
         # Built even where an earlier record counts: what it had published was gone, and is there again.
-        return kept, True
+        return record, True
+
+    def _publish_ready(self, planned: Plan) -> None:
+        """Publish every engine of a plan that is ready for it, together: all become visible, or none does."""
+        engines = {
+            engine.publish.action.key: (engine.publish, engine)
+            for engine in planned.engines
+            if engine.publish is not None and engine.publish.ready and engine.publish.action is not None
+        }
+        without = {
+            f"{engine.target} {engine.asked}": engine.state
+            for engine in planned.engines
+            if engine.state in ("waiting", "failed")
+        }
+        with self._lock:
+            built = [name for name, outcome in self.outcomes.items() if outcome.state == "built"]
+        try:
+            records = publish_engines(
+                engines, planned.steps, self.loaded, self.host, self.store, built=built, without=without
+            )
+        except (TaskError, RecipeError, ArtifactError) as err:
+            self._published |= dict.fromkeys(engines, err)
+            return
+        for key, (_step, engine) in engines.items():
+            self._published[key] = self._cache.put_record(records[key])
+            for one in engine.parts.values() or [engine]:
+                if one.compile is not None and one.compile.stage == "compile" and one.compile.record is not None:
+                    self._offer_refit(one.compile.record, records[key].facts["path"].removeprefix("engines/"))
 
     def _offer_refit(self, compiled: ActionRecord, engine: str | None = None) -> None:
         """List a plan that new weights can be put into, with the engine that it became; a build goes on without."""

@@ -49,7 +49,17 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "used": "Who holds a lease is refused nothing: what they keep, publish and read stays while they do.",
 }
 # What is JSON and says nothing that anybody relies on unchecked.
-_HINTS: Final = ("cache/latest/", "cache/refit/", "hosts/", "leases/", "claims/", "sweeps/", "pins/", "removed/")
+_HINTS: Final = (
+    "publications/",
+    "cache/latest/",
+    "cache/refit/",
+    "hosts/",
+    "leases/",
+    "claims/",
+    "sweeps/",
+    "pins/",
+    "removed/",
+)
 # Of no concern here: caches of the compiler, fresh plans (checked by those who read them), what was set aside as damaged. `store.json` says the layout's version.
 _OTHER: Final = ("timing/", "cache/plans/", "quarantine/")
 _TEMPORARY: Final = (".part", ".lock", ".fresh", ".new", ".tmp")
@@ -135,6 +145,8 @@ class _Checker:
                 return "attestation", self._attestation
             case ["engines", _, _, _, "signatures", _]:
                 return "signature", _nothing
+            case ["engines", _, _, _, "publications", _]:
+                return "mark", _nothing
             case ["engines", _, _, _, "fallback", *_]:
                 return "engine file", _nothing
             case ["channels", _, _, _]:

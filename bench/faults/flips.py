@@ -98,7 +98,8 @@ def kind_of(path: str) -> str:
             name = parts[4] if len(parts) == 6 else parts[-1]
             if name.startswith("provenance"):
                 return "provenance"
-            return {"manifest.json": "manifest", "signatures": "signature"}.get(name, "engine's file")
+            named = {"manifest.json": "manifest", "signatures": "signature", "publications": "hint"}
+            return named.get(name, "engine's file")
         case "channels" | "pins" | "hosts":
             return parts[0].removesuffix("s")
         case "store.json":

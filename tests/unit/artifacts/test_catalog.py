@@ -9,6 +9,7 @@ from artifacts.catalog import EngineCatalog, EngineId, host_path
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu, Host
+from artifacts.refs import digest_bytes
 from tests.engines import digest, make_engine, make_manifest
 
 SM89, SM80 = "tensorrt-rtx-1.7.1.116-sm89", "tensorrt-rtx-1.7.1.116-sm80"
@@ -71,6 +72,89 @@ def test_a_blob_that_is_gone_publishes_nothing(catalog, make):
     assert catalog.engines() == []
 
 
+class Dying(FolderStore):
+    """A store that ends its process, so to say, at one of its writes."""
+
+    def __init__(self, root, left):
+        super().__init__(root)
+        self.left = left
+
+    def _die(self):
+        self.left -= 1
+        if self.left < 0:
+            raise StoreError("as if killed")
+
+    def write(self, path, data, **conditions):
+        if not path.startswith("leases/"):
+            self._die()
+        return super().write(path, data, **conditions)
+
+    def copy(self, source, target):
+        self._die()
+        super().copy(source, target)
+
+
+def test_what_is_published_together_is_visible_together_wherever_its_publisher_dies(catalog, make, tmp_path):
+    old = make(build="fp16-before")
+    catalog.publish(old)
+    group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
+    seen = set()
+    for left in range(8):  # two files, marks, manifests, and the publication: the last one is the eighth
+        dying = EngineCatalog(Dying(catalog.store.root, left))
+        if left < 7:
+            with pytest.raises(StoreError, match="as if killed"):
+                dying.publish_together(group)
+        else:
+            dying.publish_together(group, without={"tensorrt-11-sm90": "waiting"})
+        found = catalog.manifests()
+        seen.add(len(found))
+        assert found == ([old] if left < 7 else sorted([old, *group], key=lambda one: str(one.identity)))
+        assert catalog.engines("digits") == [EngineId.of(manifest.identity) for manifest in found]
+        assert catalog.find("fp16-0123") == ([EngineId.of(one.identity) for one in group] if left == 7 else [])
+        assert [catalog.is_visible(EngineId.of(one.identity)) for one in group] == [left == 7] * 2
+    assert seen == {1, 3}
+    [path] = [
+        info.path for info in catalog.store.list("publications/digits/") if b"sm80" in catalog.store.read(info.path)
+    ]
+    said = json.loads(catalog.store.read(path))
+    assert said["engines"] == {str(one.identity): digest_bytes(one.to_bytes()) for one in group}
+    assert said["without"] == {"tensorrt-11-sm90": "waiting"}
+
+
+def test_an_engine_that_waits_for_one_publication_is_published_by_another(catalog, make):
+    group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
+    with pytest.raises(StoreError):
+        EngineCatalog(Dying(catalog.store.root, 6)).publish_together(group)
+    assert catalog.publish(group[0]) == group[0].to_bytes()
+    assert catalog.manifests() == [group[0]]
+    catalog.publish_together(group)
+    assert catalog.manifests() == group
+
+
+def test_one_that_was_visible_stays_so_while_it_is_published_again(catalog, make):
+    manifest, other = make(), make(target=SM80)
+    catalog.publish(manifest)
+    for info in list(catalog.store.list(f"{EngineId.of(manifest.identity).path}/publications/")):
+        catalog.store.delete(info.path)  # as an older release published it
+    with pytest.raises(StoreError):
+        EngineCatalog(Dying(catalog.store.root, 5)).publish_together([manifest, other])
+    assert catalog.manifests() == [manifest]
+
+
+def test_sending_a_group_dies_and_shows_nothing_of_it(catalog, make, tmp_path):
+    group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
+    catalog.publish_together(group)
+    names = [EngineId.of(one.identity) for one in group]
+    for left in range(6):
+        other = EngineCatalog(Dying(tmp_path / "other", left))
+        if left < 5:
+            with pytest.raises(StoreError, match="as if killed"):
+                catalog.send(names, other)
+        else:
+            catalog.send(names, other)
+        assert EngineCatalog(FolderStore(tmp_path / "other")).engines() == (names if left == 5 else [])
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"schema": 9}', b"\x00" * 40])
 def test_a_damaged_manifest_is_passed_over_aloud_named_when_read_and_replaced_when_published(
     catalog, make, warnings, damage
@@ -115,7 +199,7 @@ def test_sending_to_another_store_brings_the_same_bytes(catalog, make, tmp_path)
     other = EngineCatalog(FolderStore(tmp_path / "other"))
     engine = EngineId.of(manifest.identity)
     for _twice in range(2):
-        assert catalog.send(engine, other) == manifest.to_bytes()
+        assert catalog.send([engine], other) == [manifest.to_bytes()]
     assert other.manifests() == [manifest]
     assert other.store.read(f"{engine.path}/model.plan") == b"plan"
 
@@ -127,7 +211,7 @@ def test_damaged_bytes_are_never_sent(catalog, make, tmp_path):
     catalog.store.write(f"{engine.path}/model.plan", b"nalp")
     other = EngineCatalog(FolderStore(tmp_path / "other"))
     with pytest.raises(IntegrityError, match="SHA-256"):
-        catalog.send(engine, other)
+        catalog.send([engine], other)
     assert other.engines() == []
 
 

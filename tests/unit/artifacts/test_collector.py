@@ -24,6 +24,7 @@ from artifacts.garbage import Policy, note_path, pin_path
 from artifacts.keys import Action
 from artifacts.leases import leased
 from artifacts.manifest import Manifest
+from artifacts.publications import mark_of, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refits import Base, RefitIndex
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
@@ -196,7 +197,8 @@ def test_what_cannot_be_read_keeps_what_it_may_be_about(shop: Shop) -> None:
     shop.store.write(f"{first.path}/manifest.json", b"{")
     shop.age()
     shop.collect()
-    assert shop.paths(f"{first.path}/") == {f"{first.path}/manifest.json", f"{first.path}/model.plan"}
+    left = {path for path in shop.paths(f"{first.path}/") if mark_of(path) is None}
+    assert left == {f"{first.path}/manifest.json", f"{first.path}/model.plan"}
     assert shop.whole() == [second.build]
 
 
@@ -228,9 +230,39 @@ def test_what_a_dead_publication_left_goes_and_what_a_living_one_has_written_sta
     assert "engines/digits/t/fp16-dead/model.plan" not in left
     assert "engines/digits/t/fp16-live/model.plan" in left
     # Whose signature it is cannot be told where an engine was executed later.
-    assert {path.removeprefix(f"{engine.path}/") for path in left if path.startswith(engine.path)} == {
+    of_engine = [path for path in left if path.startswith(engine.path) and mark_of(path) is None]
+    assert {path.removeprefix(f"{engine.path}/") for path in of_engine} == {
         "manifest.json", "model.plan", "signatures/0000000000000000-1.sig", "verification/sm89-0.json",
     }  # fmt: skip
+
+
+def test_an_engine_whose_publication_ended_early_goes_and_never_counts_as_the_newest(shop: Shop) -> None:
+    shop.engine("fp16-a", "2026-01-01T00:00:00Z")
+    held = shop.engine("fp16-b", "2026-01-02T00:00:00Z")
+    (mark,) = [path for path in shop.paths(f"{held.path}/") if mark_of(path)]
+    shop.store.delete(publication_path("digits", mark_of(mark) or ""))
+    assert shop.whole() == ["fp16-a"]
+    shop.collect()  # which is young, and may be under way
+    assert shop.store.info(f"{held.path}/manifest.json") is not None
+    shop.age()
+    done = shop.collect()
+    assert {removal.why for removal in done.removed if removal.path.startswith(held.path)} == {
+        "its publication ended early"
+    }
+    assert shop.whole() == ["fp16-a"]
+    shop.age()
+    shop.collect()
+    assert shop.paths(f"{held.path}/") == set()
+
+
+def test_what_is_published_anew_is_not_visible_by_the_mark_of_what_was_removed(shop: Shop) -> None:
+    old = shop.engine("fp16-a", "2026-01-01T00:00:00Z")
+    shop.engine("fp16-b", "2026-01-02T00:00:00Z")
+    shop.age()
+    shop.collect()
+    assert shop.store.info(f"{old.path}/manifest.json") is None
+    assert not [path for path in shop.paths(f"{old.path}/") if mark_of(path)]
+    assert len(shop.paths("publications/")) == 1
 
 
 def test_a_lease_keeps_what_was_used_since_it_began_and_the_engines_that_it_names(shop: Shop) -> None:

@@ -350,7 +350,7 @@ def test_of_two_who_publish_one_build_neithers_signature_meets_the_others_manife
 def test_signatures_travel_with_their_engine(world: World, tmp_path: Path) -> None:
     engine = world.publish("fp16-a", key=world.key)
     other = EngineCatalog(FolderStore(tmp_path / "mirror"))
-    world.catalog.send(engine, other)
+    world.catalog.send([engine], other)
     client.pull(other.store, engine, world.to, trust=world.trust)
 
 

@@ -23,7 +23,7 @@ from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ENGINE_PLAN, ArtifactRef, digest_bytes
 from recipes.files import LocalFile
 from recipes.loader import load
-from tasks.publish import is_published, publish_engine
+from tasks.publish import is_published, publish_engines
 from tasks.session import BuildSession
 from tests.keys import make_key, trust
 from tests.unit.recipes.simulated import FILES, GOOD, HOST, RECIPE, World
@@ -76,7 +76,10 @@ class Builder(World):
     def publish(self, step):
         planned = self.plan(self.loaded.recipe)
         engine = next(e for e in planned.engines if e.publish is not None and e.publish.id == step.id)
-        record = publish_engine(step, engine, planned.steps, self.loaded, self.host, self.store, built=set(self.built))
+        engines = {step.action.key: (step, engine)}
+        (record,) = publish_engines(
+            engines, planned.steps, self.loaded, self.host, self.store, built=set(self.built)
+        ).values()
         return ActionCache(self.store).put_record(record)
 
     def build_all(self):
@@ -465,5 +468,5 @@ def test_who_publishes_second_changes_nothing_of_the_first_and_leaves_nothing(bu
     engine = next(engine for engine in planned.engines if engine.publish is step)
     before = {info.path: builder.store.read(info.path) for info in builder.store.list("engines/")}
     later = replace(HOST, name="another")
-    publish_engine(step, engine, planned.steps, builder.loaded, later, builder.store)
+    publish_engines({step.action.key: (step, engine)}, planned.steps, builder.loaded, later, builder.store)
     assert {info.path: builder.store.read(info.path) for info in builder.store.list("engines/")} == before
