@@ -6,7 +6,7 @@ engines/<recipe>/<target>/<build>/publications/<name> the mark, written before t
 An engine with marks is one only where the publication of one of them is there; without any (older stores) its manifest alone
 makes it one. A name follows from the actions that are published together, so that two builders of the same make one
 publication, and one that was killed is completed under its name. Only that the document is there counts, and
-it needs no condition: who writes over it writes the same. See docs/adr/0008-publications.md.
+it needs no condition: who writes over it writes the same. See docs/adr/0009-publications.md.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """Which engine may a host load, and which of those is best: pure rules over manifests.
 
 An engine is refused with a reason for each rule that it breaks. Among those that fit, in this order:
-on a GPU before on the CPU; of the newest source (code, weights) of those; executed before not
-executed; asked for in the precision that the newest recipe wants most; newest; by name.
+on a GPU before on the CPU; of the newest source (code, weights) of those; the fastest that was measured on this device
+(by name: "NVIDIA L4"), before those that were not; executed before not executed; asked for in the precision that the newest recipe
+wants most; newest; by name. What is within `AS_FAST` of the fastest is as fast: measures of one engine differ by as much.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from artifacts.host import DEVICE_FACTS, Gpu, Host
-from artifacts.manifest import Compatibility, Manifest
+from artifacts.manifest import BenchmarkFacts, Compatibility, Manifest, Profile
+from artifacts.timings import mean_ms
 
 CPU = "cpu"
+AS_FAST: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def resolve(
         Candidate(manifest, refusals(manifest, request, channels or {}) or tuple(distrust(manifest)))
         for manifest in found
     ]
-    fitting = _ranked([candidate.manifest for candidate in judged if candidate.fits])
+    fitting = _ranked([candidate.manifest for candidate in judged if candidate.fits], request)
     refused = (candidate for candidate in judged if not candidate.fits)
     return Resolution(
         best=fitting[0] if fitting else None,
@@ -160,13 +164,7 @@ def _shape_refusals(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> 
     unknown = [name for name in shapes if name not in manifest.inputs]
     if unknown:
         return [f"has no input {', '.join(unknown)} (has: {', '.join(manifest.inputs)})"]
-    if shapes and all(
-        any(
-            name not in profile.inputs or not _inside(shape, profile.inputs[name].min, profile.inputs[name].max)
-            for name, shape in shapes.items()
-        )
-        for profile in manifest.profiles
-    ):
+    if shapes and not any(_covers(profile, shapes) for profile in manifest.profiles):
         asked = ", ".join(f"{name}={_shape(shape)}" for name, shape in shapes.items())
         spans = "; ".join(
             f"{profile.name}: "
@@ -175,6 +173,13 @@ def _shape_refusals(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> 
         )
         return [f"no profile covers {asked} ({spans or 'there is none'})"]
     return []
+
+
+def _covers(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> bool:
+    return all(
+        name in profile.inputs and _inside(shape, profile.inputs[name].min, profile.inputs[name].max)
+        for name, shape in shapes.items()
+    )
 
 
 def _inside(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
@@ -187,7 +192,7 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _ranked(fitting: list[Manifest]) -> list[Manifest]:
+def _ranked(fitting: list[Manifest], request: Request) -> list[Manifest]:
     """Return engines that fit, best first."""
     ranked: list[Manifest] = []
     for on_cpu in (False, True):
@@ -195,13 +200,69 @@ def _ranked(fitting: list[Manifest]) -> list[Manifest]:
         if group:
             newest = max(group, key=_age)
             wish, source = newest.precision.wish, newest.provenance.source
+            current = [manifest for manifest in group if manifest.provenance.source == source]
+            times = _times(current, request)
+            fastest = min(times.values(), default=0.0)
             # Sorts are stable: the last criterion first.
             group.sort(key=_age, reverse=True)
             group.sort(key=lambda manifest: _position(wish, manifest.precision.asked))
             group.sort(key=lambda manifest: not manifest.verification.engine.executed)
+            group.sort(key=lambda manifest: _slowness(times.get(str(manifest.identity)), fastest))
             group.sort(key=lambda manifest: manifest.provenance.source != source)
             ranked.extend(group)
     return ranked
+
+
+def _slowness(time: float | None, fastest: float) -> float:
+    if time is None:
+        return float("inf")
+    return time if time > fastest * (1 + AS_FAST) else fastest
+
+
+def _times(manifests: Iterable[Manifest], request: Request) -> dict[str, float]:
+    """Return the time of every engine that was measured as the newest of them was, by name, in milliseconds.
+
+    That is on a device of one name, which is here, and at all cases of the newest (at those whose profile covers the shapes
+    that are asked for): the geometric mean over cases of the median latency, each run in its better way.
+    """
+    here = {gpu.name for gpu in request.devices}
+    measured = [
+        (manifest, device, cases)
+        for manifest in manifests
+        for device, cases in [_measured(manifest, request.shapes)]
+        if device in here and cases
+    ]
+    if not measured:
+        return {}
+    _newest, where, yardstick = max(measured, key=lambda one: _age(one[0]))
+    return {
+        str(manifest.identity): mean_ms({name: cases[name] for name in yardstick})
+        for manifest, device, cases in measured
+        if device == where and yardstick.keys() <= cases.keys()
+    }
+
+
+def _measured(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> tuple[str | None, dict[str, float]]:
+    """Return the device that an engine was timed on, and its least median latency of each case; of parts all or none."""
+    parts = {name: manifest.part(name) for name in manifest.parts} if manifest.parts else {"": manifest}
+    devices = {None if one.benchmark is None else one.benchmark.device for one in parts.values()}
+    if len(devices) != 1 or None in devices:
+        return None, {}
+    cases: dict[str, float] = {}
+    for name, one in parts.items():
+        own = {key.removeprefix(f"{name}/"): shape for key, shape in shapes.items() if key.startswith(f"{name}/")}
+        asked = own if name else shapes
+        covering = {profile.name for profile in one.profiles if _covers(profile, asked)}
+        cases |= {f"{name}/{case}": ms for case, ms in _best(one.benchmark, covering).items()}
+    return devices.pop(), cases
+
+
+def _best(benchmark: BenchmarkFacts | None, profiles: Collection[str]) -> dict[str, float]:
+    best: dict[str, float] = {}
+    for case in benchmark.cases if benchmark is not None else ():
+        if case.profile in profiles:
+            best[case.name] = min(case.latency_ms.p50, best.get(case.name, case.latency_ms.p50))
+    return best
 
 
 def _age(manifest: Manifest) -> tuple[str, str]:

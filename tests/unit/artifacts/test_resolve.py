@@ -204,6 +204,76 @@ def test_who_asks_by_compute_capability_alone_is_not_asked_for_a_device():
     assert resolve([made], request(gpus=("sm90",))).best == made
 
 
+RULE = {
+    "seconds": 1.0, "window_seconds": 1.0, "window_runs": 1, "windows": 1, "tolerance": 0.1,
+    "most_samples": 1, "least_samples": 1,
+}  # fmt: skip
+
+
+def timed(device, **cases):
+    """Return a benchmark on a device: CASE="profile:p50", with a CUDA graph where the case's name ends in _graph."""
+    made = []
+    for name, said in cases.items():
+        profile, _colon, p50 = said.partition(":")
+        of = {"p50": float(p50), "p90": 9.0, "p99": 9.0, "mean": 9.0, "runs": 9}
+        made.append(
+            {
+                "name": name.removesuffix("_graph"), "profile": profile, "batch": 1, "graph": name.endswith("_graph"),
+                "steady": True, "warm_up_runs": 1, "latency_ms": of, "end_to_end_ms": of, "device_ms": None,
+                "throughput": 1.0, "copy_share": None, "gpu_memory_bytes": None,
+            }
+        )  # fmt: skip
+    return {"device": device, "key": digest("benchmark"), "rule": RULE, "cases": made}
+
+
+L4, L40S = (Gpu(name, f"GPU-{name}", "sm89", 1) for name in ("NVIDIA L4", "NVIDIA L40S"))
+PROFILE, OTHER = (profile["name"] for profile in manifest_document()["profiles"])
+
+
+def fast(build, p50, device="NVIDIA L4", **more):
+    return engine(build, benchmark=timed(device, one=f"{PROFILE}:{p50}"), **more)
+
+
+def test_the_fastest_measured_on_this_device_comes_before_what_is_wanted_executed_or_new():
+    slow = fast("slow", 2.0, given="int8", executed=True, created="2026-02-01T00:00:00Z")
+    for quick in (fast("quick", 1.0), fast("quick", 1.0, given="fp32")):
+        assert best([slow, quick], request(devices=(L4,))) == "quick"
+        assert best([slow, quick], request(devices=(L40S,))) == "slow"  # it was measured on another device
+        assert best([slow, quick]) == "slow"  # no device is named
+    assert best([engine("new", executed=True, created="2027-01-01T00:00:00Z"), slow], request(devices=(L4,))) == "slow"
+
+
+def test_what_is_nearly_as_fast_as_the_fastest_is_as_fast():
+    engines = [fast("a", 1.0), fast("b", 1.049, created="2026-02-01T00:00:00Z"), fast("c", 1.06, given="int8")]
+    assert best(engines, request(devices=(L4,))) == "b"
+
+
+def test_old_weights_and_the_cpu_never_win_by_being_fast():
+    new = fast("new", 9.0, created="2026-02-01T00:00:00Z", source="new weights")
+    assert best([fast("old", 1.0), new], request(devices=(L4,))) == "new"
+
+
+def test_times_of_two_devices_are_not_compared():
+    here = request(devices=(L4, L40S))
+    engines = [fast("a", 1.0, device="NVIDIA L40S"), fast("b", 2.0, created="2026-02-01T00:00:00Z"), fast("c", 1.5)]
+    assert best(engines, here) == "c"
+
+
+def test_a_case_counts_in_its_better_way_and_where_its_profile_covers_what_is_asked_for():
+    graph = engine("graph", benchmark=timed("NVIDIA L4", one=f"{PROFILE}:4", one_graph=f"{PROFILE}:1"))
+    assert best([graph, fast("plain", 2.0)], request(devices=(L4,))) == "graph"
+    shapes = {
+        profile["name"]: {name: tuple(span["max"]) for name, span in profile["inputs"].items()}
+        for profile in manifest_document()["profiles"]
+    }
+    small = engine("small", benchmark=timed("NVIDIA L4", one=f"{PROFILE}:1", two=f"{OTHER}:9"))
+    large = engine("large", benchmark=timed("NVIDIA L4", one=f"{PROFILE}:3", two=f"{OTHER}:1"))
+    assert best([small, large], request(devices=(L4,), shapes=shapes[OTHER])) == "large"
+    assert best([small, large], request(devices=(L4,))) == "large"  # the mean over both
+    # Timed at fewer cases than the newest was: nobody knows how fast it is at the others.
+    assert best([small, fast("part", 0.1)], request(devices=(L4,))) == "small"
+
+
 engines_strategy = st.lists(
     st.builds(
         engine,
@@ -217,6 +287,14 @@ engines_strategy = st.lists(
         source=st.sampled_from(["one", "two"]),
         executed=st.booleans(),
         verification__passed=st.booleans(),
+        benchmark=st.one_of(
+            st.none(),
+            st.builds(
+                lambda device, p50: timed(device, one=f"{PROFILE}:{p50}"),
+                st.sampled_from([L4.name, L40S.name]),
+                st.sampled_from([1.0, 1.04, 1.08, 1.2, 3.0]),
+            ),
+        ),
     ),
     max_size=5,
     unique_by=lambda manifest: str(manifest.identity),
@@ -228,6 +306,7 @@ requests_strategy = st.builds(
     os=st.sampled_from(["linux", "windows"]),
     precision=st.sampled_from([None, "fp16"]),
     shapes=st.sampled_from([{}, {"image": (1, 1, 8, 8)}, {"image": (64, 1, 16, 16)}]),
+    devices=st.lists(st.sampled_from([L4, L40S]), unique=True),
 )
 
 
@@ -254,3 +333,21 @@ def test_the_answer_is_a_candidate_that_obeys_every_rule_whatever_the_order(engi
     shuffled = list(engines)
     random.shuffle(shuffled)
     assert resolve(shuffled, asked) == resolution
+
+
+@given(engines_strategy, requests_strategy)
+def test_nothing_that_fits_is_much_faster_on_this_device_than_the_answer(engines, asked):
+    """Of engines for GPUs, of the answer's source, timed at one case on the only device that is here."""
+    answer = resolve(engines, asked).best
+    if answer is None or "cpu" in answer.compatibility.gpus or len(asked.devices) != 1:
+        return
+    here = asked.devices[0].name
+    times = {
+        str(one.identity): one.benchmark.cases[0].latency_ms.p50
+        for one in engines
+        if obeys(one, asked) and "cpu" not in one.compatibility.gpus
+        and one.provenance.source == answer.provenance.source
+        and one.benchmark is not None and one.benchmark.device == here
+    }  # fmt: skip
+    if times:
+        assert times[str(answer.identity)] <= 1.05 * min(times.values())
