@@ -13,6 +13,7 @@ import typer
 
 from enginery.output import FAILED, WRONG, JsonOption, explains_errors, note, print_json, stop
 
+_MOST_SAID: Final = 800  # of an answer that repeats the whole template
 _FOLDER: Final = Path(__file__).resolve().parent.parent / "flows" / "pools"
 # What a pool has whose jobs get no GPU. Images of TensorRT show every GPU by themselves, unless they are told not to.
 _NO_GPU: Final[dict[str, dict[str, Any]]] = {
@@ -148,4 +149,4 @@ def _create(name: str, kind: str, template: dict[str, Any]) -> None:
                 # The template alone: Prefect's own overwriting forgets the pool's concurrency limit.
                 client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
     except httpx.HTTPError as err:
-        stop(FAILED, f"{os.environ['PREFECT_API_URL']}: {err}")
+        stop(FAILED, f"{os.environ['PREFECT_API_URL']}: {str(err)[:_MOST_SAID]}")

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from pydantic import Field
 
 from recipes.pools import portable_host
 from tasks.cache import run_session
-from tasks.parameters import Jobs, RecipePath, StoreAddress, Targets, worker_session
+from tasks.forms import Jobs, RecipePath, StoreAddress, Targets, form
+from tasks.parameters import worker_session
 from tasks.session import active_session
 from tasks.toolchain import probe_host
 
@@ -25,7 +25,7 @@ async def build(
     store: StoreAddress = None,
     targets: Targets = None,
     jobs: Jobs = 2,
-    spread: Annotated[bool, Field(description="Compile each target on the work pool of its GPU.")] = False,
+    spread: Annotated[bool, form("Spread", "Compile each target on the work pool of its GPU.")] = False,
 ) -> dict[str, Any] | State[dict[str, Any]]:
     """Build a recipe's stale engines and publish them.
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from pydantic import Field
 
 from tasks.cache import run_session
-from tasks.parameters import Jobs, RecipePath, StoreAddress, Versions, worker_session
+from tasks.forms import Jobs, RecipePath, StoreAddress, Target, Versions
+from tasks.parameters import worker_session
 
 
 @flow(name="compile", flow_run_name="compile {recipe} {target}", persist_result=False, validate_parameters=True)
 async def compile(  # noqa: A001 - the stage's name
     recipe: RecipePath,
-    target: Annotated[str, Field(description="RUNTIME:GPU, such as tensorrt:sm90.", pattern=r"^[a-z-]+(:[a-z0-9]+)?$")],
+    target: Target,
     store: StoreAddress = None,
     jobs: Jobs = 2,
     versions: Versions = None,

@@ -7,17 +7,19 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.deployments import arun_deployment
-from pydantic import Field
 
-from tasks.parameters import Jobs, StoreAddress, recipes_in
+from tasks.forms import Jobs, StoreAddress, form
+from tasks.parameters import recipes_in
 
 
 @flow(name="build", flow_run_name="build {folder}", persist_result=False, validate_parameters=True)
 async def build_folder(
-    folder: Annotated[str, Field(description="A folder of the checkout, with recipes.")] = "recipes",
+    folder: Annotated[str, form("Folder", "A folder of the checkout, with recipes.", examples=["recipes"])] = "recipes",
     store: StoreAddress = None,
     jobs: Jobs = 2,
-    queue: Annotated[str, Field(description="The work queue that the builds wait in.")] = "nightly",
+    queue: Annotated[
+        str, form("Queue", "The work queue that the builds wait in.", examples=["default", "nightly"])
+    ] = "nightly",
 ) -> list[dict[str, Any]]:
     """Ask for a build of every recipe of a folder, and return which run each is; they go on after this flow has ended."""
     asked = []

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from prefect import flow
-from pydantic import Field
 
 from tasks.command import run_command
-from tasks.parameters import StoreAddress
+from tasks.forms import Reason, StoreAddress, form
 
 
 @flow(name="verify", persist_result=False, validate_parameters=True)
 async def verify(
-    engines: Annotated[list[str] | None, Field(description="Parts of engines' names; none: all.")] = None,
-    execute: Annotated[bool, Field(description="Execute here what was never executed.")] = False,
+    engines: Annotated[
+        list[str] | None,
+        form("Engines", "Parts of engines' names; none: all.", examples=[["digits/", "swin-tiny/tensorrt"]]),
+    ] = None,
+    execute: Annotated[bool, form("Execute", "Execute here what was never executed.")] = False,
     store: StoreAddress = None,
 ) -> Any:
     """Read every byte of published engines and compare it with their manifests."""
@@ -23,13 +25,24 @@ async def verify(
 
 @flow(name="promote", flow_run_name="promote {engine} to {channel}", persist_result=False, validate_parameters=True)
 async def promote(
-    engine: Annotated[str, Field(description="Its name, or any part of it that no other has.")],
-    channel: Annotated[str, Field(description="The channel: staging, production...")] = "staging",
-    reason: Annotated[str | None, Field(description="Why; kept in the history.")] = None,
-    by: Annotated[str | None, Field(description="Who; default: the worker's user and host.")] = None,
-    allow_unexecuted: Annotated[bool, Field(description="Though it never ran on its device. Needs a reason.")] = False,
+    engine: Annotated[
+        str,
+        form(
+            "Engine", "Its name, or any part of it that no other has.", examples=["digits/onnxruntime-1.31.1-cpu/int8"]
+        ),
+    ],
+    channel: Annotated[
+        str, form("Channel", "The channel that is to name it.", examples=["staging", "production"])
+    ] = "staging",
+    reason: Reason = None,
+    by: Annotated[
+        str | None, form("By", "Who; default: the worker's user and host.", examples=["ada@example.com"])
+    ] = None,
+    allow_unexecuted: Annotated[
+        bool, form("Allow unexecuted", "Though it never ran on its device. Needs a reason.")
+    ] = False,
     allow_slower: Annotated[
-        bool, Field(description="Though it is slower than what it replaces. Needs a reason.")
+        bool, form("Allow slower", "Though it is slower than what it replaces. Needs a reason.")
     ] = False,
     store: StoreAddress = None,
 ) -> Any:
@@ -42,9 +55,17 @@ async def promote(
 
 @flow(name="gc", persist_result=False, validate_parameters=True)
 async def collect_garbage(
-    dry_run: Annotated[bool, Field(description="Only say what would go.")] = False,
-    keep_days: Annotated[float, Field(ge=0, description="Engines that were published since then stay.")] = 30.0,
-    grace: Annotated[str, Field(description="What was used since then stays: 24h, 30m.")] = "24h",
+    dry_run: Annotated[bool, form("Dry run", "Only say what would go.")] = False,
+    keep_days: Annotated[float, form("Keep days", "Engines that were published since then stay.", ge=0)] = 30.0,
+    grace: Annotated[
+        str,
+        form(
+            "Grace",
+            "What was used since then stays: 24h, 30m.",
+            pattern="^[0-9]+[smh]$",
+            examples=["24h", "30m"],
+        ),
+    ] = "24h",
     store: StoreAddress = None,
 ) -> Any:
     """Remove what nothing needs any more."""

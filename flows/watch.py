@@ -12,22 +12,23 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
 
-from artifacts.store import open_store
 from flows.build import build
 from recipes.loader import load
 from tasks.drift import look, missing_versions, request
+from tasks.forms import Jobs, Recipes, RolloutName, StoreAddress
+from tasks.parameters import worker_store
 from tasks.rebuilding import rebuild_due
 from tasks.session import BuildSession, activate, open_session
 from tasks.toolchain import probe_host
 
 
 @flow(name="watch", persist_result=False, validate_parameters=True)
-async def watch(recipes: list[str], store: str = ".enginery") -> dict[str, Any]:
+async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None) -> dict[str, Any]:
     """Record this host and what changed; emit `enginery.host.drifted`, and `enginery.rebuild.due` for what is to be rebuilt.
 
     `recipes` are recipes or folders of them, as paths. Returns what was found.
     """
-    opened, log = open_store(store), get_run_logger()
+    opened, log = worker_store(store), get_run_logger()
     found = await asyncio.to_thread(look, opened, [Path(one) for one in recipes], warn=log.warning)
     host = found.record.host.name
     resource = {"prefect.resource.id": f"enginery.host.{host}", "prefect.resource.name": host}
@@ -45,9 +46,9 @@ async def watch(recipes: list[str], store: str = ".enginery") -> dict[str, Any]:
 
 
 @flow(name="rebuild", flow_run_name="rebuild {rollout}", persist_result=False, validate_parameters=True)
-async def rebuild(rollout: str, store: str = ".enginery", jobs: int = 2) -> dict[str, Any]:
+async def rebuild(rollout: RolloutName, store: StoreAddress = None, jobs: Jobs = 2) -> dict[str, Any]:
     """Rebuild on this host what a rollout asks of it, and note in the store which engines passed their gates."""
-    opened = open_store(store)
+    opened = worker_store(store)
 
     def session(recipe: str, targets: list[str]) -> BuildSession:
         absent = missing_versions(opened, load(Path(recipe)).recipe.name)
@@ -55,7 +56,7 @@ async def rebuild(rollout: str, store: str = ".enginery", jobs: int = 2) -> dict
 
     async def run(recipe: str, targets: list[str]) -> dict[str, Any]:
         with activate(recipe, await asyncio.to_thread(session, recipe, targets)):
-            state: Any = await build(recipe, store=store, targets=targets, jobs=jobs, return_state=True)
+            state: Any = await build(recipe, store=opened.uri, targets=targets, jobs=jobs, return_state=True)
         document: Any = await state.aresult(raise_on_failure=False)
         if isinstance(document, BaseException):
             raise document

@@ -1,30 +1,20 @@
-"""The parameters that flows share, with what Prefect's forms say of them, and the session that they open on a worker."""
+"""What flows do with their parameters on a worker: open a session, find recipes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 from prefect import get_run_logger
-from pydantic import Field
 
+from artifacts.errors import AddressError
 from artifacts.host import Host
-from artifacts.store import open_store
+from artifacts.store import Store, open_store
 from recipes.errors import Fault, RecipeError
 from tasks.patience import patiently
 from tasks.session import BuildSession, open_session
 
-RecipePath = Annotated[str, Field(description="The recipe's path in the checkout.", examples=["recipes/digits.yaml"])]
-StoreAddress = Annotated[
-    str | None, Field(description="A folder or s3://bucket/prefix; default: ENGINERY_STORE of the worker.")
-]
-Targets = Annotated[list[str] | None, Field(description="Only these: RUNTIME or RUNTIME:GPU; none: all.")]
-Jobs = Annotated[int, Field(ge=1, le=64, description="How many stages run at once on a host.")]
-Versions = Annotated[
-    dict[str, str | None] | None, Field(description="Versions of the packages that made the portable stages.")
-]
 _RETRIES = 4  # after 2, 8, 32 and 128 s
 
 
@@ -41,14 +31,13 @@ def worker_session(
 
     Of `versions`, those of runtimes that compile are this host's own. Raises RecipeError, AddressError.
     """
-    address = store or os.environ.get("ENGINERY_STORE") or ".enginery"
     portable = {name: found for name, found in (versions or {}).items() if not name.startswith("tensorrt")}
     warn = get_run_logger().warning
 
     def opened() -> BuildSession:
         return open_session(
             Path(recipe),
-            open_store(address),
+            worker_store(store),
             targets=tuple(targets or ()),
             jobs=jobs,
             warn=warn,
@@ -58,6 +47,17 @@ def worker_session(
         )
 
     return patiently(opened, _RETRIES, warn=warn)
+
+
+def worker_store(store: str | None) -> Store:
+    """Open the store that a run is given, else that of its worker (`ENGINERY_STORE`), else a folder. Raises AddressError.
+
+    An address that is set and empty is refused: so is what a work pool has whose Prefect variable is missing.
+    """
+    address = store if store is not None else os.environ.get("ENGINERY_STORE", ".enginery")
+    if not address:
+        raise AddressError("ENGINERY_STORE is empty (prefect variable set enginery_store s3://bucket/prefix)")
+    return open_store(address)
 
 
 def recipes_in(folder: Path) -> list[Path]:

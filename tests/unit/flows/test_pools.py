@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from docker.types import HostConfig
 from jsonschema import Draft202012Validator
-from prefect.utilities.templating import PlaceholderType, apply_values, find_placeholders
+from prefect.utilities.templating import apply_values, find_placeholders
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
@@ -44,7 +44,7 @@ def placeholders(value: Any) -> set[str]:
     if isinstance(value, list):
         return set().union(*map(placeholders, value))
     found = find_placeholders(value) if isinstance(value, str) else ()
-    return {one.name for one in found if one.type is PlaceholderType.STANDARD}
+    return {one.name for one in found}  # Prefect's server takes variables and blocks in defaults alone
 
 
 def rendered(name: str, kind: str, *settings: str, **asked: Any) -> dict[str, Any]:
