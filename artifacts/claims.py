@@ -5,7 +5,8 @@ claims/<sha256 of the name>.json    who has it now, and how often they said so; 
 A holder writes its claim again every few seconds. Who waits takes over a claim that is free, or whose version has not changed
 for `ENGINERY_CLAIM_SECONDS` (60) of its own clock: no clocks are compared, and a killed holder delays the others by that
 time at most. A holder that was only slow finds its claim lost and goes on: then two do one thing, and the first record counts.
-A claim stays when it is free, since a removal cannot be made conditional everywhere.
+A claim stays when it is free, since a removal cannot be made conditional everywhere; `gc` removes what nobody claimed for long,
+and whose claim it removed in the instant in which they took it puts it back.
 """
 
 from __future__ import annotations
@@ -93,8 +94,13 @@ class _Claim:
             self._write(None)
 
     def _write(self, holder: str | None) -> None:
-        data, version = self._store.read_versioned(self._path)
         self._beats += 1
+        try:
+            data, version = self._store.read_versioned(self._path)
+        except NotFoundError:
+            if holder is not None:
+                self._store.write(self._path, self._dump(holder), if_absent=True)
+            return
         if _holder(data) != self._holder:
             self._lost = True
         else:

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
+from artifacts.claims import CLAIMS
 from artifacts.errors import IntegrityError, NotFoundError
 from artifacts.fresh_plans import PLANS
 from artifacts.garbage import (
@@ -50,6 +51,7 @@ PHASES: Final[tuple[Phase, ...]] = ("manifests", "files", "records", "blobs", "r
 _SWEEP_SECONDS: Final = 20.0
 _THREADS: Final = 16
 _SMALL: Final = (
+    CLAIMS,
     LEASES,
     SWEEPS,
     PINS,

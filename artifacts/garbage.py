@@ -22,6 +22,7 @@ from typing import Final
 from artifacts.attestation import FOLDER
 from artifacts.cache import blob_path, record_path
 from artifacts.catalog import SIGNATURE_DIGITS, SIGNATURES, EngineId
+from artifacts.claims import CLAIMS
 from artifacts.fresh_plans import PLANS
 from artifacts.leases import FRESH_SECONDS, LEASES, SWEEPS, LeaseFacts, is_dead
 from artifacts.manifest import MANIFEST_NAME
@@ -418,6 +419,10 @@ class _Rules:
                 yield self._removal(path, recipe, "its engines are gone")
         if self.policy.recipe is not None:
             return
+        for path in self._under(CLAIMS):
+            # A holder writes its claim again all the time. Should one be taken just now, its holder puts it back.
+            if is_dead(objects[path].modified, now) and not self.young(path):
+                yield self._removal(path, "", "nobody has claimed it since")
         for path in self._under(QUARANTINE):
             if not self.young(path, days=self.policy.keep_days):
                 yield self._removal(path, "", f"in quarantine for {self.policy.keep_days:g} days")

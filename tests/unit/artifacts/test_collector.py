@@ -16,6 +16,7 @@ from artifacts import leases
 from artifacts.cache import ActionCache, blob_path, record_path
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import move_channel
+from artifacts.claims import claimed
 from artifacts.collector import Collected, Collector
 from artifacts.errors import StoreError
 from artifacts.folder import FolderStore
@@ -325,6 +326,28 @@ def test_fresh_plans_stay_as_long_as_builds_change_them(shop: Shop) -> None:
     shop.collect(Policy(keep_days=9))
     assert FreshPlans(shop.store, "gone").read(["0" * 64]) == {}
     assert FreshPlans(shop.store, "used").read(["0" * 64])
+
+
+def test_claims_go_when_nobody_has_said_them_for_long(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    with claimed(shop.store, "free"):
+        pass
+    with claimed(shop.store, "dead"):
+        died = [shop.store.read(path) for path in sorted(shop.paths("claims/"))]
+    for path, data in zip(sorted(shop.paths("claims/")), died, strict=True):
+        shop.store.write(path, data)  # as its killed holder left it
+    shop.age(0.1)
+    monkeypatch.setenv("ENGINERY_CLAIM_SECONDS", "0.6")
+    with claimed(shop.store, "held"):
+        (held,) = (path for path in shop.paths("claims/") if b'"held"' in shop.store.read(path))
+        shop.collect()  # within the grace period of a day
+        assert len(shop.paths("claims/")) == 3
+        shop.collect(Policy(grace=0, keep_days=0))
+        assert shop.paths("claims/") == {held}
+        shop.store.delete(held)  # as a collector might that saw it free a moment ago
+        deadline = time.monotonic() + 30
+        while shop.paths("claims/") != {held}:
+            assert time.monotonic() < deadline, "its holder has not put it back"
+            time.sleep(0.05)
 
 
 def test_timing_caches_hosts_and_what_is_not_known_stay(shop: Shop) -> None:
