@@ -1,9 +1,10 @@
-"""Manifest, versions 1 and 2: what an engine is, what it may run on, where it came from, what was measured.
+"""Manifest, versions 1 to 3: what an engine is, what it may run on, where it came from, what was measured.
 
 Written once, strictly, beside the engine's files; read for ever: within a version, keys that this
 release does not know are ignored, so a constraint that a reader must not ignore needs a new version.
 Version 2 is written for engines of several graphs alone: each is described under `parts`, as version 1
-describes an engine, and a reader of version 1 must not take one of them for the whole.
+describes an engine, and a reader of version 1 must not take one of them for the whole. Version 3 is
+written for fallbacks alone, which a reader must not take for engines; they may have parts, too.
 Names, never numbers, stand for precisions, types and GPUs. See docs/manifest.md.
 """
 
@@ -20,6 +21,7 @@ from artifacts.store import is_relative_path
 
 MANIFEST_SCHEMA: Final = 1
 PARTS_SCHEMA: Final = 2
+FALLBACK_SCHEMA: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,126}$")]
@@ -412,6 +414,30 @@ class Provenance(Part):
     )
 
 
+class ProviderFacts(Part):
+    """One execution provider of ONNX Runtime, and its options as that takes them; {cache} stands for a folder to write to."""
+
+    name: str
+    options: dict[str, str]
+
+
+class FallbackFacts(Part):
+    """What is served where the engine of a target cannot be built, and how."""
+
+    kind: str = Field(
+        description="onnx: an ONNX graph for ONNX Runtime of the version that verified it, or a later one."
+    )
+    instead_of: tuple[str, ...] = Field(description="Targets of the recipe that asked for it: tensorrt-rtx:sm89.")
+    providers: dict[str, tuple[ProviderFacts, ...]] = Field(
+        default_factory=dict,
+        description="By part (empty name: the only graph): providers, the most wanted first; those that a host lacks are left out.",
+    )
+
+    def of_part(self, name: str) -> FallbackFacts:
+        """Return what is said of one part, as of an only graph."""
+        return self.model_copy(update={"providers": {"": self.providers.get(name, ())}})
+
+
 class PartFacts(Part):
     """One graph of an engine that has several: what version 1 says of an engine's only one."""
 
@@ -431,7 +457,7 @@ class Manifest(Part):
 
     model_config = ConfigDict(title="Enginery manifest, version 1")
 
-    schema_version: Literal[1, 2] = Field(alias="schema", description="Checked before anything else.")
+    schema_version: Literal[1, 2, 3] = Field(alias="schema", description="Checked before anything else.")
     identity: Identity
     compatibility: Compatibility
     plan: str = Field(description="Which of the files a runtime loads; empty where there are parts.")
@@ -448,11 +474,16 @@ class Manifest(Part):
         default_factory=dict,
         description="Version 2: the graphs by name. Inputs, outputs and profiles are theirs; `verification` sums theirs up.",
     )
+    fallback: FallbackFacts | None = Field(
+        default=None, description="Version 3: it is no engine, but served for lack of one."
+    )
 
     @model_validator(mode="after")
     def _files_are_plain_names(self) -> Manifest:
-        if bool(self.parts) != (self.schema_version == PARTS_SCHEMA):
-            raise ValueError(f"schema {self.schema_version} with {len(self.parts)} parts")
+        parts = self.schema_version == PARTS_SCHEMA or (self.schema_version == FALLBACK_SCHEMA and bool(self.parts))
+        if bool(self.parts) != parts or (self.fallback is None) == (self.schema_version == FALLBACK_SCHEMA):
+            what = "a fallback" if self.fallback is not None else "an engine"
+            raise ValueError(f"schema {self.schema_version} of {what} with {len(self.parts)} parts")
         for name in self.files:
             folder, _slash, plain = name.rpartition("/")
             if folder not in ("", *self.parts) or "/" in plain or not is_relative_path(name) or name == MANIFEST_NAME:
@@ -486,7 +517,8 @@ class Manifest(Part):
             calibration = calibration.model_copy(update={"report": calibration.report.removeprefix(f"{name}/")})
         return self.model_copy(
             update={
-                "schema_version": MANIFEST_SCHEMA,
+                "schema_version": MANIFEST_SCHEMA if self.fallback is None else FALLBACK_SCHEMA,
+                "fallback": self.fallback.of_part(name) if self.fallback is not None else None,
                 "parts": {},
                 "plan": part.plan.removeprefix(f"{name}/"),
                 "files": own,
@@ -524,11 +556,11 @@ class Manifest(Part):
         if not isinstance(document, dict) or "schema" not in document:
             raise IntegrityError('manifest: no schema version (expected an object with "schema": 1)')
         found = document["schema"]
-        if type(found) is not int or found not in (MANIFEST_SCHEMA, PARTS_SCHEMA):
-            newer = type(found) is int and found > PARTS_SCHEMA
+        if type(found) is not int or not MANIFEST_SCHEMA <= found <= FALLBACK_SCHEMA:
+            newer = type(found) is int and found > FALLBACK_SCHEMA
             advice = "written by a newer Enginery; upgrade this one" if newer else "not a manifest of Enginery"
             raise IntegrityError(
-                f"manifest: schema {found!r}, this release reads {MANIFEST_SCHEMA} and {PARTS_SCHEMA} ({advice})"
+                f"manifest: schema {found!r}, this release reads {MANIFEST_SCHEMA} to {FALLBACK_SCHEMA} ({advice})"
             )
         try:
             return cls.model_validate_json(data)

@@ -4,6 +4,8 @@ An engine is refused with a reason for each rule that it breaks. Among those tha
 on a GPU before on the CPU; of the newest source (code, weights) of those; the fastest that was measured on this device
 (by name: "NVIDIA L4"), before those that were not; executed before not executed; asked for in the precision that the newest recipe
 wants most; newest; by name. What is within `AS_FAST` of the fastest is as fast: measures of one engine differ by as much.
+A fallback is offered only where no engine fits. It is an ONNX graph, which needs neither the system
+that published it nor the very version of ONNX Runtime: that one, or a later one.
 """
 
 from __future__ import annotations
@@ -94,8 +96,14 @@ def resolve(
         Candidate(manifest, refusals(manifest, request, channels or {}) or tuple(distrust(manifest)))
         for manifest in found
     ]
-    fitting = _ranked([candidate.manifest for candidate in judged if candidate.fits], request)
-    refused = (candidate for candidate in judged if not candidate.fits)
+    possible = [candidate.manifest for candidate in judged if candidate.fits]
+    refused = [candidate for candidate in judged if not candidate.fits]
+    engines = [manifest for manifest in possible if manifest.fallback is None]
+    if engines:
+        spare = "is a fallback, and an engine fits"
+        refused += [Candidate(manifest, (spare,)) for manifest in possible if manifest.fallback is not None]
+        refused.sort(key=lambda candidate: str(candidate.manifest.identity))
+    fitting = _ranked(engines or possible, request)
     return Resolution(
         best=fitting[0] if fitting else None,
         candidates=(*(Candidate(manifest, ()) for manifest in fitting), *refused),
@@ -109,7 +117,9 @@ def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) 
     if version is None:
         there = ", ".join(sorted(request.runtimes)) or "no runtime"
         reasons.append(f"needs {needs.runtime}; there is {there}")
-    elif version != needs.runtime_version:
+    elif version != needs.runtime_version and not (
+        manifest.fallback is not None and _at_least(version, needs.runtime_version)
+    ):
         reasons.append(f"needs {needs.runtime} {needs.runtime_version}; there is {version}")
     if not set(needs.gpus) & set(request.gpus):
         reasons.append(f"is for {' or '.join(needs.gpus)}; there is {', '.join(request.gpus) or 'no GPU'}")
@@ -117,7 +127,7 @@ def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) 
         reasons.extend(_device_refusals(needs, request.devices))
     # TensorRT plans are bound to system and architecture. NVIDIA states TensorRT-RTX plans to be independent of the
     # system (facts: tensorrt.md section 5), which was never tried here, so it is not relied on.
-    if (needs.os, needs.arch) != (request.os, request.arch):
+    if manifest.fallback is None and (needs.os, needs.arch) != (request.os, request.arch):
         reasons.append(f"is for {needs.os} {needs.arch}; there is {request.os} {request.arch}")
     if needs.driver_minimum is not None and not _at_least(request.driver, needs.driver_minimum):
         reasons.append(f"needs driver {needs.driver_minimum}; there is {request.driver or 'none known'}")

@@ -220,11 +220,13 @@ def _resolve(
 ) -> Resolution:
     """Resolve and print: with `quiet` only what failed. Ends the command where the recipe has no engine at all."""
     from enginery import client
-    from enginery.catalog_tables import print_candidates, resolution_json
+    from enginery.catalog_tables import fallback_words, print_candidates, resolution_json
 
     resolution = client.resolve(catalog.store, name, request, trust=judge, warn=catalog.warn)
     if as_json and not (quiet and resolution.best is not None):
         print_json(resolution_json(name, request, resolution))
+    if resolution.best is not None and resolution.best.fallback is not None:
+        note(fallback_words(resolution.best))
     if not resolution.candidates:
         note(_none_of(catalog, name))
     elif resolution.best is None:

@@ -39,6 +39,7 @@ def engine_json(manifest: Manifest) -> dict[str, Any]:
         "metric": measured.metric.model_dump() if measured.metric is not None else None,
         "benchmark": _timing(manifest),
         "executed": manifest.verification.engine.executed,
+        **({"fallback": manifest.fallback.kind} if manifest.fallback is not None else {}),
         **(
             {"parts": {name: {"precision": part.precision.given} for name, part in manifest.parts.items()}}
             if manifest.parts
@@ -67,6 +68,18 @@ def resolution_json(recipe: str, request: Request, resolution: Resolution) -> di
             for candidate in resolution.candidates
         ],
     }
+
+
+def fallback_words(manifest: Manifest) -> str:
+    """Say that what is offered is no engine, and what it is."""
+    facts = manifest.fallback
+    if facts is None:
+        raise ValueError(f"{manifest.identity} is an engine")
+    providers = dict.fromkeys(one.name for found in facts.providers.values() for one in found)
+    return (
+        f"no engine fits; {manifest.identity} is the fallback: {facts.kind} for {manifest.compatibility.runtime} "
+        f"{manifest.compatibility.runtime_version} or later, with the first of {', '.join(providers)} that is there"
+    )
 
 
 def print_engines(manifests: Sequence[Manifest]) -> None:
@@ -114,6 +127,8 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
         ("created", f"{manifest.identity.created} ({age_text(manifest.identity.created)})"),
         ("loads on", f"{needs.runtime} {needs.runtime_version}, {' or '.join(needs.gpus)}, {needs.os} {needs.arch}"),
     ]
+    if manifest.fallback is not None:
+        rows.append(("fallback for", ", ".join(manifest.fallback.instead_of)))
     rows += [
         ("file", f"{name}  {size_text(entry.size)}  sha256 {entry.digest}") for name, entry in manifest.files.items()
     ]

@@ -138,6 +138,8 @@ def load(
 ) -> Runner:
     """Load a pulled engine into this process, and return what runs it: `load(folder)(image=array)["logits"]`.
 
+    A fallback (`manifest.fallback`) is loaded with those of its execution providers that this ONNX Runtime has; what they keep
+    goes to DIR.cache beside its folder.
     One of several parts gives them by name, all of them loaded: `load(folder)["encoder"](image=array)["states"]`.
 
     `engine` is its folder, or its plan inside of it. Before a byte of it reaches a runtime: `trust` is asked about the
@@ -148,7 +150,7 @@ def load(
     """
     from tasks.runner import PartedRunner, brings_host_code, open_runner
 
-    folder = engine.folder if isinstance(engine, PulledEngine) else _engine_folder(Path(engine))
+    whole = folder = engine.folder if isinstance(engine, PulledEngine) else _engine_folder(Path(engine))
     manifest = check(folder, trust=trust)
     reasons = refusals(manifest, Request.of_host(probe_host()), {})
     if reasons:
@@ -164,6 +166,7 @@ def load(
             threads=threads,
             host_code=brings_host_code(manifest),
             plugins=plugins,
+            cache=_cache(whole) if manifest.fallback is not None else None,
         )
 
     if not manifest.parts:
@@ -219,6 +222,16 @@ def _signature(path: Path) -> bytes | None:
 
 def _engine_folder(path: Path) -> Path:
     return path.parent if path.is_file() else path
+
+
+def _cache(folder: Path) -> Path | None:
+    """Return a folder beside a pulled fallback for what its providers keep; None where none can be made."""
+    path = folder.with_name(f"{folder.name}.cache")
+    try:
+        make_folders(path)
+    except (OSError, StoreError):
+        return None
+    return path
 
 
 def _plan_bytes(folder: Path, manifest: Manifest) -> Path | bytes:

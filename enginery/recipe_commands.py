@@ -292,12 +292,16 @@ def _sessions(
 
 
 def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> list[Fault]:
+    from recipes.fallbacks import FALLBACK, asking
+
     known = {
         name
         for spec in session.loaded.recipe.targets
         for gpu in spec.gpus
         for name in (spec.runtime, f"{spec.runtime}:{gpu}")
     }
+    if asking(session.loaded.recipe):
+        known |= {FALLBACK}
     return [
         Fault(
             str(path),

@@ -33,6 +33,8 @@ class EnginePlan:
     Of one asked for as `auto`, `candidates` says what became of each, `chosen` which it is, `variant` how its steps are told
     from those of its precision at another level, and `tolerated` which steps may fail, as another candidate takes their place.
 
+    `fallback` is the kind of what is no engine, but served where one cannot be built.
+
     An engine of several graphs has one of these for each in `parts`, and of its own only what it takes to publish them.
     """
 
@@ -58,6 +60,7 @@ class EnginePlan:
     candidates: tuple[Candidate, ...] = ()
     chosen: Candidate | None = None
     tolerated: tuple[str, ...] = ()
+    fallback: str = ""
     parts: Mapping[str, EnginePlan] = field(default_factory=dict)
 
 

@@ -15,6 +15,7 @@ from artifacts.host import Host
 from artifacts.refits import Base
 from recipes.choosing import Candidate, candidates_of
 from recipes.engine_stages import EngineStages
+from recipes.fallbacks import fallbacks
 from recipes.files import RecipeFiles
 from recipes.gates import Verdict, judge
 from recipes.options import calibrator_refusal, options_of, refusals
@@ -69,6 +70,7 @@ def plan(
         if chosen.includes(target.runtime, gpu)
         for asked in target.precision or recipe.precision.build
     ]
+    planned += fallbacks(whole.stages, {name: engines.stages for name, engines in parts.items()}, recipe, chosen)
     return Plan(recipe.name, steps.all(), tuple(planned))
 
 

@@ -26,6 +26,36 @@ def published_in_parts(
     whole: EngineStages, parts: Mapping[str, EngineStages], engine: EnginePlan, target: Target
 ) -> EnginePlan:
     """Publish the engines of all parts as one: in one step, so that a reader sees all of them or none."""
+    params, measured, inputs, gates = _stated_in_parts(parts, engine)
+    return _publish(whole, engine, target, params, measured, inputs, gates)
+
+
+def published_fallback(
+    whole: EngineStages, parts: Mapping[str, EngineStages], engine: EnginePlan, fallback: Mapping[str, Any]
+) -> EnginePlan:
+    """Publish what is served where an engine cannot be built; `fallback` says what it is, and for which targets."""
+    params, measured, inputs, gates = _stated_in_parts(parts, engine) if parts else _stated(whole, engine)
+    recipe = whole.pipeline.recipe
+    params = {
+        "recipe": recipe.name,
+        "target": engine.target,
+        "runtime": engine.runtime,
+        "runtime_version": engine.runtime_version,
+        "gpu": "cpu",
+        "asked": engine.asked,
+        "given": engine.given,
+        "more_wanted": [],
+        "to": recipe.publish.to,
+        "fallback": dict(fallback),
+        **params,
+    }
+    return _added(whole, engine, f"publish:fallback:{engine.fallback}", params, measured, inputs, gates)
+
+
+def _stated_in_parts(
+    parts: Mapping[str, EngineStages], engine: EnginePlan
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Any] | None], list[Output], list[Step]]:
+    """Return what is stated of an engine of several parts, as `_stated` does of one."""
     stated: dict[str, Any] = {}
     measured: dict[str, Mapping[str, Any] | None] = {}
     inputs: list[Output] = []
@@ -39,9 +69,7 @@ def published_in_parts(
         inputs += [output if id(output) in shared else replace(output, folder=name) for output in files]
         gates += before
     params = {"parts": stated, "tried": _refused(engine)}
-    return _publish(
-        whole, engine, target, params, measured, list({output.placed: output for output in inputs}.values()), gates
-    )
+    return params, measured, list({output.placed: output for output in inputs}.values()), gates
 
 
 def _stated(
@@ -127,13 +155,21 @@ def _publish(
         **({"dla_core": engine.options.dla.core} if engine.options.dla is not None else {}),
         **stated,
     }
-    step = stages.pipeline.steps.add(
-        f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}",
-        params=params,
-        inputs=inputs,
-        gates=gates,
-        measured=measured,
+    return _added(
+        stages, engine, f"publish:{engine.runtime}:{engine.gpu}:{engine.asked}", params, measured, inputs, gates
     )
+
+
+def _added(
+    stages: EngineStages,
+    engine: EnginePlan,
+    step_id: str,
+    params: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, Any] | None],
+    inputs: Sequence[Output],
+    gates: Sequence[Step],
+) -> EnginePlan:
+    step = stages.pipeline.steps.add(step_id, params=params, inputs=inputs, gates=gates, measured=measured)
     state: Literal["cached", "run", "failed"] = "run"
     if step.state == "cached":
         state = "cached"

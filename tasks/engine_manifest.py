@@ -82,7 +82,7 @@ def engine_manifest(
         "compatibility": m.Compatibility(
             runtime=params["runtime"],
             runtime_version=params["runtime_version"],
-            gpus=(params["gpu"],),
+            gpus=tuple(params["fallback"]["gpus"]) if engine.fallback else (params["gpu"],),
             os=host.os,
             arch=host.arch,
             device=_device(first),
@@ -94,6 +94,7 @@ def engine_manifest(
             for name, ref in step.inputs.items()
         },
         "provenance": provenance,
+        "fallback": _read(m.FallbackFacts, params["fallback"]) if engine.fallback else None,
     }
     if engine.parts:
         whole = m.PrecisionFacts(
@@ -105,7 +106,7 @@ def engine_manifest(
             io="float32" if all(part.precision.io == "float32" for part in facts.values()) else "native",
         )
         return m.Manifest(
-            schema=m.PARTS_SCHEMA,
+            schema=m.FALLBACK_SCHEMA if engine.fallback else m.PARTS_SCHEMA,
             plan="",
             inputs={},
             outputs={},
@@ -118,7 +119,7 @@ def engine_manifest(
         )
     only = facts[""]
     return m.Manifest(
-        schema=m.MANIFEST_SCHEMA,
+        schema=m.FALLBACK_SCHEMA if engine.fallback else m.MANIFEST_SCHEMA,
         **{name: getattr(only, name) for name in m.PartFacts.model_fields if name != "refitted_from"},
         **described,
     )
@@ -249,6 +250,8 @@ def _typed_id(precision: Precision, part: str) -> str:
 
 
 def _wish(recipe: Recipe, engine: EnginePlan) -> tuple[str, ...]:
+    if engine.fallback:
+        return (engine.asked,)
     for target in recipe.targets:
         wish = target.precision or recipe.precision.build
         if target.runtime == engine.runtime and engine.gpu in target.gpus and engine.asked in wish:

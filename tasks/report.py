@@ -79,6 +79,7 @@ def engine_report(engine: EnginePlan) -> dict[str, Any]:
         "gpu": engine.gpu,
         "precision": {"asked": engine.asked, "given": engine.given},
         "state": engine.state,
+        **({"fallback": engine.fallback} if engine.fallback else {}),
         "why": engine.why,
         "tried": [
             {"precision": trial.precision, "passed": trial.verdict.passed, "reasons": list(trial.verdict.reasons)}

@@ -24,7 +24,7 @@ from tasks.errors import BackendError, CallError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from artifacts.manifest import Compatibility, Manifest
+    from artifacts.manifest import Compatibility, FallbackFacts, Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -325,20 +325,24 @@ def open_runner(
     threads: int | None = None,
     host_code: bool = False,
     plugins: Sequence[Path] = (),
+    cache: Path | None = None,
 ) -> Runner:
     """Load a plan whose bytes were checked against its manifest, in this process.
 
     `plan` is a file where it has external data beside it. `device` is the index of a CUDA device (None: the first of the
     manifest's compute capability), `graphs` replays shapes that come back as CUDA graphs, `threads` bounds the threads of
     ONNX Runtime, `host_code` lets a version-compatible plan bring code for the host, `plugins` are libraries of the engine
-    that were checked too. Raises BackendError: "no device", "version mismatch", "missing package", "missing plugin",
+    that were checked too, `cache` is a folder that a fallback's providers may write to. Raises BackendError: "no device", "version mismatch", "missing package", "missing plugin",
     "out of memory", "bad data".
     """
     runtime = manifest.compatibility.runtime
     if runtime == "onnxruntime":
         from tasks.engines.ort_run import OrtRunner
 
-        return Runner(OrtRunner(plan, _profiles(manifest), threads=threads), manifest)
+        if manifest.fallback is None:
+            return Runner(OrtRunner(plan, _profiles(manifest), threads=threads), manifest)
+        providers = _providers(manifest.fallback, cache, device)
+        return Runner(OrtRunner(plan, _profiles(manifest), threads=threads, providers=providers), manifest)
     from tasks.engines.trt_run import PlanRunner, load_runtime
 
     trt = load_runtime(runtime)
@@ -354,6 +358,20 @@ def open_runner(
         trt=trt,
     )
     return Runner(execution, manifest)
+
+
+def _providers(fallback: FallbackFacts, cache: Path | None, device: int | None) -> list[tuple[str, dict[str, str]]]:
+    """Return a fallback's providers with their options; without a folder to write to, nothing is kept."""
+    found = []
+    for provider in fallback.providers.get("", ()):
+        options = {
+            name: value.replace("{cache}", str(cache))
+            for name, value in provider.options.items()
+            if cache is not None or "cache" not in name
+        }
+        chosen = {"device_id": str(device)} if device is not None and provider.name != "CPUExecutionProvider" else {}
+        found.append((provider.name, {**options, **chosen}))
+    return found
 
 
 def merged_recipe(manifest: Manifest) -> dict[str, Any]:

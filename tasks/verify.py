@@ -89,22 +89,28 @@ def _subject(request: StageRequest) -> Subject | None:
 
         return runner_for(request)
     if request.params["executor"] == "onnxruntime":
-        tf32 = bool(request.params.get("tf32"))
-        return Executable(request.inputs, engine=request.params["subject"] == "engine", tf32=tf32)
+        tf32, subject = bool(request.params.get("tf32")), request.params["subject"]
+        return Executable(request.inputs, engine=subject != "graph", tf32=tf32, optimised=subject == "fallback")
     return None
 
 
 class Executable:
     """A graph ready to run in ONNX Runtime on the CPU; `emulated` says how, where halves or TF32 are emulated."""
 
-    def __init__(self, inputs: Mapping[str, Path], *, engine: bool, tf32: bool = False) -> None:
-        """Load "model.onnx". An engine runs as it is; a typed graph runs as its types say, in TF32 where asked."""
+    def __init__(
+        self, inputs: Mapping[str, Path], *, engine: bool, tf32: bool = False, optimised: bool = False
+    ) -> None:
+        """Load "model.onnx". An engine runs as it is; a typed graph runs as its types say, in TF32 where asked.
+
+        `optimised` lets ONNX Runtime do to it what it does where a graph is served.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # An engine was optimised when it was compiled; a graph must neither lose Q/DQ pairs or casts nor gain any.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.emulated: str | None = None
         with tempfile.TemporaryDirectory() as folder:
             path = inputs[GRAPH] if engine else self._honest(inputs, Path(folder), tf32=tf32)

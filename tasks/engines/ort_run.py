@@ -30,13 +30,19 @@ _ADVICE: Final = {
 class OrtRunner:
     """An ONNX file in an ONNX Runtime session. Sessions may be shared between threads."""
 
-    device: Final = "cpu"
-
-    def __init__(self, graph: Path | bytes, profiles: Sequence[Profile], *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: Path | bytes,
+        profiles: Sequence[Profile],
+        *,
+        threads: int | None = None,
+        providers: Sequence[tuple[str, Mapping[str, str]]] = (("CPUExecutionProvider", {}),),
+    ) -> None:
         """Load a graph, from its file where it has external data beside it.
 
-        `profiles` are the shapes that were verified; `threads` bounds the threads of one call (None: all CPUs). Raises
-        BackendError: "unsupported operator", "version mismatch", "bad data".
+        `profiles` are the shapes that were verified; `threads` bounds the threads of one call (None: all CPUs);
+        `providers` are execution providers with their options, the most wanted first, of which those are used that this ONNX
+        Runtime has. Inputs and outputs lie on the host whatever the provider. Raises BackendError: "unsupported operator", "version mismatch", "bad data".
         """
         import onnxruntime
 
@@ -44,9 +50,11 @@ class OrtRunner:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        there = set(onnxruntime.get_available_providers())
+        used = [(name, dict(given)) for name, given in providers if name in there]
         try:
             self._session = onnxruntime.InferenceSession(
-                graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
+                graph if isinstance(graph, bytes) else str(graph), options, providers=used
             )
         except Exception as err:  # ONNX Runtime's exceptions share no base class
             raise _failure(err, f"ONNX Runtime {onnxruntime.__version__} does not load the graph") from err
@@ -54,6 +62,7 @@ class OrtRunner:
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.profiles = list(profiles)
+        self.device = "cpu" if self._session.get_providers()[0] == "CPUExecutionProvider" else "cuda:0"
         self.warnings: list[str] = []
 
     def adopt(self, value: object, where: str) -> None:

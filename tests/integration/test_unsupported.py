@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import yaml
 
+from artifacts.manifest import FALLBACK_SCHEMA
+from artifacts.resolve import Request
+from artifacts.store import open_store
+from enginery import client
 from enginery.tables import print_build
 from tasks.report import report
-from tests.integration.building import build
+from tests.integration.building import build, enginery
 from tests.unit.tasks.small_graphs import graph, node
 
 pytestmark = pytest.mark.slow
@@ -21,7 +28,7 @@ RECIPE = {
     "source": {"framework": "onnx", "model": {"file": "finder.onnx"}},
     "inputs": {"x": {"shape": ["batch", 4]}},
     "profiles": {"online": {"batch": [1, 4, 8]}},
-    "targets": [{"runtime": "tensorrt-rtx", "gpus": ["sm89", "sm120"]}, {"runtime": "onnxruntime"}],
+    "targets": [{"runtime": "tensorrt-rtx", "gpus": ["sm89", "sm120"], "fallback": "onnx"}, {"runtime": "onnxruntime"}],
 }
 
 
@@ -53,6 +60,7 @@ def test_the_target_alone_fails_with_the_node_its_place_and_what_to_do(built, ca
         ("tensorrt-rtx", "sm89", "failed"),
         ("tensorrt-rtx", "sm120", "failed"),
         ("onnxruntime", "cpu", "cached"),
+        ("onnxruntime", "fallback", "cached"),
     ]
     assert planned.status == 1
     assert (folder / "store" / planned.engines[2].publish.facts["path"] / "manifest.json").is_file()
@@ -60,6 +68,54 @@ def test_the_target_alone_fails_with_the_node_its_place_and_what_to_do(built, ca
     said = capsys.readouterr().out
     assert said.count("  NonZero 'head/nonzero' (node 1 of 2, makes found): ") == 1
     assert "    next: the size of its output depends on values: use a mask" in said
+    assert f"in place of what failed, the fallback is served: {planned.engines[3].publish.facts['path']}" in said
+
+
+def test_the_fallback_is_verified_published_and_served_only_where_no_engine_fits(built, tmp_path: Path):
+    _ran, _planned, _session, folder = built
+    store = open_store(str(folder / "store"))
+    runtimes = {"onnxruntime": onnxruntime.__version__}
+    whole = client.resolve(store, "finder", Request(runtimes, ["sm89", "cpu"], "linux", "x86_64"))
+    assert whole.best is not None
+    assert whole.best.fallback is None
+    assert whole.candidates[-1].reasons == ("is a fallback, and an engine fits",)
+    # A GPU alone, on another system and with a later ONNX Runtime: nothing was built for that.
+    later = Request({"onnxruntime": "99.0.0"}, ["sm89"], "windows", "x86_64")
+    spare = client.resolve(store, "finder", later).best
+    assert spare is not None
+    assert spare.schema_version == FALLBACK_SCHEMA
+    assert spare.fallback is not None
+    assert spare.fallback.instead_of == ("tensorrt-rtx:sm89", "tensorrt-rtx:sm120")
+    assert [one.name for one in spare.fallback.providers[""]] == [
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "CPUExecutionProvider",
+    ]
+    assert spare.fallback.providers[""][0].options["trt_profile_max_shapes"] == "x:8x4"
+    assert spare.verification.passed
+    assert spare.verification.engine.executed
+    earlier = client.resolve(store, "finder", replace(later, runtimes={"onnxruntime": "1.0.0"}))
+    assert earlier.best is None
+    pulled = client.pull(store, spare, tmp_path)
+    with client.load(pulled) as served:
+        assert served.device == "cpu"
+        found = served(x=np.array([[1, -1, 0, 2]], np.float32))
+    assert found["found"].tolist() == [[0, 0], [0, 3]]
+    assert pulled.folder.with_name(f"{pulled.folder.name}.cache").is_dir()
+    said = enginery(
+        "resolve",
+        "finder",
+        "--gpu",
+        "sm89",
+        "--runtime",
+        "onnxruntime==99.0.0",
+        "--store",
+        str(folder / "store"),
+        cwd=folder,
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip() == str(spare.identity)
+    assert f"no engine fits; {spare.identity} is the fallback: onnx for onnxruntime" in said.stderr
 
 
 def test_the_answer_is_kept(built):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from artifacts.errors import IntegrityError
-from artifacts.manifest import Manifest, Measured, manifest_schema
+from artifacts.manifest import FallbackFacts, Manifest, Measured, ProviderFacts, manifest_schema
 from tests.engines import GOLDEN, make_manifest, manifest_document
 
 PUBLISHED_SCHEMA = Path(__file__).parents[3] / "docs" / "manifest-v1.schema.json"
@@ -37,7 +37,7 @@ def test_the_published_schema_is_the_models():
 def test_the_published_schema_accepts_the_golden_manifest_and_refuses_a_wrong_one():
     validator = jsonschema.Draft202012Validator(json.loads(PUBLISHED_SCHEMA.read_bytes()))
     validator.validate(manifest_document())
-    for changes in ({"schema": 3}, {"files": {"x": {}}}, {"identity.build": "../x"}):
+    for changes in ({"schema": 4}, {"files": {"x": {}}}, {"identity.build": "../x"}):
         assert not validator.is_valid(manifest_document(changes))
     without_version = manifest_document()
     del without_version["schema"]
@@ -55,7 +55,7 @@ def test_keys_that_a_later_release_adds_within_the_version_are_ignored():
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        (3, "newer Enginery"),
+        (4, "newer Enginery"),
         (0, "not a manifest"),
         ("1", "not a manifest"),
         (True, "not a manifest"),
@@ -145,3 +145,24 @@ def test_whatever_stands_in_place_of_a_value_reading_ends_in_a_manifest_or_an_in
     except IntegrityError:
         return
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+
+
+FALLBACK = {
+    "kind": "onnx",
+    "instead_of": ["tensorrt-rtx:sm89"],
+    "providers": {"": [{"name": "CPUExecutionProvider", "options": {}}]},
+}
+
+
+def test_a_fallback_is_of_version_3_alone_so_that_no_earlier_reader_takes_it_for_an_engine():
+    manifest = read(manifest_document({"schema": 3, "fallback": FALLBACK}))
+    assert manifest.fallback is not None
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    for changes in ({"schema": 1, "fallback": FALLBACK}, {"schema": 3}):
+        with pytest.raises(IntegrityError, match="schema"):
+            read(manifest_document(changes))
+
+
+def test_a_part_of_a_fallback_has_its_own_providers_alone():
+    facts = FallbackFacts(kind="onnx", instead_of=(), providers={"a": (), "b": (ProviderFacts(name="X", options={}),)})
+    assert [one.name for one in facts.of_part("b").providers[""]] == ["X"]

@@ -351,3 +351,36 @@ def test_nothing_that_fits_is_much_faster_on_this_device_than_the_answer(engines
     }  # fmt: skip
     if times:
         assert times[str(answer.identity)] <= 1.05 * min(times.values())
+
+
+def spare(build="fp32-9", **changes):
+    facts = {"kind": "onnx", "instead_of": ["tensorrt-rtx:sm89"], "providers": {}}
+    return engine(
+        build, runtime="onnxruntime", version="1.31.1", gpu="cpu", given="fp32", schema=3, fallback=facts, **changes
+    )
+
+
+ORT = {"tensorrt-rtx": RTX, "onnxruntime": "1.31.1"}
+
+
+def test_a_fallback_is_offered_only_where_no_engine_fits():
+    asked = request(runtimes=ORT, gpus=("sm89", "cpu"))
+    assert best([spare(), engine(created="2020-01-01T00:00:00Z")], asked) == "fp16-0"
+    assert best([spare(), engine(gpu="sm120")], asked) == "fp32-9"
+    passed_over = resolve([spare(), engine()], asked).candidates[-1]
+    assert passed_over.reasons == ("is a fallback, and an engine fits",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"os": "windows", "arch": "aarch64"}, True),
+        ({"runtimes": {"onnxruntime": "1.40.0"}}, True),
+        ({"runtimes": {"onnxruntime": "1.30.9"}}, False),
+        ({"runtimes": {"tensorrt-rtx": RTX}}, False),
+        ({"precision": "fp16"}, False),
+    ],
+)
+def test_a_fallback_takes_any_system_and_a_later_runtime(changes, fits):
+    asked = request(**{"runtimes": ORT, "gpus": ("cpu",)} | changes)
+    assert (best([spare()], asked) is not None) is fits
