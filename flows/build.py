@@ -5,6 +5,7 @@ On a fleet, this is done for the portable stages alone; then every target is com
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
@@ -38,10 +39,13 @@ async def build(
     waiting = [engine for engine in session.plan().engines if engine.state == "waiting"]
     if spread and waiting:
         from tasks.fleet import compile_on_pools
+        from tasks.freshness import Freshness
 
         versions = session.versions_read()
         asked = await compile_on_pools(
-            waiting, {"recipe": recipe, "store": session.store.uri, "jobs": jobs, "versions": versions}
+            waiting,
+            {"recipe": recipe, "store": session.store.uri, "jobs": jobs, "versions": versions},
+            Freshness(Path(recipe), session.store, versions),
         )
         document["pools"] = [one.to_json() for one in asked]
         failed = document["status"] == 1 or any(one.state == "failed" for one in asked)

@@ -22,8 +22,9 @@ from prefect.deployments import arun_deployment
 from prefect.runtime import flow_run as this_run
 from prefect.states import Crashed
 
-from recipes.plan import EnginePlan
+from recipes.plan import EnginePlan, Plan
 from recipes.pools import choose_pool
+from tasks.freshness import Freshness
 
 TEMPLATE: Final = "compile/target"
 POLL_SECONDS: Final = 2.0
@@ -34,7 +35,7 @@ _PAGE: Final = 200
 
 @dataclass(frozen=True)
 class Asked:
-    """What became of one target that was asked of a pool. `state`: built, failed or waiting."""
+    """What became of one target that was asked of a pool. `state`: built, failed or waiting; cached: it was not asked."""
 
     target: str
     pool: str | None
@@ -47,23 +48,49 @@ class Asked:
         return {"target": self.target, "pool": self.pool, "state": self.state, "why": self.why, "flow_run": self.run}
 
 
-async def compile_on_pools(engines: Sequence[EnginePlan], parameters: Mapping[str, Any]) -> list[Asked]:
-    """Have every target of these engines compiled on its pool, all at once, and return what became of each.
+async def compile_on_pools(
+    engines: Sequence[EnginePlan], parameters: Mapping[str, Any], freshness: Freshness
+) -> list[Asked]:
+    """Have every stale target of these engines compiled on its pool, all at once, and return what became of each.
 
-    `parameters` are those of the flow `compile` besides `target`. Targets without a live worker are asked for and not
-    waited for.
+    `parameters` are those of the flow `compile` besides `target`. Of targets that are fresh nothing is asked; those without
+    a live worker are asked for and not waited for.
     """
+    async with get_client() as client:
+        pools = await _pools_of(client, engines)
+        asked, wanted = [], []
+        for (runtime, gpu), pool in pools.items():
+            target = f"{runtime}:{gpu}"
+            if pool is not None and await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
+                asked.append(Asked(target, pool, "cached", "fresh for every host of the pool that was seen lately"))
+            else:
+                wanted.append(_compile(client, target, pool, parameters))
+        return [*asked, *await asyncio.gather(*wanted)]
+
+
+async def is_stale(planned: Plan, freshness: Freshness) -> bool:
+    """Tell whether a build of this recipe, planned for the portable pool, has anything to do there or on another pool."""
+    waiting = [engine for engine in planned.engines if engine.state == "waiting"]
+    if planned.ready or not waiting:
+        return bool(planned.ready)
+    async with get_client() as client:
+        pools = await _pools_of(client, waiting)
+    for (runtime, gpu), pool in pools.items():
+        if pool is None or not await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
+            return True
+    return False
+
+
+async def _pools_of(client: PrefectClient, engines: Sequence[EnginePlan]) -> dict[tuple[str, str], str | None]:
+    """Return the pool of every target of these engines; None: there is none."""
     versions: dict[tuple[str, str], str] = {}
     for engine in engines:
         versions.setdefault((engine.runtime, engine.gpu), engine.runtime_version)
-    async with get_client() as client:
-        pools = [pool.name for pool in await client.read_work_pools(limit=_PAGE)]
-        live = [pool for pool in pools if await _workers(client, pool)]
-        wanted = [
-            _compile(client, f"{runtime}:{gpu}", choose_pool(runtime, version, gpu, pools, live), parameters)
-            for (runtime, gpu), version in versions.items()
-        ]
-        return list(await asyncio.gather(*wanted))
+    pools = [pool.name for pool in await client.read_work_pools(limit=_PAGE)]
+    live = [pool for pool in pools if await _workers(client, pool)]
+    return {
+        (runtime, gpu): choose_pool(runtime, version, gpu, pools, live) for (runtime, gpu), version in versions.items()
+    }
 
 
 async def _compile(client: PrefectClient, target: str, pool: str | None, parameters: Mapping[str, Any]) -> Asked:

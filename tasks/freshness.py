@@ -1,0 +1,68 @@
+"""Which targets are fresh on the hosts of a pool: told from the hosts that the store knows, so that nothing is asked of Prefect.
+
+A worker of the portable pool cannot plan what a GPU's host would: the keys have that host's driver, device and runtime. Those
+are in `hosts/` (`enginery watch` keeps them there). A target is fresh where the plans of all hosts of its pool that were seen
+lately say so. Of hosts that nobody watches nothing is known, and their pool is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from artifacts.errors import IntegrityError
+from artifacts.host import Host
+from artifacts.hosts import VANISHED_SECONDS, host_ages, read_host
+from artifacts.store import Store
+from recipes.plan import EnginePlan
+from recipes.pools import pools_of
+from tasks.session import open_session
+from tasks.toolchain import BACKENDS
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """What of one recipe is fresh elsewhere. `versions` are those of the packages that portable stages were planned with."""
+
+    recipe: Path
+    store: Store
+    versions: Mapping[str, str | None]
+
+    def holds(self, runtime: str, gpu: str, pool: str) -> bool:
+        """Tell whether every engine of a target is published and fresh for each host of a pool. Raises StoreError."""
+        states = [
+            engine.state
+            for host, engines in self._plans
+            if pool in pools_of(host)
+            for engine in engines
+            if (engine.runtime, engine.gpu) == (runtime, gpu)
+        ]
+        return bool(states) and all(state == "cached" for state in states)
+
+    @cached_property
+    def _plans(self) -> list[tuple[Host, tuple[EnginePlan, ...]]]:
+        """The engines, as hosts of each kind would plan them."""
+        plans: list[tuple[Host, tuple[EnginePlan, ...]]] = []
+        for host in known_kinds(self.store):
+            runtimes = {BACKENDS[name]: found for name, found in host.runtimes.items() if name in BACKENDS}
+            portable = {name: found for name, found in self.versions.items() if not name.startswith("tensorrt")}
+            session = open_session(self.recipe, self.store, host=host, versions={**runtimes, **portable})
+            plans.append((host, session.plan().engines))
+        return plans
+
+
+def known_kinds(store: Store) -> list[Host]:
+    """Return the hosts that were seen lately, one of each kind: for those that are alike, one plan is enough. Raises StoreError."""
+    kinds: dict[str, Host] = {}
+    for path, age in sorted(host_ages(store).items()):
+        if age > VANISHED_SECONDS:
+            continue
+        try:
+            host = read_host(store, path)[0].host
+        except IntegrityError:
+            continue  # not known, and so it is asked
+        alike = replace(host, name="", cpu=None, gpus=tuple(replace(gpu, uuid="") for gpu in host.gpus))
+        kinds.setdefault(str(sorted(alike.to_json().items(), key=str)), host)
+    return list(kinds.values())

@@ -1,0 +1,64 @@
+import os
+from dataclasses import replace
+
+import pytest
+
+from artifacts.catalog import host_path
+from artifacts.folder import FolderStore
+from artifacts.hosts import VANISHED_SECONDS, see_host, seen_path
+from recipes.pools import pool_name, portable_host
+from tasks.freshness import Freshness, known_kinds
+from tasks.session import open_session
+from tasks.toolchain import probe_host
+from tests.simulated_builds import simulate_build, write_recipe
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'enginery[rtx]')")
+
+HERE = probe_host()
+VERSION = HERE.runtimes["tensorrt-rtx"]
+POOL = pool_name("tensorrt-rtx", VERSION, "sm89")
+
+
+def seen(store, host):
+    see_host(store, host_path(host.name), host, "2026-01-01T00:00:00Z")
+
+
+def test_a_target_is_fresh_where_every_host_of_its_pool_would_plan_it_so(tmp_path):
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    simulate_build(recipe, store, tmp_path)
+    session = open_session(recipe, store, host=portable_host(HERE))
+    waiting = [engine.target for engine in session.plan().engines if engine.state == "waiting"]
+    assert len(waiting) == 6  # the portable pool cannot tell
+    versions = session.versions_read()
+
+    def holds(pool=POOL):
+        return Freshness(recipe, store, versions).holds("tensorrt-rtx", "sm89", pool)
+
+    assert not holds()  # no host is known
+    seen(store, replace(HERE, name="a"))
+    seen(store, replace(HERE, name="b"))  # of the same kind: planned once
+    assert len(known_kinds(store)) == 1
+    assert holds()
+    assert not holds("gpu-sm89-rtx0.9")
+    # Another patch of the version is of the same pool, and has no engine yet.
+    patched = ".".join([*VERSION.split(".")[:2], "999.1"])
+    seen(store, replace(HERE, name="c", runtimes={**HERE.runtimes, "tensorrt-rtx": patched}))
+    assert not holds()
+    gone = store.root / seen_path(host_path("c"))
+    for path in (gone, store.root / host_path("c")):
+        if path.exists():
+            os.utime(path, (path.stat().st_mtime - VANISHED_SECONDS - 9,) * 2)
+    assert holds()
+    (tmp_path / "one.onnx").write_bytes(b"another graph")
+    assert not holds()
+
+
+def test_what_was_planned_with_other_packages_is_not_made_here(tmp_path):
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    simulate_build(recipe, store, tmp_path)
+    session = open_session(recipe, store, versions={"onnxruntime": "0.0.1"})
+    planned = session.plan()
+    step = next(one for one in planned.ready if "onnxruntime" in one.action.toolchain)
+    outcome = session.ensure(step, planned)
+    assert outcome.state == "failed"
+    assert "is planned with onnxruntime 0.0.1, here is" in outcome.message
