@@ -17,7 +17,7 @@ from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_match
 
 _NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 _ADVICE: Final = {
-    errno.ENOSPC: "the disk is full; free some space (enginery gc) or use another --store",
+    errno.ENOSPC: "the disk is full; free some space (enginery gc, which needs some KiB itself), or use another folder or --store",
     errno.EDQUOT: "the disk quota is used up; free some space (enginery gc) or use another --store",
     errno.EFBIG: "the file is larger than this file system, or this process's limit (ulimit -f), allows",
     errno.EACCES: "no permission; check who owns the folder, or use another --store",

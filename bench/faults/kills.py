@@ -217,7 +217,7 @@ def kill_many(kind: str, kills: int, seed: int, places: Iterator[Place], actors:
         if world is None or tally.kills >= last + _ROUND:
             world, last = _begin(kind, next(places), actors, chance, tally), tally.kills
         _KILLERS[kind](world, tally)
-        left = _left(world.place)
+        left = left_in_tmp(world.place)
         if left:
             tally.violations.append(f"left in tmp after all: {left}")
     tally.seconds = round(time.perf_counter() - begin, 1)
@@ -245,7 +245,7 @@ def _begin(kind: str, place: Place, actors: Actors, chance: random.Random, tally
     return world
 
 
-def _left(place: Place) -> list[str]:
+def left_in_tmp(place: Place) -> list[str]:
     """Sweep a folder store's tmp as every writer does, and return what stays but empty names of an hour's life."""
     store = place.store
     if not isinstance(store, FolderStore):

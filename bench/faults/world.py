@@ -25,6 +25,7 @@ from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
 from artifacts.collector import Collector
 from artifacts.errors import ArtifactError
+from artifacts.files import os_faults
 from artifacts.garbage import Policy
 from artifacts.leases import Lease
 from artifacts.manifest import Manifest
@@ -118,7 +119,7 @@ def publish(place: Place, recipe: str, number: int, writer: str = "", lease: Lea
         "labels.txt": b"one\ntwo\n",
     }
     files = {}
-    with store.scratch() as folder:
+    with store.scratch() as folder, os_faults(str(folder)):
         for file, data in contents.items():
             ref = ArtifactRef(digest_bytes(data), len(data), ENGINE_PLAN)
             (folder / file).write_bytes(data)
