@@ -225,6 +225,10 @@ class Measured(Part):
     data: ParityFacts | None = Field(
         default=None, description="Parity on the metric's held-out data; int8 is judged by it where it was measured."
     )
+    data_of: str | None = Field(
+        default=None,
+        description="What `data` was measured on where that is not the metric's: held-out calibration data.",
+    )
     metric: MetricFacts | None = None
 
     @model_validator(mode="after")

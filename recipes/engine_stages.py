@@ -114,6 +114,7 @@ class EngineStages:
                 "gpu": engine.gpu,
                 "method": spec.method,
                 "batch": spec.batch,
+                **self.pipeline.spared,
                 "tensors": self.pipeline.interface,
             },
             inputs=[
@@ -151,7 +152,7 @@ class EngineStages:
         subject = f"{engine.runtime}:{engine.gpu}:{precision}{engine.variant}" + (":compiled" if again else "")
         step_id = self.pipeline.id("verify", subject)
         if engine.runtime == "onnxruntime":
-            return self.pipeline.verify(step_id, "engine", engine.compile)
+            return self.pipeline.verify(step_id, "engine", engine.compile, precision=precision)
         return self.pipeline.verify(
             step_id,
             "engine",
@@ -160,6 +161,7 @@ class EngineStages:
             executor=self._executor(engine),
             plugins=self.pipeline.plugins(engine.options),
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
+            precision=precision,
         )
 
     def benchmark(self, engine: EnginePlan) -> Step | None:

@@ -94,7 +94,7 @@ def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision
     "metric": {"name", "value", "source"} or None}`. What was not executed does not pass.
 
     Bounds hold for seeded inputs (`parity`) and for the labelled data (`data`). For int8 they hold for the labelled data
-    alone where there is any: ranges are those of real inputs, which seeded ones leave and are clipped. (Digits: 0.013 on
+    alone where there is any, and without it for calibration samples held out (`data_of`): ranges are those of real inputs, which seeded ones leave and are clipped. (Digits: 0.013 on
     held-out data, 0.08 on noise, whose activations are twice as large; calibrated on that noise, 0.013 on it.)
     """
     return judge_by(facts, parity_bounds(acceptance, precision), acceptance.metric, precision)
@@ -107,7 +107,7 @@ def judge_by(facts: Mapping[str, Any], bounds: ParityBounds, gate: MetricBounds 
     reasons: list[str] = []
     data = facts.get("data")
     places = [("", facts["parity"], precision not in QUANTIZED or data is None)]
-    places += [(" on the labelled data", data, True)] if data is not None else []
+    places += [(f" on {facts.get('data_of') or 'the labelled data'}", data, True)] if data is not None else []
     for where, parity, bounded in places:
         if parity["non_finite"]:
             reasons.append(f"{parity['non_finite']} NaN or Inf in the outputs{where}")

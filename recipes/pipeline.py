@@ -48,6 +48,8 @@ class Pipeline:
     steps: Steps
     part: str = ""  # which part of the model this is, where it has any
     module: str | None = None  # what makes the part of the model: a callable beside that of the model
+    calibrated: bool = False  # whether anything that is planned reads the calibration data
+    together: list[Pipeline] = field(default_factory=list)  # of all parts, where the model has any
     profiles: list[dict[str, Any]] = field(init=False)
     tensors: dict[str, Any] = field(init=False)
     interface: dict[str, Any] = field(init=False)
@@ -117,6 +119,21 @@ class Pipeline:
         )
         return Output(step, "dataset.safetensors")
 
+    @cached_property
+    def data(self) -> list[Step]:
+        """Return the steps that read and check the data sets, of all parts: no source runs before they passed."""
+        return [step for one in self.together or [self] for step in one.own_data()]
+
+    def own_data(self) -> list[Step]:
+        """Return those of this part."""
+        found = []
+        spec, metric = self.recipe.precision.calibration, self.recipe.acceptance.metric
+        if self.calibrated and spec is not None and self.files.calibration is not None:
+            found.append(self.calibration_data(spec, self.files.calibration).step)
+        if metric is not None and self.files.labelled is not None:
+            found.append(self._dataset("labelled", metric.data, self.files.labelled, metric.labels).step)
+        return found
+
     # ---- portable stages ---------------------------------------------------------------------------------------
 
     def _source_params(self) -> dict[str, Any]:
@@ -139,7 +156,11 @@ class Pipeline:
         if isinstance(self.recipe.source, OnnxSource):
             params = self._source_params() | {"opset": export.opset}
             return self.steps.add(
-                self.id("export"), params=params, inputs=self._source_files, toolchain=self._source_toolchain("onnx")
+                self.id("export"),
+                params=params,
+                inputs=self._source_files,
+                toolchain=self._source_toolchain("onnx"),
+                gates=self.data,
             )
         if isinstance(self.recipe.source, PaddleSource):
             params = self._source_params() | {
@@ -147,14 +168,18 @@ class Pipeline:
                 "trace": trace_shapes(self.recipe),
             }
             toolchain = self._source_toolchain(*_PADDLE, "paddle2onnx", "onnx")
-            return self.steps.add("export", params=params, inputs=self._source_files, toolchain=toolchain)
+            return self.steps.add(
+                "export", params=params, inputs=self._source_files, toolchain=toolchain, gates=self.data
+            )
         params = self._source_params() | {
             "exporter": export.exporter,
             "opset": export.opset or DEFAULT_OPSET,
             "trace": trace_shapes(self.recipe),
         }
         toolchain = self._source_toolchain("torch", "onnxscript", "onnx")
-        return self.steps.add(self.id("export"), params=params, inputs=self._source_files, toolchain=toolchain)
+        return self.steps.add(
+            self.id("export"), params=params, inputs=self._source_files, toolchain=toolchain, gates=self.data
+        )
 
     @cached_property
     def reference(self) -> Output:
@@ -165,6 +190,7 @@ class Pipeline:
             params=params,
             inputs=self._source_files,
             toolchain=self._reference_toolchain(),
+            gates=self.data,
         )
         return Output(step, "reference.safetensors")
 
@@ -185,9 +211,34 @@ class Pipeline:
             params=params,
             inputs=[*self._source_files, data],
             toolchain=self._reference_toolchain(),
+            gates=self.data,
         )
         code = [self._code(self.id("fetch", "metric"), self.files.metric)] if self.files.metric is not None else []
         return [data, Output(step, "outputs.safetensors"), *code]
+
+    @property
+    def spared(self) -> dict[str, Any]:
+        """Say to calibration to leave samples out, where there is no labelled data to judge its ranges by."""
+        return {"held_out": True} if self.recipe.acceptance.metric is None else {}
+
+    def held_out(self, precision: Precision | None) -> list[Output]:
+        """Return what int8 and fp8 are judged by where there is no labelled data: the source on calibration samples kept out."""
+        spec, files = self.recipe.precision.calibration, self.files.calibration
+        if precision not in QUANTIZED or self.recipe.acceptance.metric is not None or spec is None or files is None:
+            return []
+        params = self._source_params() | {
+            "kind": "held-out",
+            "tensors": self.interface,
+            "batch": self.evaluation_batch,
+        }
+        step = self.steps.add(
+            self.id("reference", "held-out"),
+            params=params,
+            inputs=[*self._source_files, self.calibration_data(spec, files)],
+            toolchain=self._reference_toolchain(),
+            gates=self.data,
+        )
+        return [Output(step, "held-out.safetensors")]
 
     @cached_property
     def evaluation_batch(self) -> int:
@@ -267,6 +318,7 @@ class Pipeline:
         own = precision in FP8 and spec.method == "entropy"
         params = {
             "method": "minmax" if own else spec.method,
+            **self.spared,
             "percentile": spec.percentile if spec.method == "percentile" else None,
             "batch": spec.batch,
             "tensors": self.interface,
@@ -330,10 +382,12 @@ class Pipeline:
         executor: Mapping[str, Any] | None = None,
         device: Mapping[str, Any] | None = None,
         plugins: Sequence[Output] = (),
+        precision: Precision | None = None,
     ) -> Step:
         """Measure one graph's (or plan's) parity with the source, and the recipe's metric on the held-out data.
 
-        `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on, `plugins` the libraries it needs.
+        `precision` is what it was typed or built as: where there is no labelled data, int8 and fp8 are measured on held-out
+        calibration samples too. `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on, `plugins` the libraries it needs.
         """
         metric = self.recipe.acceptance.metric
         params: dict[str, Any] = {
@@ -359,7 +413,7 @@ class Pipeline:
             toolchain |= self.versions(*(own.packages if own is not None else ()))
             counted_by = {"cer": "rapidfuzz", "map": "pycocotools"}
             toolchain |= self.versions(counted_by[metric.name]) if metric.name in counted_by else {}
-        inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled]
+        inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled, *self.held_out(precision)]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
     def benchmark(

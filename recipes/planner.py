@@ -24,7 +24,7 @@ from recipes.pipeline import Pipeline, Version
 from recipes.plan import EnginePlan, Plan, Selection, Trial
 from recipes.publishing import published, published_in_parts
 from recipes.refitting import Bases, Refits
-from recipes.schema import EXACTNESS, INT8, Asked, Precision, Recipe, Target
+from recipes.schema import EXACTNESS, FLOAT16, INT8, QUANTIZED, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
 from recipes.support import refused_nodes
@@ -53,16 +53,21 @@ def plan(
     """
     steps = Steps(lookup, previous, failures or {})
     refits, chosen = Refits(steps, bases), selection or Selection()
-    whole = _Engines(EngineStages(Pipeline(recipe, files, version, steps), host), refits, spent or {})
+    lowered = _lowered(recipe, chosen)
+    whole = _Engines(
+        EngineStages(Pipeline(recipe, files, version, steps, calibrated=lowered), host), refits, spent or {}
+    )
     parts = {
         name: replace(
             whole,
             stages=EngineStages(
-                Pipeline(part_recipe(recipe, name), files.parts[name], version, steps, name, part.module), host
+                Pipeline(part_recipe(recipe, name), files.parts[name], version, steps, name, part.module, lowered), host
             ),
         )
         for name, part in recipe.parts.items()
     }
+    for part in parts.values():
+        part.stages.pipeline.together = [one.stages.pipeline for one in parts.values()]
     planned = [
         _in_parts(whole, parts, target, gpu, asked) if parts else whole.plan(target, gpu, asked)
         for target in recipe.targets
@@ -140,7 +145,7 @@ class _Engines:
         source = self.stages.typed(base, precision)
         typed = self.stages.pipeline.typed(source)
         graph = self.stages.pipeline.verify(
-            self.stages.pipeline.id("verify", source), "graph", typed, tf32=source == "tf32"
+            self.stages.pipeline.id("verify", source), "graph", typed, tf32=source == "tf32", precision=source
         )
         verdict = self._verdict(graph, source)
         wanted = replace(base, given=precision, typed=source, verify=graph)
@@ -230,6 +235,18 @@ def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gp
         inner = {name: engines.stages for name, engines in parts.items()}
         return published_in_parts(whole.stages, inner, replace(engine, given=given), target)
     return replace(base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials))
+
+
+def _lowered(recipe: Recipe, chosen: Selection) -> bool:
+    """Tell whether anything that is planned may be of a precision that calibration data is read for."""
+    for target in recipe.targets:
+        if any(chosen.includes(target.runtime, gpu) for gpu in target.gpus):
+            for asked in target.precision or recipe.precision.build:
+                tried = candidates_of(recipe, target) if asked == "auto" else (asked,)
+                chain = [*tried, *(one for first in tried for one in recipe.precision.fallback.get(first, ()))]
+                if any(one in (*QUANTIZED, *FLOAT16) for one in chain):
+                    return True
+    return False
 
 
 def _at_level(base: EnginePlan, level: int | None) -> EnginePlan:

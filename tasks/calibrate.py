@@ -24,7 +24,7 @@ import onnx
 
 from artifacts.refs import JSON
 from tasks.calibration_report import Seen, measured, worst_first
-from tasks.datasets import Array, batches
+from tasks.datasets import Array, batches, without_held_out
 from tasks.errors import BackendError
 from tasks.graphs import hoist_constants
 from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
@@ -43,7 +43,7 @@ Pass = Callable[[], Iterator[tuple[int, dict[str, Array]]]]
 def run(request: StageRequest) -> StageResult:
     """Run "model.onnx" on "dataset.safetensors" and write "ranges.json": {tensor: [low, high]}, sorted, float32 bounds.
 
-    The tensors are what Conv, ConvTranspose, MatMul and Gemm take (`quantize.activations`): typing puts pairs nowhere
+    With params["held_out"], samples that `tasks.datasets.held_out` names are left out. The tensors are what Conv, ConvTranspose, MatMul and Gemm take (`quantize.activations`): typing puts pairs nowhere
     else. "calibration.json" beside it says what each range costs: {"method", "samples", "tensors": [...]}, the worst first
     (`tasks.calibration_report`). With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead
     (`tasks.engines.trt_calibrate`). Facts: tensors, samples, method, constant (tensors that were zero on all data), worst
@@ -58,6 +58,8 @@ def run(request: StageRequest) -> StageResult:
     from safetensors.numpy import load_file
 
     data = load_file(str(request.inputs["dataset.safetensors"]))
+    if params.get("held_out"):
+        data = without_held_out(data)
     once = partial(batches, data, params["tensors"], params["batch"])
     with tempfile.TemporaryDirectory() as folder:
         observed = _Observed(request.inputs, Path(folder))

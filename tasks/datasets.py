@@ -23,6 +23,10 @@ from tasks.errors import BackendError, ModelCodeError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# Fewer samples do not stand for the data.
+LEAST_SAMPLES: Final = 16
+MOST_HELD_OUT: Final = 32
+_EVERY: Final = 8
 # No calibration or test set of a recipe needs more; a decompression bomb ends here.
 MEMORY_LIMIT: Final = 8 << 30
 # What zipfile and its decompressors raise for an archive that is damaged, encrypted, or of a method that they lack.
@@ -48,6 +52,22 @@ def choose(count: int, samples: int | None, order: str, seed: int) -> Array:
         raise _bad(f"{samples} samples were asked for, the data set has {count}", f"set samples to {count} or less")
     rows = np.random.Generator(np.random.PCG64(seed)).permutation(count) if order == "shuffled" else np.arange(count)
     return rows[:samples]
+
+
+def held_out(count: int) -> Array:
+    """Return which of `count` calibration samples are kept out of calibration, to judge what it makes by.
+
+    Every eighth, or fewer where that were more than 32, evenly spread. Below 16 samples none can be spared: then it is none.
+    """
+    if count < LEAST_SAMPLES:
+        return np.arange(0)
+    step = max(_EVERY, count // MOST_HELD_OUT)
+    return np.arange(step - 1, count, step)[:MOST_HELD_OUT]
+
+
+def without_held_out(data: Mapping[str, Array]) -> dict[str, Array]:
+    """Return calibration data without the samples that are kept to judge by."""
+    return {name: np.delete(array, held_out(len(array)), axis=0) for name, array in data.items()}
 
 
 def batches(

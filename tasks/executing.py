@@ -34,7 +34,8 @@ from tasks.runner import brings_host_code, merged_recipe
 from tasks.toolchain import BACKENDS, version
 
 _REFERENCE: Final = "reference.safetensors"
-_NEEDED: Final = (_REFERENCE, "dataset.safetensors", "outputs.safetensors", "code.tar")
+_HELD_OUT: Final = "held-out.safetensors"
+_NEEDED: Final = (_REFERENCE, "dataset.safetensors", "outputs.safetensors", "code.tar", _HELD_OUT)
 
 
 def _quiet(_progress: Progress) -> None:
@@ -146,8 +147,10 @@ def _attestation(record: ActionRecord, manifest: Manifest, digest: str, engine: 
 def _measured_before(catalog: EngineCatalog, engine: EngineId, manifest: Manifest) -> ActionRecord:
     """Return a record of a comparison of the same model with its source: it names the reference, the data, the metric.
 
-    Every verification of a recipe compares with the same, whichever graph it is of.
+    Every verification of a recipe compares with the same, whichever graph it is of; but of an int8 engine, some may have
+    held-out calibration samples to compare with too, and such a one comes first.
     """
+    found = None
     keys = [step.key for step in manifest.provenance.steps if step.stage == "verify"]
     for key in keys:
         path = record_path("verify", key)
@@ -158,8 +161,11 @@ def _measured_before(catalog: EngineCatalog, engine: EngineId, manifest: Manifes
         except IntegrityError as err:
             catalog.warn(f"{path}: {err}; passed over")
             continue
-        if record.key == key and _REFERENCE in record.preimage.get("inputs", {}):
-            return record
+        inputs = record.preimage.get("inputs", {})
+        if record.key == key and _REFERENCE in inputs and (found is None or _HELD_OUT in inputs):
+            found = record
+    if found is not None:
+        return found
     names = ", ".join(record_path("verify", key) for key in keys) or "none is named"
     raise _gone(catalog, engine, f"every record of its verification ({names})")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from artifacts.refs import SAFETENSORS
 from tasks.code import load_callable, recipe_code
-from tasks.datasets import Array, choose, from_callable, read_array_folder, read_image_folder, read_npz
+from tasks.datasets import LEAST_SAMPLES, Array, choose, from_callable, read_array_folder, read_image_folder, read_npz
 from tasks.errors import BackendError
 from tasks.references import save_arrays
 from tasks.stage import StageRequest, StageResult
@@ -56,7 +56,7 @@ def run(request: StageRequest) -> StageResult:
 def _rows(params: Mapping[str, Any], warnings: list[str]) -> Callable[[int], Array]:
     def rows(count: int) -> Array:
         chosen = choose(count, params["samples"], params["order"], params["seed"])
-        if len(chosen) < 16:
+        if len(chosen) < LEAST_SAMPLES:
             warnings.append(f"only {len(chosen)} samples: too few to stand for the data")
         return chosen
 

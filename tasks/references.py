@@ -9,27 +9,29 @@ from typing import Any, Final
 import numpy as np
 
 from artifacts.refs import SAFETENSORS
-from tasks.datasets import batches
+from tasks.datasets import MOST_HELD_OUT, batches, held_out
 from tasks.errors import BackendError
 from tasks.seeded import Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 
 REFERENCE: Final = "reference.safetensors"
 OUTPUTS: Final = "outputs.safetensors"
+HELD_OUT: Final = "held-out.safetensors"
 
 # Runs the source: arrays by input name, and words that name the shapes for messages -> arrays by output name.
 Run = Callable[[Mapping[str, Array], str], dict[str, Array]]
 
 
 def write_reference(request: StageRequest, run: Run) -> StageResult:
-    """Run a source as `params["kind"]` asks ("parity" or "dataset") and write what it returned.
+    """Run a source as `params["kind"]` asks ("parity", "dataset" or "held-out") and write what it returned.
 
     parity: "<case>/in/<input>" and "<case>/out/<output>" for every case. dataset: every output over all samples, first
-    axis samples, run in batches. Raises BackendError("bad data") where the data set does not fit the inputs.
+    axis samples, run in batches. held-out: as parity, a case for each batch of the calibration samples that calibration leaves
+    out (`tasks.datasets.held_out`), or of all of them where it leaves none out. Raises BackendError("bad data") where the data set does not fit the inputs.
     """
     if request.params["kind"] == "dataset":
         return _dataset(request, run)
-    return _parity(request, run)
+    return _held_out(request, run) if request.params["kind"] == "held-out" else _parity(request, run)
 
 
 def save_arrays(arrays: Mapping[str, Array], path: Path) -> None:
@@ -55,6 +57,28 @@ def _parity(request: StageRequest, run: Run) -> StageResult:
     non_finite = sum(_non_finite(array) for name, array in arrays.items() if "/out/" in name)
     facts = {"outputs": _describe(outputs), "non_finite": non_finite, "cases": len(params["cases"])}
     return StageResult({REFERENCE: SAFETENSORS}, facts)
+
+
+def _held_out(request: StageRequest, run: Run) -> StageResult:
+    from safetensors.numpy import load_file
+
+    params = request.params
+    data = load_file(str(request.inputs["dataset.safetensors"]))
+    rows = held_out(min((len(data[name]) for name in params["tensors"] if name in data), default=0))
+    chosen = {name: array[rows] if rows.size else array[:MOST_HELD_OUT] for name, array in data.items()}
+    arrays: dict[str, Array] = {}
+    done = 0
+    for samples, inputs in batches(chosen, params["tensors"], int(params["batch"])):
+        request.report(None, f"source on held-out sample {done}")
+        case = f"held-out/{done}"
+        arrays |= {f"{case}/in/{name}": array for name, array in inputs.items()}
+        arrays |= {f"{case}/out/{name}": array for name, array in run(inputs, f"held-out sample {done}").items()}
+        done += samples
+    save_arrays(arrays, request.output_dir / HELD_OUT)
+    non_finite = sum(_non_finite(array) for name, array in arrays.items() if "/out/" in name)
+    return StageResult(
+        {HELD_OUT: SAFETENSORS}, {"non_finite": non_finite, "samples": done, "calibrated_on": not rows.size}
+    )
 
 
 def _dataset(request: StageRequest, run: Run) -> StageResult:

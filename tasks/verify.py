@@ -24,6 +24,7 @@ from tasks.datasets import batches
 from tasks.errors import BackendError, ModelCodeError
 from tasks.metrics import Array, Distance, built_in, distance, finite
 from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
+from tasks.references import HELD_OUT
 from tasks.stage import StageRequest, StageResult
 
 REPORT: Final = "report.json"
@@ -38,7 +39,8 @@ def run(request: StageRequest) -> StageResult:
 
     Writes "report.json": {"cases": [{"name", "outputs": {output: measures}}], "data", "metric"}. Facts: executed, parity
     (worst of all cases and outputs), cases, metric, `data` (as parity, of the outputs on the metric's data: real inputs
-    overflow and clip where seeded ones do not, and the reverse; null without a metric), and `emulated` where halves were.
+    overflow and clip where seeded ones do not, and the reverse; null without a metric, but where "held-out.safetensors" has
+    calibration samples that calibration did not see: `data_of` says so then), and `emulated` where halves were.
     A measure that is NaN or infinite is null.
     With params["plugins"], a graph with operators that ONNX Runtime lacks is not executed: facts executed, reason, plugin.
     Raises BackendError: "wrong result" where outputs or shapes differ from the reference's, "bad data" for files that do
@@ -54,11 +56,16 @@ def run(request: StageRequest) -> StageResult:
         return StageResult({}, {"executed": False, "reason": reason, "plugin": True})
     if graph is None:
         return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
-    cases = _parity(request, graph)
+    cases = _parity(request, graph, "reference.safetensors")
     metric, on_data = _labelled(request, graph) if params["metric"] is not None else (None, {})
+    if HELD_OUT in request.inputs:
+        spared = _parity(request, graph, HELD_OUT)
+        on_data = {f"{case}/{name}": found for case, outputs in spared.items() for name, found in outputs.items()}
     request.report(1.0, "verified")
     data = {**_measures(_worst(list(on_data.values()))), "worst": _farthest(on_data)} if on_data else None
     facts = {"executed": True, **_facts(cases), "data": data, "metric": metric, "emulated": graph.emulated}
+    if HELD_OUT in request.inputs:
+        facts["data_of"] = "held-out calibration data"
     report = {
         "cases": [
             {"name": name, "outputs": {output: _measures(found) for output, found in outputs.items()}}
@@ -144,11 +151,11 @@ class Executable:
         return folder / GRAPH
 
 
-def _parity(request: StageRequest, graph: Subject) -> dict[str, dict[str, Distance]]:
+def _parity(request: StageRequest, graph: Subject, file: str) -> dict[str, dict[str, Distance]]:
     from safetensors import safe_open
 
     cases: dict[str, dict[str, Distance]] = {}
-    with safe_open(str(request.inputs["reference.safetensors"]), framework="numpy") as reference:
+    with safe_open(str(request.inputs[file]), framework="numpy") as reference:
         parts: dict[str, dict[str, dict[str, str]]] = {}
         for key in sorted(reference.keys()):
             found_key = _KEY.fullmatch(key)
@@ -164,7 +171,7 @@ def _parity(request: StageRequest, graph: Subject) -> dict[str, dict[str, Distan
                 for name, key in part["out"].items()
             }
     if not cases:
-        raise BackendError("bad data", "reference.safetensors holds no case", "build the reference again")
+        raise BackendError("bad data", f"{file} holds no case", "build the reference again")
     return cases
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from artifacts.refs import BYTES
-from tasks.datasets import Array, batches
+from tasks.datasets import Array, batches, without_held_out
 from tasks.engines.cuda import Cuda, find_device
 from tasks.engines.trt_adapter import adapter, require
 from tasks.engines.trt_log import Log, Report
@@ -43,6 +43,8 @@ def run(request: StageRequest) -> StageResult:
     params = request.params
     require(trt, "int8", opset_of(load_graph(request.inputs[GRAPH], weights=False)), "weak")
     data = load_file(str(request.inputs["dataset.safetensors"]))
+    if params.get("held_out"):
+        data = without_held_out(data)
     feeds = Feeds(data, params["tensors"], params["batch"])
     log = Log(request.report, folder=str(request.inputs[GRAPH].parent))
     plugins = load_plugins(trt, plugin_files(request.inputs))

@@ -28,6 +28,7 @@ OUTPUTS = {
     "outliers": ["outliers.json"],
     "reference:parity": ["reference.safetensors"],
     "reference:labelled": ["outputs.safetensors"],
+    "reference:held-out": ["held-out.safetensors"],
     "fetch:weights": ["weights.safetensors"],
     "fetch:code": ["code.tar"],
     "fetch:metric": ["code.tar"],

@@ -115,3 +115,12 @@ def test_what_is_shown_is_what_the_bounds_hold_for():
     assert telling_parity(found, "fp16")["relative_l2"] == 0.5
     assert telling_parity(facts(relative_l2=0.5), "int8")["relative_l2"] == 0.5
     assert telling_parity({}, "int8") is None
+
+
+def test_int8_without_labels_is_judged_on_held_out_calibration_data():
+    noise = facts(relative_l2=0.4, cosine=0.9)
+    spared = {"data_of": "held-out calibration data", "data": PARITY | {"relative_l2": 0.1}}
+    assert judge(noise | spared, Acceptance(), "int8").passed
+    spared["data"] = PARITY | {"relative_l2": 0.3}
+    found = judge(facts() | spared, Acceptance(), "int8")
+    assert found.reasons == ("relative_l2 0.3 > 0.25 on held-out calibration data",)

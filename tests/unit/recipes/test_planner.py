@@ -309,14 +309,13 @@ def test_a_target_that_needs_another_host_waits_and_the_portable_stages_run(targ
 
 
 def test_a_failure_blocks_what_needs_it_and_nothing_else():
-    world = World()
-    key = next(step for step in world.plan(recipe()).steps if step.id == "fetch:calibration").action.key
-    world.failures = {key: "bad data: 3 NaN"}
+    _ran, before = World().build(recipe())
+    key = next(step for step in before.steps if step.id == "calibrate").action.key
+    world = World(failures={key: "bad data: 3 NaN"})
     ran, planned = world.build(recipe())
     states = {step.id: step.state for step in planned.steps}
-    assert states["fetch:calibration"] == "failed"
-    assert states["calibrate"] == states["publish:tensorrt-rtx:sm89:int8"] == "blocked"
-    assert states["publish:tensorrt-rtx:sm89:fp16"] == "blocked"  # what overflows in it may be calibration data alone
+    assert states["calibrate"] == "failed"
+    assert states["type:int8"] == states["publish:tensorrt-rtx:sm89:int8"] == "blocked"
     assert states["publish:onnxruntime:cpu:fp32"] == "cached"
     assert planned.status == 1
     assert "calibrate" not in ran
@@ -874,3 +873,35 @@ def test_onnx_runtime_is_asked_only_about_operators_outside_the_standard():
     ran, planned = world.build(recipe(with_plugins), replace(FILES, plugins={library.digest: library}))
     assert "check:onnxruntime" in ran
     assert [engine.state for engine in planned.engines] == ["waiting", "waiting", "failed"]
+
+
+def test_without_a_metric_int8_alone_is_compared_on_calibration_samples_that_calibration_leaves_out():
+    _ran, planned = World().build(recipe(lambda d: d.pop("acceptance")))
+    steps = {step.id: step for step in planned.steps}
+    assert set(steps["reference:held-out"].action.inputs) >= {"dataset.safetensors"}
+    with_spared = {step.id for step in planned.steps if "held-out.safetensors" in step.inputs}
+    assert with_spared == {"verify:int8", "verify:onnxruntime:cpu:int8"}
+    assert steps["calibrate"].action.params["held_out"] is True
+    _ran, planned = World().build(recipe())
+    assert "held_out" not in next(step for step in planned.steps if step.id == "calibrate").action.params
+    assert "reference:held-out" not in {step.id for step in planned.steps}
+
+
+def test_no_source_runs_before_the_data_was_read_and_checked():
+    world = World()
+    first = {step.id for step in world.plan(recipe()).ready}
+    assert {"fetch:calibration", "fetch:labelled", "fetch:code"} <= first
+    assert not {step for step in first if step.startswith(("export", "reference"))}
+    (bad,) = [step for step in world.plan(recipe()).steps if step.id == "fetch:calibration"]
+    world.failures[bad.action.key] = "bad data: 'image' holds 3 NaN"
+    ran, planned = world.build(recipe())
+    assert all(step.startswith("fetch") for step in ran)
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert planned.status == 1
+
+
+def test_data_that_nothing_selected_reads_keeps_no_source_waiting():
+    world = World()
+    change = recipe(lambda d: d["targets"][1].update(precision=["fp32"]))
+    planned = world.plan(change, targets=("onnxruntime",))
+    assert "fetch:calibration" not in {step.id for step in planned.steps}

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 import tarfile
 import textwrap
 from pathlib import Path
@@ -31,6 +32,13 @@ def fresh(folder: Path, name: str = "out") -> Path:
 
 def request(stage: str, params: dict, inputs: dict[str, Path], folder: Path) -> StageRequest:
     return StageRequest(stage, params, inputs, fresh(folder, stage))
+
+
+def frames(error: BaseException) -> list[str]:
+    """Return the files of the traceback that a message holds; tests expect the recipe's own and no other."""
+    text = str(error)
+    assert "Traceback (most recent call last):" in text
+    return re.findall(r'File "([^"]+)", line', text)
 
 
 def tensor(shape, dtype="float32", low=None, high=None):

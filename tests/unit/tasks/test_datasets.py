@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tasks import fetch
+from tasks.datasets import held_out, without_held_out
 from tasks.errors import BackendError, ModelCodeError
+from tests.unit.tasks.bundles import frames
 from tests.unit.tasks.small_graphs import stage
 
 TENSORS = {"x": {"dtype": "float32", "shape": ["batch", 2, 3]}}
@@ -310,13 +312,26 @@ def test_an_endless_callable_is_read_as_far_as_needed(tmp_path):
         ("return [{'y': 1}]", r"no array 'x' \(it gave: y\)"),
         ("return {'x': ['a', 'b']}", "expected numbers"),
         ("yield {'x': [1.0]}; raise KeyError('gone')", r"samples\.py"),
+        ("raise KeyError('gone')", r"line 2, in make"),
     ],
 )
 def test_faults_of_a_callable_are_its_own(tmp_path, body, words):
-    with pytest.raises(ModelCodeError, match=words):
+    with pytest.raises(ModelCodeError, match=words) as error:
         run(tmp_path, **bundle(tmp_path, f"def make():\n    {body}\n"))
+    if "Traceback" in str(error.value):
+        assert frames(error.value) == ["samples.py"]
 
 
 def test_a_callable_without_samples(tmp_path):
     with pytest.raises(BackendError, match="gave no sample"):
         run(tmp_path, **bundle(tmp_path, "def make():\n    return iter(())\n"))
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"),
+    [(0, []), (15, []), (16, [7, 15]), (31, [7, 15, 23]), (256, [*range(7, 256, 8)]), (1000, [*range(30, 1000, 31)])],
+)
+def test_every_eighth_sample_is_held_out_but_few_of_many(count, rows):
+    assert held_out(count).tolist() == rows[:32]
+    left = without_held_out({"x": np.arange(count)})["x"].tolist()
+    assert sorted(left + rows[:32]) == list(range(count))

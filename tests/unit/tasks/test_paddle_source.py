@@ -14,7 +14,7 @@ from tasks.onnx_files import dims_of
 from tasks.onnx_sessions import GraphRunner
 from tasks.paddle_weights import read_weights
 from tasks.sources import run_export, run_reference
-from tests.unit.tasks.bundles import code_tar, fresh, request, tensor
+from tests.unit.tasks.bundles import code_tar, frames, fresh, request, tensor
 
 pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Paddle's own, at its import and in its tracer
@@ -129,6 +129,19 @@ def test_a_layer_that_is_not_for_inference_is_refused_with_the_reason(tmp_path, 
     with pytest.raises(ModelCodeError) as error:
         run_export(asked)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("    net = Net()", "    net = Net(undefined)", 15),
+        ("found = self.drop(", "found = self.drop(undefined * ", 11),
+    ],
+)
+def test_what_a_layers_code_raises_is_told_by_its_own_lines_alone(tmp_path, old, new, line):
+    with pytest.raises(ModelCodeError, match=f"(?s)line {line}, in .*NameError: name 'undefined'") as error:
+        run_export(request("export", params(), code(tmp_path, NET.replace(old, new)), tmp_path))
+    assert set(frames(error.value)) == {"model.py"}
 
 
 def test_a_saved_graph_whose_axis_is_fixed_is_refused(tmp_path):

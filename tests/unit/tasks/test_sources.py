@@ -13,7 +13,7 @@ from tasks.errors import BackendError, ModelCodeError
 from tasks.onnx_files import dims_of
 from tasks.onnx_sessions import GraphRunner
 from tasks.sources import run_export, run_reference
-from tests.unit.tasks.bundles import code_tar, fresh, request, tensor
+from tests.unit.tasks.bundles import code_tar, frames, fresh, request, tensor
 
 DIGITS = Path(__file__).parents[3] / "recipes" / "digits"
 IMAGE = {"image": tensor(["batch", 1, "height", "width"], low=0.0, high=1.0)}
@@ -194,6 +194,8 @@ def test_model_code_that_cannot_be_used_is_its_authors_fault(tmp_path, source, e
     with pytest.raises(ModelCodeError, match=expected) as caught:
         export_code(tmp_path, source)
     assert "enginery-code-" not in str(caught.value)
+    if "Traceback" in str(caught.value):
+        assert set(frames(caught.value)) == {"model.py"}
 
 
 def test_inputs_that_forward_does_not_name_are_listed(tmp_path):

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from tasks import verify
 from tasks.errors import BackendError, ModelCodeError
+from tests.unit.tasks.bundles import frames
 from tests.unit.tasks.small_graphs import TENSORS, cnn, evaluate, graph, images, node, stage
 
 PARAMS = {"subject": "graph", "executor": "onnxruntime", "batch": 8, "metric": None, "tensors": TENSORS}
@@ -264,6 +265,10 @@ def test_a_metric_of_the_recipe(tmp_path):
     more["code_tar"] = bundle(tmp_path, b"def judge(outputs, labels):\n    return 'good'\n")
     with pytest.raises(ModelCodeError, match="expected a number, got str"):
         run(tmp_path / "b", cnn(), reference(cnn(), a_min=x), params, **more)
+    more["code_tar"] = bundle(tmp_path, b"def judge(outputs, labels):\n    return outputs['z'].mean()\n")
+    with pytest.raises(ModelCodeError, match=r"(?s)line 2, in judge.*KeyError: 'z'") as error:
+        run(tmp_path / "c", cnn(), reference(cnn(), a_min=x), params, **more)
+    assert frames(error.value) == ["judge.py"]
 
 
 def test_faults_of_the_metric_are_said(tmp_path):
