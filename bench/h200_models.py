@@ -144,10 +144,14 @@ class Run:
         return self.start(command, name, base=other_python(), env={**env, **self.gpu(model)}, **pipes)
 
     def gpu(self, model: str) -> dict[str, str]:
-        """Return what gives each model a GPU of its own, where there are several."""
+        """Return what gives each model a GPU of its own, where there are several, or the one that --place says."""
         if len(self.gpus) < 2:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.asked.models.index(model) % len(self.gpus)]}
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.place(model)]}
+
+    def place(self, model: str) -> int:
+        places = dict(entry.split("=") for entry in self.asked.place.split(",") if entry)
+        return int(places.get(model, self.asked.models.index(model) % max(len(self.gpus), 1)))
 
     def prepare(self, jobs: list[tuple[str, int, str]]) -> None:
         """Start the exports and the compilations of PyTorch, each in a process of its own."""
@@ -157,7 +161,12 @@ class Run:
             for batch in batches:
                 if not (asked.work / model / f"b{batch}" / "model.onnx").exists():
                     self.exports.append((model, self.command(model, "export", str(batch))))
-            if asked.dry or asked.plan in EXPORTS or (read(asked.work / model / "torch.json") or {}).get("times"):
+            if (
+                asked.dry
+                or "torch" not in asked.steps
+                or asked.plan in EXPORTS
+                or (read(asked.work / model / "torch.json") or {}).get("times")
+            ):
                 continue
             self.compiled[model] = self.command(model, "time", asked.batches)
 
@@ -216,8 +225,11 @@ class Run:
             self.say("build", *job, f"{time.monotonic() - began:.0f} s", facts.get("seconds"), words)
             self.keep()
 
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(one, jobs))
+        lanes: list[list[tuple[str, int, str]]] = [[job] for job in jobs]
+        if asked.alone:  # a build at a time on a GPU
+            lanes = [[job for job in jobs if self.place(job[0]) == place] for place in range(len(self.gpus) or 1)]
+        with ThreadPoolExecutor(len(lanes) if asked.alone else asked.jobs) as pool:
+            list(pool.map(lambda lane: [one(job) for job in lane], lanes))
 
     def measure(self, jobs: list[tuple[str, int, str]]) -> None:
         for model, batch, variant in jobs:
@@ -318,7 +330,9 @@ def main() -> None:
     parser.add_argument("--plan", default="explore", help=f"{', '.join(PLANS)}, or model:batch:variant,...")
     parser.add_argument("--models", help="those of the plan, else")
     parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--steps", default="torch,build,measure")
+    parser.add_argument("--steps", default="export,torch,build,measure")
+    parser.add_argument("--place", default="", help="which GPU is whose, where there are several: model=0,model=1,...")
+    parser.add_argument("--alone", action="store_true", help="one build at a time on each GPU")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--torch-seconds", type=float, default=240)
@@ -333,10 +347,10 @@ def main() -> None:
     if asked.measure_seconds is None:
         asked.measure_seconds = EXPORTS.get(asked.plan, 120.0)
     run = Run(asked)
-    steps = asked.steps.split(",")
+    asked.steps = steps = asked.steps.split(",")
     jobs = planned(asked.plan, asked.models)
     try:
-        if "torch" in steps:
+        if {"export", "torch"} & set(steps):
             run.prepare(jobs)
         if "build" in steps:
             run.build(jobs, run.end - asked.measure_seconds)

@@ -112,20 +112,6 @@ def test_what_is_timed_computes_what_a_call_computes(runner, graph):
     np.testing.assert_allclose(runner({"x": other})["y"][:1], runner({"x": other[:1]})["y"], rtol=1e-3, atol=1e-5)
 
 
-def test_torch_is_timed_on_the_gpu_in_every_way(device):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no GPU")
-    from tasks.benchmark.measure import Rule, measure
-    from tasks.benchmark.torch_candidate import TorchCandidate
-
-    for half, compiled in ((False, False), (True, False), (True, True)):
-        candidate = TorchCandidate(torch.nn.Linear(8, 8).eval(), gpu=True, half=half, compiled=compiled)
-        found = measure(candidate, {"x": np.ones((4, 8), np.float32)}, 4, Rule(seconds=0.2))
-        assert found["device_ms"]["p50"] > 0
-        assert found["copy_share"] >= 0
-
-
 @pytest.mark.timeout(900)
 def test_auto_publishes_the_fastest_with_the_table_of_all(device, tmp_path):
     shutil.copytree(RECIPES / "digits", tmp_path / "digits", ignore=shutil.ignore_patterns("__pycache__"))
