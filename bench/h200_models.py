@@ -143,15 +143,16 @@ class Run:
         name = f"torch-{model}-{step}-{batches}"
         return self.start(command, name, base=other_python(), env={**env, **self.gpu(model)}, **pipes)
 
-    def gpu(self, model: str) -> dict[str, str]:
+    def gpu(self, model: str, batch: int | None = None) -> dict[str, str]:
         """Return what gives each model a GPU of its own, where there are several, or the one that --place says."""
         if len(self.gpus) < 2:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.place(model)]}
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.place(model, batch)]}
 
-    def place(self, model: str) -> int:
+    def place(self, model: str, batch: int | None = None) -> int:
         places = dict(entry.split("=") for entry in self.asked.place.split(",") if entry)
-        return int(places.get(model, self.asked.models.index(model) % max(len(self.gpus), 1)))
+        alone = places.get(model, self.asked.models.index(model) % max(len(self.gpus), 1))
+        return int(places.get(f"{model}:{batch}", alone))
 
     def prepare(self, jobs: list[tuple[str, int, str]]) -> None:
         """Start the exports and the compilations of PyTorch, each in a process of its own."""
@@ -218,7 +219,7 @@ class Run:
                 command.append("--dry")
             began = time.monotonic()
             name = f"build-{model}-b{batch}-{variant}"
-            process = self.start(command, name, stdout=subprocess.DEVNULL, env=self.gpu(model))
+            process = self.start(command, name, stdout=subprocess.DEVNULL, env=self.gpu(model, batch))
             status = self.finish(process, seconds + 10)
             facts = read(asked.work / model / f"b{batch}" / variant / "build.json") or {}
             words = facts.get("error", "")[:300] if status == 0 else f"ended with {status}"
@@ -227,7 +228,7 @@ class Run:
 
         lanes: list[list[tuple[str, int, str]]] = [[job] for job in jobs]
         if asked.alone:  # a build at a time on a GPU
-            lanes = [[job for job in jobs if self.place(job[0]) == place] for place in range(len(self.gpus) or 1)]
+            lanes = [[job for job in jobs if self.place(*job[:2]) == place] for place in range(len(self.gpus) or 1)]
         with ThreadPoolExecutor(len(lanes) if asked.alone else asked.jobs) as pool:
             list(pool.map(lambda lane: [one(job) for job in lane], lanes))
 
@@ -331,7 +332,9 @@ def main() -> None:
     parser.add_argument("--models", help="those of the plan, else")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--steps", default="export,torch,build,measure")
-    parser.add_argument("--place", default="", help="which GPU is whose, where there are several: model=0,model=1,...")
+    parser.add_argument(
+        "--place", default="", help="which GPU builds what, where there are several: model=0,model:batch=1,..."
+    )
     parser.add_argument("--alone", action="store_true", help="one build at a time on each GPU")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=560)
