@@ -1,6 +1,7 @@
 """Every command of the README, run in its order in a copy of what a clone holds, with the exit statuses that it states.
 
-`make demo` makes an environment of its own there and installs into it, as on a fresh machine; all that follows runs with it.
+`make demo` finds an environment there that borrows the packages of this one; in the case marked long it makes its own and
+installs into it, as on a fresh machine (`make test` itself does that with more packages). All that follows runs with it.
 `make test` is what runs this, so here it is only asked what it would do.
 """
 
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,14 +34,29 @@ def blocks() -> list[list[tuple[str, int, list[str]]]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["borrowed", pytest.param("installed", marks=pytest.mark.long)])
+def clone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for path in tracked():
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+    if request.param == "borrowed":
+        borrow(folder)
     return folder
+
+
+def borrow(folder: Path) -> None:
+    """Make the environment that `make demo` would, of the clone's own code and this environment's packages."""
+    venv = folder / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
+    (site,) = venv.glob("lib/python*/site-packages")
+    packages = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "borrowed.pth").write_text("\n".join([str(folder), *packages]) + "\n")
+    command = venv / "bin" / "enginery"
+    command.write_text(f"#!{venv}/bin/python\nimport sys\nfrom enginery.__main__ import main\nsys.exit(main())\n")
+    command.chmod(0o755)
+    (venv / ".demo").touch()
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
