@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from artifacts.attestation import FOLDER, Attestation, effective
 from artifacts.cache import blob_path
@@ -45,7 +44,6 @@ from artifacts.refs import digest_bytes
 from artifacts.signing import ATTESTATION_NAME, SIGNATURE_BYTES, Signer, hint_of, signed_contents
 from artifacts.store import Store
 
-HOST_SCHEMA: Final = 1
 SIGNATURES: Final = "signatures"
 SIGNATURE_DIGITS: Final = 16
 _MOST_SIGNATURES: Final = 32
@@ -319,11 +317,9 @@ class EngineCatalog:
 
     def host(self, name: str) -> Host:
         """Return a recorded fingerprint. Raises NotFoundError, StoreError, and IntegrityError for a damaged one."""
-        path = host_path(name)
-        try:
-            return Host.from_json(self._document(path, HOST_SCHEMA))
-        except (KeyError, TypeError, ValueError) as err:
-            raise IntegrityError(f"{self.store.uri}: {path}: not a host's fingerprint: {err}") from err
+        from artifacts.hosts import read_host
+
+        return read_host(self.store, host_path(name))[0].host
 
     def _listed(self, recipe: str | None) -> dict[EngineId, list[str]]:
         """Return every engine that has a manifest, with the paths of what was executed later; one listing, unsorted."""
@@ -396,16 +392,6 @@ class EngineCatalog:
             self.warn(f"{self.store.uri}: {path} names other files than its action made; replaced")
         self.store.write(path, data)
         return data
-
-    def _document(self, path: str, schema: int) -> dict[str, Any]:
-        try:
-            document = json.loads(self.store.read(path))
-        except (ValueError, RecursionError) as err:
-            raise IntegrityError(f"{self.store.uri}: {path}: not JSON: {err}") from err
-        if not isinstance(document, dict) or document.get("schema") != schema:
-            found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-            raise IntegrityError(f"{self.store.uri}: {path}: schema {found!r}, this release reads {schema}")
-        return document
 
 
 def _made(manifest: Manifest) -> dict[str, FileEntry]:

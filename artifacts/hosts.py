@@ -13,13 +13,13 @@ stale: whoever dies in between leaves that to the next look. What is gone is rem
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import uniform
 from typing import Any, Final
 
+from artifacts.checked import dump_checked, parse_checked
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.host import Gpu, Host
 from artifacts.store import Store
@@ -206,9 +206,10 @@ def read_host(store: Store, path: str) -> tuple[HostRecord, str]:
     """Return the record at a path of the store, and its version. Raises NotFoundError, StoreError, IntegrityError."""
     data, version = store.read_versioned(path)
     try:
-        return HostRecord.from_json(json.loads(data)), version
+        return HostRecord.from_json(parse_checked(data)), version
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
-        raise IntegrityError(f"{store.uri}: {path}: not a host's record: {type(err).__name__}: {err}") from err
+        what = f"{store.uri}: {path}: not a host's record: {type(err).__name__}: {err}"
+        raise IntegrityError(f"{what}; remove it, and the host writes it anew when it is looked at") from err
 
 
 def change_host(store: Store, path: str, change: Callable[[HostRecord | None], HostRecord | None]) -> HostRecord | None:
@@ -226,7 +227,7 @@ def change_host(store: Store, path: str, change: Callable[[HostRecord | None], H
         wanted = change(found)
         if wanted is None or wanted == found:
             return found
-        data = json.dumps(wanted.to_json(), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        data = dump_checked(wanted.to_json())
         if store.write(path, data, if_absent=True) if found is None else store.write(path, data, if_version=version):
             return wanted
         time.sleep(uniform(0, 0.05))

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from random import uniform
 from typing import Any, Final, Literal
 
+from artifacts.checked import dump_checked, parse_checked
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError
 from artifacts.hosts import Change
 from artifacts.store import Store
@@ -284,7 +285,7 @@ def change_rollout(store: Store, rollout: str, change: Callable[[Rollout | None]
         wanted = change(found)
         if wanted == found:
             return wanted
-        data = json.dumps(wanted.to_json(), indent=1, ensure_ascii=False).encode() + b"\n"
+        data = dump_checked(wanted.to_json())
         if store.write(path, data, if_absent=True) if found is None else store.write(path, data, if_version=version):
             return wanted
         time.sleep(uniform(0, 0.05))
@@ -294,6 +295,6 @@ def change_rollout(store: Store, rollout: str, change: Callable[[Rollout | None]
 def _read(store: Store, path: str) -> tuple[Rollout, str]:
     data, version = store.read_versioned(path)
     try:
-        return Rollout.from_json(json.loads(data)), version
+        return Rollout.from_json(parse_checked(data)), version
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
         raise IntegrityError(f"{store.uri}: {path}: not a rollout: {type(err).__name__}: {err}") from err

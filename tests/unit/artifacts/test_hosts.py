@@ -111,3 +111,16 @@ def test_what_an_earlier_release_wrote_is_read_and_what_is_damaged_is_named(tmp_
         store.write(PATH, data)
         with pytest.raises(IntegrityError, match=r"hosts/box\.json: not a host's record"):
             read_host(store, PATH)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [(b"1.6.0", b"1.6.1"), (b'"arch": "x', b'"arch": "y'), (b'"open": []', b'"open": ["a"]')]
+)
+def test_a_part_that_was_changed_is_told(tmp_path, right, wrong):
+    store = FolderStore(tmp_path)
+    see_host(store, PATH, BOX, "t0")
+    data = store.read(PATH)
+    assert right in data
+    store.write(PATH, data.replace(right, wrong, 1))
+    with pytest.raises(IntegrityError, match=r"not what was written.*; remove it"):
+        read_host(store, PATH)
