@@ -146,16 +146,21 @@ class FolderStore:
 
     def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
         """Return what `info` does of many objects; each takes one lstat, its folder is looked at once. Raises StoreError."""
-        folders: dict[str, str] = {}
+        folders: dict[str, bool] = {}
         found: dict[str, ObjectInfo] = {}
+        root = str(self._checked_root())
         for path in paths:
             folder, _slash, name = path.rpartition("/")
             if folder not in folders:
-                folders[folder] = str(self._locate(folder) if folder else self._checked_root())
+                if folder:
+                    check_path(folder)
+                folders[folder] = self._is_there(root, folder, folders)
             if not folder or name in ("", ".", "..") or not name.isprintable():
                 check_path(path)
+            if not folders[folder]:
+                continue
             try:
-                status = os.lstat(f"{folders[folder]}/{name}")
+                status = os.lstat(f"{root}/{path}")
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as err:
@@ -163,6 +168,24 @@ class FolderStore:
             if stat.S_ISREG(status.st_mode):
                 found[path] = _info(path, status)
         return found
+
+    def _is_there(self, root: str, folder: str, known: dict[str, bool]) -> bool:
+        """Tell whether a folder may hold objects, looking at each of its parts once. Raises StoreError."""
+        if folder in known or not folder:
+            return known.get(folder, True)
+        above = folder.rpartition("/")[0]
+        there = self._is_there(root, above, known)
+        if there:
+            try:
+                mode = os.lstat(f"{root}/{folder}").st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                there = False
+            except OSError as err:
+                raise store_error(f"{self.uri}: {folder}", err) from err
+            else:
+                self._refuse_link(folder, mode)
+        known[folder] = there
+        return there
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
@@ -290,11 +313,12 @@ class FolderStore:
                     mode = os.lstat(file).st_mode
                 except (FileNotFoundError, NotADirectoryError):
                     break  # nor is there anything below it
-                if stat.S_ISLNK(mode):
-                    raise StoreError(
-                        f"{self.uri}: {path} goes through a symbolic link, and the store follows none; move it"
-                    )
+                self._refuse_link(path, mode)
         return self.root / path
+
+    def _refuse_link(self, path: str, mode: int) -> None:
+        if stat.S_ISLNK(mode):
+            raise StoreError(f"{self.uri}: {path} goes through a symbolic link, and the store follows none; move it")
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[BinaryIO]:

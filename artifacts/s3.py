@@ -10,13 +10,11 @@ with which the next put of the file goes on; they cost money: give the bucket a 
 from __future__ import annotations
 
 import base64
-import datetime as dt
 import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -27,19 +25,19 @@ from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_match, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
 from artifacts.s3_faults import Place, error_code, is_absent, s3_faults, without_user
+from artifacts.s3_listing import read_listings_fast
 from artifacts.s3_multipart import PART_BYTES, MultipartUpload
 from artifacts.s3_settings import apply_settings, is_anonymous
 from artifacts.scratch import held_folder, sweep, system_scratch
 from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
 
 if TYPE_CHECKING:
-    from botocore.session import Session as BotocoreSession
     from mypy_boto3_s3 import S3Client
 
 _THREADS: Final = 4
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
-_LISTED: Final = 1000
+_LISTED: Final = 250
 # CopyObject takes up to 5 GB (Amazon S3 User Guide, "Copying, moving, and renaming objects"); more goes by parts.
 _COPY_BYTES: Final = 5_000_000_000
 _COPY_PART_BYTES: Final = 512 << 20
@@ -302,7 +300,7 @@ class S3Store:
 
             config = config.merge(Config(signature_version=UNSIGNED))
         try:
-            session = Session(botocore_session=_session())
+            session = Session()
             client: S3Client = session.client("s3", config=config)
             endpoint = without_user(client.meta.endpoint_url)
             if endpoint != client.meta.endpoint_url:
@@ -312,6 +310,7 @@ class S3Store:
             said = without_user(str(err))
             raise StoreError(f"{self.uri}: {said}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from None
         apply_settings(client)
+        read_listings_fast(client)
         return client
 
     @cached_property
@@ -360,14 +359,22 @@ class S3Store:
         """List from one path to another, keeping what is wanted; times in whole seconds, as a HEAD tells them."""
         first, last = bounds
         found: dict[str, ObjectInfo] = {}
-        for info in self._pages(_shared(first, last), after=first[:-1]):
-            if info.path > last:
+        for path, item in self._items(_shared(first, last), after=first[:-1]):
+            if path > last:
                 break
-            if info.path in wanted:
-                found[info.path] = replace(info, modified=float(int(info.modified)))
+            if path in wanted:
+                modified = float(int(item["LastModified"].timestamp()))
+                found[path] = ObjectInfo(path, item["Size"], modified, item.get("ETag", ""))
         return found
 
-    def _pages(self, prefix: str, *, after: str = "") -> Iterator[ObjectInfo]:
+    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+        for path, item in self._items(prefix):
+            # Folder markers that consoles make, and whatever else is no object of a store.
+            if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
+                yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
+
+    def _items(self, prefix: str, *, after: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield path and entry of all that a listing has, sorted by path."""
         base = f"{self.prefix}/" if self.prefix else ""
         with self._faults(prefix or "/"):
             lister = self._client.get_paginator("list_objects_v2")
@@ -378,26 +385,7 @@ class S3Store:
             )
             for page in pages:
                 for item in page.get("Contents", ()):
-                    path = item["Key"].removeprefix(base)
-                    # Folder markers that consoles make, and whatever else is no object of a store.
-                    if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
-                        yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
-
-
-def _session() -> BotocoreSession:
-    """Return a session whose parser knows ISO times at once: botocore's own tries several parsers, half the time of a listing."""
-    from botocore.session import get_session
-    from botocore.utils import parse_timestamp
-
-    def parse(value: Any) -> dt.datetime:
-        if isinstance(value, str) and value.endswith("Z"):
-            with suppress(ValueError):
-                return dt.datetime.fromisoformat(f"{value[:-1]}+00:00")
-        return parse_timestamp(value)
-
-    session = get_session()
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
-    return session
+                    yield item["Key"].removeprefix(base), item
 
 
 def _shared(one: str, other: str) -> str:

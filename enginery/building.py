@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from recipes.plan import Plan
     from recipes.steps import Step
-    from tasks.remembered import PlanMemory
 
 # Set before Prefect is imported, unless the user has set them. The first two keep it from the internet
 # (docs/operations.md); what a stage says is told by this command, so that Prefect need not say it again.
@@ -54,10 +53,14 @@ def build_session(
     show: Callable[[dict[str, Any]], None],
     verbose: bool = False,
     quiet: bool = False,
-    memory: PlanMemory | None = None,
+    planned: Plan | None = None,
+    fresh: Callable[[BuildSession, Plan], None] = lambda _session, _plan: None,
 ) -> dict[str, Any]:
-    """Build what is stale, `show` the report as soon as it is known, and return it; `memory` gets a plan that was fresh."""
-    planned = session.plan()
+    """Build what is stale, `show` the report as soon as it is known, and return it.
+
+    `planned` is a plan of a moment ago, if there is one; `fresh` is told of a plan in which nothing had to run.
+    """
+    planned = planned if planned is not None and planned.fresh else session.plan()
     if not planned.ready:
         for step in planned.steps:
             if step.record is not None:
@@ -65,8 +68,7 @@ def build_session(
         session.finish(planned)
         document = report(session, planned)
         show(document)
-        if memory is not None:
-            memory.keep([(session, planned)], latest=True)
+        fresh(session, planned)
         return document
     from enginery.progress import watch
 

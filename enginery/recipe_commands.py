@@ -161,6 +161,9 @@ def build(
     memory = PlanMemory(opened, tuple(target or ()), warn=_warn)
     fresh = {path: found for path, found in memory.recall(paths).items() if found.is_latest}
     sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs, taken=taken)
+    # Of many, so that those which are fresh are found at once, and not one after the other.
+    plans = dict(zip(sessions, _plans(list(sessions.values())), strict=True)) if len(sessions) > 1 else {}
+    found: list[tuple[BuildSession, Plan]] = []
     reports: list[dict[str, Any]] = []
     for path in paths:
         if path in fresh:
@@ -169,7 +172,17 @@ def build(
         else:
             from enginery.building import build_session
 
-            reports.append(build_session(sessions[path], show=show, verbose=verbose, quiet=as_json, memory=memory))
+            reports.append(
+                build_session(
+                    sessions[path],
+                    show=show,
+                    verbose=verbose,
+                    quiet=as_json,
+                    planned=plans.get(path),
+                    fresh=lambda session, planned: found.append((session, planned)),
+                )
+            )
+    memory.keep(found, latest=True)
     memory.share()
     if as_json:
         if taken is not None:

@@ -1,0 +1,51 @@
+"""Reads S3's listings fast: of a page of 1,000 objects, botocore's own parser takes ten times as long as all else of it.
+
+A hook of botocore's takes the entries out of the answer before it is parsed, and puts them into what was parsed; the rest is
+botocore's as ever. What is no listing as it is known here is left to it whole.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any, Final
+from xml.etree import ElementTree as ET
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# What of an entry is used (S3 API reference, "ListObjectsV2", Contents).
+_USED: Final = frozenset(("Key", "Size", "LastModified", "ETag"))
+
+
+def read_listings_fast(client: S3Client) -> None:
+    """Make a client read its listings this way."""
+    client.meta.events.register("before-parse.s3.ListObjectsV2", _take_entries)
+
+
+def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_others: object) -> None:
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        root = ET.fromstring(response_dict["body"])  # noqa: S314  as botocore itself does
+        entries = [element for element in root if _name(element) == "Contents"]
+        found = [_entry(element) for element in entries]
+    except (ET.ParseError, KeyError, ValueError, TypeError):
+        return
+    if entries:
+        for element in entries:
+            root.remove(element)
+        response_dict["body"] = ET.tostring(root)
+        customized_response_dict["Contents"] = found
+
+
+def _entry(element: ET.Element) -> dict[str, Any]:
+    said = {name: part.text or "" for part in element if (name := _name(part)) in _USED}
+    time = said["LastModified"]
+    if not time.endswith("Z"):
+        raise ValueError(time)
+    modified = dt.datetime.fromisoformat(f"{time[:-1]}+00:00")
+    return {"Key": said["Key"], "Size": int(said["Size"]), "LastModified": modified, "ETag": said.get("ETag", "")}
+
+
+def _name(element: ET.Element) -> str:
+    return element.tag.rpartition("}")[2]
