@@ -182,6 +182,22 @@ class Pipeline:
         )
 
     @cached_property
+    def explain(self) -> Step | None:
+        """Find what the exporter took from its sample input; None for a graph that is its own source.
+
+        Added only where the exported graph failed: it exports the model once more for each dynamic axis.
+        """
+        export = self.export
+        if isinstance(self.recipe.source, OnnxSource) or export.action is None:
+            return None
+        return self.steps.add(
+            self.id("explain", "export"),
+            params={**export.action.params, "cases": parity_cases(self.recipe)},
+            inputs=[*self._source_files, *graph_files(export, folder="graph")],
+            toolchain=export.action.toolchain,
+        )
+
+    @cached_property
     def reference(self) -> Output:
         """Keep the source framework's own outputs on seeded inputs, at min, opt and max of every profile."""
         params = self._source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}

@@ -27,7 +27,7 @@ from recipes.refitting import Bases, Refits
 from recipes.schema import EXACTNESS, FLOAT16, INT8, QUANTIZED, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
-from recipes.support import refused_nodes
+from recipes.support import refused_nodes, told_of_sample
 from recipes.targets import refusal
 
 
@@ -107,10 +107,14 @@ class _Engines:
         base = self.base(target, gpu, asked)
         options, version = base.options, base.runtime_version
         for step in self.stages.portable_gates():
-            verdict = self._verdict(step, "fp32")
-            if verdict is not None and not verdict.passed:
-                what = "exported" if step.subject.endswith("export") else "simplified"
-                return replace(base, state="failed", why=f"the {what} graph fails: {', '.join(verdict.reasons)}")
+            verdict, exported = self._verdict(step, "fp32"), step.subject.endswith("export")
+            failed = exported and step.state == "failed"
+            if failed or (verdict is not None and not verdict.passed):
+                what = "exported" if exported else "simplified"
+                reasons = ", ".join(verdict.reasons) if verdict is not None else "; ".join(step.why)
+                explained = self.stages.pipeline.explain if exported else None
+                told = told_of_sample(explained.facts) if explained is not None else ""
+                return replace(base, state="failed", why=f"the {what} graph fails: {reasons}{told}")
         waiting = self.stages.waits(target, gpu)
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)
         if waiting is None and lacking is not None:

@@ -26,7 +26,8 @@ Local = LocalFile | CodeBundle | DatasetFiles
 STAGE_VERSIONS: Mapping[str, int] = {
     "fetch": 1,
     "reference": 1,
-    "export": 2,
+    "export": 3,
+    "explain": 1,
     "simplify": 1,
     "calibrate": 3,
     "outliers": 1,

@@ -73,3 +73,24 @@ def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
     if not nodes:
         lines.append(f"    next: {facts['advice']}")
     return "\n".join(lines)
+
+
+def told_of_sample(facts: Mapping[str, Any] | None) -> str:
+    """Return what the exporter took from its sample input, as lines to add to what failed; empty where nothing is known."""
+    if facts is None:
+        return ""
+    lines = []
+    for one in facts.get("found", ()):
+        about = f"axis {one['axis']!r}" if one["axis"] is not None else "values"
+        named = f"{one['operator']} {one['node']!r}: " if one["node"] else ""
+        lines.append(f"  {about} ({one['at']}): {named}{one['words']}")
+    if not lines:
+        lines.append(
+            f"  {facts.get('exports', 0)} more exports with other samples gave the same graph: the exporter itself is wrong"
+        )
+        lines.append("    next: try the other export.exporter, or another opset")
+    else:
+        lines.append(
+            "    next: compute it from tensors and their shapes (torch.where, x.size()), or give the axis a fixed size"
+        )
+    return "\n" + "\n".join(["what the exporter took from its sample input:", *lines])

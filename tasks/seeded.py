@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from tasks.errors import BackendError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+# What exporters see is drawn with this one: parity is measured with 0, so that what is true of the sample alone shows there.
+SAMPLE_SEED: Final = 3
 
 
 def seeded_inputs(

@@ -16,6 +16,7 @@ STAGES: Final[Mapping[str, str]] = {
     "fetch": "tasks.fetch:run",
     "reference": "tasks.sources:run_reference",
     "export": "tasks.sources:run_export",
+    "explain": "tasks.sources.explaining:run",
     "simplify": "tasks.simplify:run",
     "calibrate": "tasks.calibrate:run",
     "outliers": "tasks.outliers:run",

@@ -32,7 +32,7 @@ from tasks.onnx_files import (
 )
 from tasks.paddle_model import PaddleModel, load_model
 from tasks.references import write_reference
-from tasks.seeded import Array, seeded_inputs
+from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 
 # Two runs of one layer on one input differ by less, relative to the largest output, unless something is drawn at random.
@@ -98,7 +98,7 @@ def _outputs(model: PaddleModel, arrays: Mapping[str, Array], what: str, names: 
 
 def _run_twice(model: PaddleModel, params: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """Run the model twice at the trace shape and return its outputs' shapes; two results are one, or it is refused."""
-    arrays = seeded_inputs(params["tensors"], params["trace"], 0, 0)
+    arrays = seeded_inputs(params["tensors"], params["trace"], SAMPLE_SEED, params.get("sample", 0))
     what = _spell(params["trace"])
     first, second = (_outputs(model, arrays, what, params["outputs"]) for _ in range(2))
     for name, one, other in zip(params["outputs"], first, second, strict=True):
@@ -221,7 +221,7 @@ def _enlarged(model: PaddleModel, params: Mapping[str, Any], axis: str) -> tuple
             for name, tensor in tensors.items()
         }
         with contextlib.suppress(TaskError):
-            found = model.run(seeded_inputs(tensors, shapes, 0, 0), _spell(shapes))
+            found = model.run(seeded_inputs(tensors, shapes, SAMPLE_SEED, 0), _spell(shapes))
             return at, larger, [tuple(array.shape) for array in found]
     return at, at, []
 

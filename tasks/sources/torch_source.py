@@ -35,7 +35,7 @@ from tasks.onnx_files import (
     strip_notes,
 )
 from tasks.references import write_reference
-from tasks.seeded import Array, seeded_inputs
+from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 from tasks.support.nodes import PLACES, modules_of
 from tasks.torch_module import ByName, call_order, check_output_count, load_module, run_module
@@ -333,7 +333,7 @@ class _Export:
         return (at, at), []
 
     def _inputs(self, shapes: Shapes, fill: str | None = None) -> dict[str, torch.Tensor]:
-        arrays = seeded_inputs(self.tensors, shapes, 0, 0)
+        arrays = seeded_inputs(self.tensors, shapes, SAMPLE_SEED, self.request.params.get("sample", 0))
         if fill is not None:
             edge = np.min if fill == "low" else np.max
             arrays = {name: np.full_like(array, edge(array)) if array.size else array for name, array in arrays.items()}

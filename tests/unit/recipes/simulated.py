@@ -38,6 +38,7 @@ OUTPUTS = {
     "fetch:plugin-aaaaaaaaaaaaaaaa.so": ["plugin-aaaaaaaaaaaaaaaa.so"],
     "fetch:labelled": ["dataset.safetensors"],
     "check": [],
+    "explain": [],
     "verify": [],
     "benchmark": [],
     "publish": [],

@@ -905,3 +905,43 @@ def test_data_that_nothing_selected_reads_keeps_no_source_waiting():
     change = recipe(lambda d: d["targets"][1].update(precision=["fp32"]))
     planned = world.plan(change, targets=("onnxruntime",))
     assert "fetch:calibration" not in {step.id for step in planned.steps}
+
+
+def test_why_an_exported_graph_is_wrong_is_looked_for_only_where_it_is_and_told():
+    wrong = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
+    found = [
+        {
+            "axis": "batch",
+            "at": "batch 256 instead of 1",
+            "node": "/Mul",
+            "operator": "Mul",
+            "words": "the constant is [1]",
+        }
+    ]
+    world = World(facts={"verify:export": wrong, "explain": {"found": found, "exports": 2}})
+    ran, planned = world.build(recipe())
+    assert "explain:export" in ran
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert planned.engines[0].why.splitlines()[1:] == [
+        "what the exporter took from its sample input:",
+        "  axis 'batch' (batch 256 instead of 1): Mul '/Mul': the constant is [1]",
+        "    next: compute it from tensors and their shapes (torch.where, x.size()), or give the axis a fixed size",
+    ]
+    world.facts["explain"] = {"found": [], "exports": 2}
+    world.records = {key: one for key, one in world.records.items() if key[0] != "explain"}
+    _ran, planned = world.build(recipe())
+    assert "2 more exports with other samples gave the same graph" in planned.engines[0].why
+
+
+def test_an_exported_graph_that_does_not_run_at_all_is_explained_too():
+    world = World()
+    while planned := world.plan(recipe()):
+        step = next((one for one in planned.ready if one.id == "verify:export"), None)
+        if step is not None:
+            break
+        for one in planned.ready:
+            world.records[one.stage, one.action.key] = world.run(one)
+    world.failures[step.action.key] = "case online/max: output has shape [2], the source gave [4]"
+    planned = world.plan(recipe())
+    assert "explain:export" in {one.id for one in planned.ready}
+    assert planned.engines[0].why.startswith("the exported graph fails: case online/max")
