@@ -13,8 +13,9 @@ import base64
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -25,6 +26,7 @@ from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_match, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
 from artifacts.s3_faults import Place, error_code, is_absent, s3_faults, without_user
+from artifacts.s3_limit import OutOfTimeError, bound, limit_seconds, silence_seconds, within
 from artifacts.s3_listing import read_listings_fast
 from artifacts.s3_multipart import PART_BYTES, MultipartUpload
 from artifacts.s3_settings import apply_settings, is_anonymous
@@ -264,8 +266,8 @@ class S3Store:
             if is_absent(error_code(err)):
                 return False
             raise
-        with closing(answer["Body"]) as body:
-            require_layout(self.uri, body.read())
+        limit = limit_seconds()
+        require_layout(self.uri, within(limit, limit, answer["Body"].read))
         return True
 
     def _put_layout(self) -> None:
@@ -289,7 +291,15 @@ class S3Store:
         from botocore.config import Config
 
         addressing = _addressing()
-        config = Config(retries={"mode": "standard"}, user_agent_extra="enginery", max_pool_connections=_ASKERS)
+        limit = limit_seconds()
+        silence = silence_seconds(limit)
+        config = Config(
+            retries={"mode": "standard"},
+            user_agent_extra="enginery",
+            max_pool_connections=_ASKERS,
+            connect_timeout=silence,
+            read_timeout=silence,
+        )
         if addressing:
             config = config.merge(Config(s3={"addressing_style": addressing}))
         if _names_endpoint() and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
@@ -311,6 +321,7 @@ class S3Store:
             raise StoreError(f"{self.uri}: {said}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from None
         apply_settings(client)
         read_listings_fast(client)
+        bound(client, limit)
         return client
 
     @cached_property
@@ -333,7 +344,8 @@ class S3Store:
         """Yield an object's bytes; where the connection breaks, go on from there, if the object is still the same."""
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-        offset, etag = 0, ""
+        offset, etag, limit = 0, "", limit_seconds()
+        until = time.monotonic() + limit
         for attempt in range(TRIES):
             try:
                 if offset:
@@ -344,12 +356,20 @@ class S3Store:
                     answer = self._client.get_object(Bucket=self.bucket, Key=key)
                 etag = answer["ETag"]
                 tell_etag(etag)
-                with closing(answer["Body"]) as body:
-                    for chunk in body.iter_chunks(CHUNK_BYTES):
+                body = answer["Body"]
+                try:
+                    while chunk := within(until - time.monotonic(), limit, partial(body.read, CHUNK_BYTES)):
                         offset += len(chunk)
                         yield chunk
+                        until = time.monotonic() + limit
+                except OutOfTimeError:
+                    raise  # whoever reads it still would be waited for, were it closed
+                except BaseException:
+                    body.close()
+                    raise
+                body.close()
             except (HTTPClientError, IncompleteReadError):
-                if attempt + 1 == TRIES:
+                if attempt + 1 == TRIES or time.monotonic() >= until:
                     raise
                 back_off(attempt)
             else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError, UnavailableError
+from artifacts.s3_limit import LIMIT, OutOfTimeError
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
@@ -74,6 +75,12 @@ def s3_faults(find_place: Callable[[], Place], path: str) -> Iterator[None]:
 
     try:
         yield
+    except OutOfTimeError as err:
+        place = find_place()
+        raise UnavailableError(
+            f"{place.uri}: {path}: {place.endpoint} gave {err}; check the network and run again (what was to be written may or "
+            f"may not be there), or raise {LIMIT}"
+        ) from None
     except ClientError as err:
         raise _refused(find_place(), path, err) from err
     except BotoCoreError as err:

@@ -10,11 +10,11 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import urlsplit
 
 # Listings come in pages of this many, so that paging is exercised without a thousand objects.
@@ -95,6 +95,9 @@ class Faults:
     lost_answers: int = 0  # requests that reach the server while their answer is lost
     cuts: deque[int] = field(default_factory=deque)  # bytes of a GET's body after which the connection breaks
     flips: int = 0  # GETs in whose body one bit changes on the way
+    stalls: int = 0  # requests that are not answered before `over` is set
+    drops: float = 0.0  # seconds between two bytes of every answer's body; 0: it comes at once
+    over: Event = field(default_factory=Event)
     dropped_headers: frozenset[str] = frozenset()  # for every request
     requests: list[str] = field(default_factory=list)  # what came, as "METHOD /path"
 
@@ -114,6 +117,7 @@ def bad_network(endpoint: str) -> Iterator[tuple[str, Faults]]:
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}", faults
         finally:
+            faults.over.set()
             server.shutdown()
             thread.join()
 
@@ -127,6 +131,11 @@ class _Proxy(BaseHTTPRequestHandler):
         rules = self.rules
         rules.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if rules.stalls:
+            rules.stalls -= 1
+            rules.over.wait(60)
+            self.close_connection = True
+            return
         answer = rules.answers.popleft() if rules.answers else None
         answer = next((said for part, said in rules.refused.items() if part in f"{self.command} {self.path}"), answer)
         if answer is not None:
@@ -161,6 +170,13 @@ class _Proxy(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if self.rules.drops:
+                with suppress(OSError):  # whoever waited has gone
+                    for byte in content:
+                        self.wfile.write(bytes([byte]))
+                        if self.rules.over.wait(self.rules.drops):
+                            return
+                return
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name

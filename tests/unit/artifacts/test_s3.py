@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import EngineCatalog
 from artifacts.errors import IntegrityError, NotFoundError, StoreError, UnavailableError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
+from artifacts.s3_limit import bound
 from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
 from tests.engines import make_engine
@@ -346,6 +348,57 @@ def test_a_password_in_the_endpoint_is_not_said(
     assert address.removeprefix("http://") in str(caught.value)
     assert "opener" not in said
     assert "me0" not in said
+
+
+@pytest.mark.parametrize("fault", ["stall", "drops"])
+def test_a_service_that_stalls_or_answers_in_drops_is_given_up_in_time(
+    store: Store, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    store.write("blob", b"x" * 5000, if_absent=True)
+    slow = open_store(store.uri)
+    slow.read("blob")
+    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", "0.4")
+    bound(slow._client, 0.4)  # as the setting does, once it has told its layout: this machine may be slow
+    faults.stalls, faults.drops = (100, 0.0) if fault == "stall" else (0, 0.05)
+    (tmp_path / "source").write_bytes(b"y" * 5000)
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: slow.read("blob"),
+        "list": lambda: list(slow.list("")),
+        "get": lambda: slow.get_file("blob", ref_of(b"x" * 5000), tmp_path / "target"),
+    }
+    if fault == "stall":  # what is written has no body in its answer
+        calls |= {
+            "write": lambda: slow.write("small", b"1", if_absent=True),
+            "put": lambda: slow.put_file("new", tmp_path / "source", ref_of(b"y" * 5000)),
+            "info": lambda: slow.info("blob"),
+        }
+    for name, call in calls.items():
+        begin = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"within 0.4 s, with all tries; .* raise ENGINERY_S3_TIMEOUT"):
+            call()
+        assert time.monotonic() - begin < 10, name
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    faults.stalls, faults.drops = 0, 0.0
+    assert store.read("blob") == b"x" * 5000
+
+
+@pytest.mark.slow
+def test_one_stall_costs_a_try_and_not_the_request(
+    store: Store, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write("blob", b"x")
+    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", "9")
+    slow = open_store(store.uri)
+    slow.read("blob")
+    faults.stalls = 1
+    assert slow.read("blob") == b"x"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan"])
+def test_a_limit_that_is_no_time(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", value)
+    with pytest.raises(StoreError, match=f"ENGINERY_S3_TIMEOUT is '{value}'"):
+        open_store(s3_store_uri).read("a")
 
 
 def test_settings_that_are_wrong(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
