@@ -159,6 +159,9 @@ class PrecisionFacts(Part):
     wish: tuple[str, ...] = Field(description="The recipe's precisions for this target, most wanted first.")
     tried: tuple[Refused, ...]
     kept: tuple[str, ...] = Field(description="Names of the ONNX nodes that were kept in fp32.")
+    kept_why: dict[str, str] = Field(
+        default_factory=dict, description="Where keep: auto was asked for: why each node was kept, by its name."
+    )
     outliers: tuple[str, ...] = Field(
         default=(), description="Tensors that overflow float16 on the data seen: nodes that give or take them are kept."
     )
@@ -539,6 +542,9 @@ class Manifest(Part):
         document = self.model_dump(mode="json", by_alias=True)
         if not self.precision.candidates:
             del document["precision"]["candidates"]
+        for precision in [document["precision"], *(part["precision"] for part in document["parts"].values())]:
+            if not precision["kept_why"]:
+                del precision["kept_why"]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}
         return {name: part for name, part in document.items() if part not in (None, {}) or name not in optional}
 

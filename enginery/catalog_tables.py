@@ -149,7 +149,9 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
     ]
     rows += [("refused", f"{refused.precision}: {'; '.join(refused.reasons)}") for refused in precision.tried]
     if precision.kept:
-        rows.append(("kept in fp32", ", ".join(precision.kept)))
+        rows += [("kept in fp32", f"{node}: {why}") for node, why in precision.kept_why.items()] or [
+            ("kept in fp32", ", ".join(precision.kept))
+        ]
     if manifest.calibration is not None:
         samples = f", {manifest.calibration.samples} samples" if manifest.calibration.samples is not None else ""
         method = f", {manifest.calibration.method}" if manifest.calibration.method is not None else ""

@@ -86,9 +86,10 @@ class EngineStages:
             inputs += [*self.pipeline.plugins(engine.options), *self.pipeline.pins(engine.options)]
             calibrator = uses_calibrator(self.pipeline.recipe, engine.runtime, precision)
             if precision == "int8-fp16" and engine.typed == "int8":
-                params |= {"keep": self.pipeline.recipe.precision.keep} if self.pipeline.recipe.precision.keep else {}
+                keep = self.pipeline.recipe.precision.keep_globs
+                params |= {"keep": keep} if keep else {}
             if calibrator or engine.options.typing == "weak":
-                keep = self.pipeline.recipe.precision.keep
+                keep = self.pipeline.recipe.precision.keep_globs
                 params |= {"typing": "weak", **({"keep": keep} if keep and precision not in ("fp32", "tf32") else {})}
             calibration = self.pipeline.recipe.precision.calibration
             if calibrator and calibration is not None:

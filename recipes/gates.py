@@ -87,6 +87,15 @@ def parity_bounds(acceptance: Acceptance, precision: Precision) -> Parity:
     return stated if stated is not None else DEFAULT_PARITY[precision]
 
 
+def metric_gate(acceptance: Acceptance) -> dict[str, Any] | None:
+    """Return the bounds on the recipe's metric, as a manifest states them; None without one."""
+    metric = acceptance.metric
+    if metric is None:
+        return None
+    lower = {"ceiling": metric.ceiling, "lower_is_better": True} if metric.lower_is_better else {}
+    return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop, **lower}
+
+
 def judge(facts: Mapping[str, Any], acceptance: Acceptance, precision: Precision) -> Verdict:
     """Judge the facts of a `verify` record.
 

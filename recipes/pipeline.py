@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from recipes.files import CodeBundle, DatasetFiles, RecipeFiles
+from recipes.gates import metric_gate, parity_bounds
 from recipes.options import PINS, may_refit, stated_plugins
 from recipes.schema import (
     FLOAT16,
@@ -355,7 +356,7 @@ class Pipeline:
         data = [self.calibration_data(spec, files)] if spec is not None and files is not None else []
         params = {"batch": spec.batch, "tensors": self.interface} if spec is not None else {}
         step = self.steps.add(
-            "outliers",
+            self.id("outliers"),
             params={**params, **self._custom},
             inputs=[*graph_files(self.simplify), self.reference, *data],
             toolchain=self.versions("onnx", "onnxruntime", "numpy"),
@@ -366,6 +367,35 @@ class Pipeline:
         """Return the content digest of the calibration data, where there is any."""
         return self.files.calibration.digest if self.files.calibration is not None else None
 
+    def kept(self, precision: Precision) -> Output:
+        """Find the layers that a precision costs most, and leave as few of them high as its gates need."""
+        spec, files = self.recipe.precision.calibration, self.files.calibration
+        if spec is None or files is None:
+            raise ValueError(f"{precision}: there is no calibration data")
+        measure, toolchain = self._measure("graph")
+        given = self.recipe.acceptance
+        step = self.steps.add(
+            self.id("sensitivity", precision),
+            params={
+                "precision": precision,
+                "keep": self.recipe.precision.keep_globs,
+                "io": self.recipe.precision.io,
+                "bounds": dict(parity_bounds(given, precision)),
+                "gate": metric_gate(given),
+                "measure": measure,
+            },
+            inputs=[
+                *graph_files(self.simplify),
+                self.calibrate(precision, spec, files),
+                *([self.outliers] if precision in FLOAT16 else []),
+                self.reference,
+                *self.labelled,
+                *self.held_out(precision),
+            ],
+            toolchain=self.versions("onnx", "onnxruntime", "numpy") | toolchain,
+        )
+        return Output(step, "keep.json")
+
     def typed(self, precision: Precision) -> Step:
         """Write the precision into the graph."""
         inputs = graph_files(self.simplify)
@@ -374,10 +404,12 @@ class Pipeline:
             inputs.append(self.calibrate(precision, spec, files))
         if precision in FLOAT16:
             inputs.append(self.outliers)
+        if precision in QUANTIZED and self.recipe.precision.keeps_auto:
+            inputs.append(self.kept(precision))
         full = precision in ("fp32", "tf32")
         params = {
             "precision": "fp32" if full else precision,
-            "keep": [] if full else self.recipe.precision.keep,
+            "keep": [] if full else self.recipe.precision.keep_globs,
             "io": "float32" if full else self.recipe.precision.io,
             **({"structure": True} if may_refit(self.recipe) else {}),
         }
@@ -405,32 +437,36 @@ class Pipeline:
         `precision` is what it was typed or built as: where there is no labelled data, int8 and fp8 are measured on held-out
         calibration samples too. `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on, `plugins` the libraries it needs.
         """
-        metric = self.recipe.acceptance.metric
+        params, own = self._measure(subject)
+        params |= {**({"tf32": True} if tf32 else {}), **(executor or {})}
+        toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")
+        toolchain |= {**(device or {}), **own}
+        inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled, *self.held_out(precision)]
+        return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
+
+    def _measure(self, subject: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the parameters of a comparison with the source, and the versions that its metric depends on."""
+        metric, own = self.recipe.acceptance.metric, self.files.metric
         params: dict[str, Any] = {
             "subject": subject,
             "executor": "onnxruntime",
             "batch": self.evaluation_batch,
             "metric": None,
             "tensors": self.interface,
-            **({"tf32": True} if tf32 else {}),
             **(self._custom if subject == "graph" else {}),
-            **(executor or {}),
         }
-        toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")
-        toolchain |= device or {}
-        if metric is not None:
-            own = self.files.metric
-            params["metric"] = {
-                "name": metric.name if own is None else "callable",
-                "entry": own.entry if own is not None else None,
-                "label": metric.labels,
-                "output": metric.output,
-            }
-            toolchain |= self.versions(*(own.packages if own is not None else ()))
-            counted_by = {"cer": "rapidfuzz", "map": "pycocotools"}
-            toolchain |= self.versions(counted_by[metric.name]) if metric.name in counted_by else {}
-        inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled, *self.held_out(precision)]
-        return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
+        if metric is None:
+            return params, {}
+        params["metric"] = {
+            "name": metric.name if own is None else "callable",
+            "entry": own.entry if own is not None else None,
+            "label": metric.labels,
+            "output": metric.output,
+        }
+        counted_by = {"cer": "rapidfuzz", "map": "pycocotools"}
+        packages = [*(own.packages if own is not None else ())]
+        packages += [counted_by[metric.name]] if metric.name in counted_by else []
+        return params, self.versions(*packages)
 
     def benchmark(
         self,

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any, Final, Literal
 
 from recipes.engine_stages import EngineStages
-from recipes.gates import parity_bounds
+from recipes.gates import metric_gate, parity_bounds
 from recipes.plan import EnginePlan
-from recipes.schema import QUANTIZED, Recipe, Target
+from recipes.schema import QUANTIZED, Target
 from recipes.steps import Output, Step
 
 # What a reproducible build is built again from, as the compilation names it.
@@ -86,7 +86,7 @@ def _stated(
         "profiles": stages.pipeline.profiles,
         "gates": {
             "parity": dict(parity_bounds(recipe.acceptance, engine.given)),
-            "metric": _metric_gate(recipe),
+            "metric": metric_gate(recipe.acceptance),
         },
         "calibration": stages.pipeline.calibration_digest() if engine.given in QUANTIZED else None,
     }
@@ -127,7 +127,10 @@ def _calibration_report(stages: EngineStages, engine: EnginePlan) -> list[Output
     spec, files = recipe.precision.calibration, stages.pipeline.files.calibration
     if typed not in QUANTIZED or spec is None or files is None:
         return []
-    return [Output(stages.pipeline.calibrate(typed, spec, files).step, "calibration.json")]
+    made = [Output(stages.pipeline.calibrate(typed, spec, files).step, "calibration.json")]
+    if recipe.precision.keeps_auto:
+        made.append(replace(stages.pipeline.kept(typed), name="sensitivity.json"))
+    return made
 
 
 def _publish(
@@ -190,11 +193,3 @@ def _listings(compiled: Step, timed: Step) -> list[Output]:
     """Return what is published beside a plan that was timed: its layers, and how long each of them took."""
     listings = [Output(compiled, "layers.json"), Output(timed, "profile.json")]
     return [listing for listing in listings if listing.ref is not None]
-
-
-def _metric_gate(recipe: Recipe) -> dict[str, Any] | None:
-    metric = recipe.acceptance.metric
-    if metric is None:
-        return None
-    lower = {"ceiling": metric.ceiling, "lower_is_better": True} if metric.lower_is_better else {}
-    return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop, **lower}

@@ -279,6 +279,11 @@ def _precision(recipe: Recipe) -> Found:
     lowered = {*asked, *(other for precision in asked for other in plan.fallback.get(precision, ()))} - {"fp32", "tf32"}
     if plan.keep and not lowered:
         yield ("precision", "keep"), f"has no effect: everything is built in {', '.join(asked)}, and so stays fp32"
+    reachable = {*quantized, *(other for chain in plan.fallback.values() for other in chain if other in QUANTIZED)}
+    if plan.keeps_auto and not reachable:
+        yield ("precision", "keep"), f"auto has no effect: it chooses for int8 and fp8 (built: {', '.join(asked)})"
+    if plan.keeps_auto and plan.int8 == "calibrator":
+        yield ("precision", "keep"), "auto measures ranges in the graph: leave precision.int8 at qdq"
     for index, glob in enumerate(plan.keep):
         if not glob.strip():
             yield ("precision", "keep", index), "an empty glob matches no node"

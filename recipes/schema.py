@@ -229,6 +229,8 @@ def _or_auto(schema: dict[str, Any]) -> None:
     schema["pattern"] = "^auto$"
 
 
+# `auto` may stand among globs too: what they match is kept, and what else has to be is found.
+KeepList = Annotated[list[str], BeforeValidator(_listed)]
 AskedList = Annotated[list[Asked], BeforeValidator(_listed)]
 
 
@@ -255,13 +257,27 @@ class PrecisionPlan(Model):
     fallback: dict[Precision, list[Precision]] = Field(
         default_factory=dict, description="What takes a precision's place, in order, when its gate fails."
     )
-    keep: list[str] = Field(default_factory=list, description="Name globs of ONNX nodes that stay fp32.")
+    keep: KeepList = Field(
+        default_factory=list,
+        description="Name globs of ONNX nodes that stay fp32; auto: those that int8 or fp8 costs most, as few as the gates need.",
+        json_schema_extra=_or_auto,
+    )
     io: Literal["float32", "native"] = Field(default="float32", description="Type of float inputs and outputs.")
     calibration: Calibration | None = Field(default=None, description="The data that int8 ranges are found on.")
     int8: Literal["qdq", "calibrator"] = Field(
         default="qdq",
         description="qdq: ranges in the graph, for every runtime; calibrator: TensorRT 8.6's and 10's own (tensorrt only).",
     )
+
+    @property
+    def keep_globs(self) -> list[str]:
+        """What of `keep` names nodes."""
+        return [glob for glob in self.keep if glob != "auto"]
+
+    @property
+    def keeps_auto(self) -> bool:
+        """Whether the layers that int8 and fp8 leave high are to be found."""
+        return "auto" in self.keep
 
     @field_validator("build", "candidates", "optimization_levels")
     @classmethod
@@ -320,7 +336,7 @@ class PartPrecision(Model):
     fallback: dict[Precision, list[Precision]] | None = Field(
         default=None, description="Instead of precision.fallback, for this part alone."
     )
-    keep: list[str] | None = Field(default=None, description="Instead of precision.keep.")
+    keep: KeepList | None = Field(default=None, description="Instead of precision.keep.", json_schema_extra=_or_auto)
     io: Literal["float32", "native"] | None = Field(default=None, description="Instead of precision.io.")
     calibration: Calibration | None = Field(
         default=None, description="The data that this part's int8 ranges are found on."

@@ -31,6 +31,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "simplify": 1,
     "calibrate": 3,
     "outliers": 1,
+    "sensitivity": 1,
     "check": 1,
     "type": 4,
     "compile": 1,

@@ -6,5 +6,5 @@ Map: `stage` (what a stage's code gets and returns), `child` (the process it run
 (starting, bounding and classifying that process), `run` (a step to its record), `cache` (where
 Prefect's task states meet action records), `remembered` and `shared_plans` (plans that are fresh
 still), `toolchain` (what is installed here), and the stages:
-`fetch`, `sources/`, `simplify`, `calibrate`, `precision`, `engines/`, `verify`, `benchmark/`, `publish`.
+`fetch`, `sources/`, `simplify`, `calibrate`, `outliers`, `sensitivity`, `precision`, `engines/`, `verify`, `benchmark/`, `publish`.
 """

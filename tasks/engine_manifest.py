@@ -156,6 +156,7 @@ def _part(
                 _read(m.CandidateFacts, candidate.to_json(engine.chosen)) for candidate in engine.candidates
             ),
             kept=tuple(compiled.get("kept", typed.get("kept", ()))),
+            kept_why=typed.get("why_kept", {}),
             outliers=tuple(typed.get("outliers", ())),
             io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import onnx
@@ -28,6 +29,7 @@ from tasks.outliers import nodes_of
 from tasks.stage import StageRequest, StageResult
 from tasks.structure import structure_digest
 
+KEEP: Final = "keep.json"
 # bfloat16 reached Conv, pooling and GridSample in ONNX opset 22; TensorRT-RTX parses it.
 _BF16_OPSET: Final = 22
 _BF16_IR: Final = 10
@@ -41,6 +43,7 @@ def run(request: StageRequest) -> StageResult:
     Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; with "outliers.json" `outliers` (tensors that float16 cannot hold: the nodes that give or take them are kept in fp32); for half precisions `clamped` (constants
     that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
     compute on counted values); for int8 `constant` (nodes kept fp32 because an input was zero on all calibration data).
+    With "keep.json" ({node: why}) its nodes stay too, and facts say `why_kept` of all nodes that do.
     Raises BackendError("bad data") for a glob of `keep` that matches no node.
     """
     params, inputs = request.params, request.inputs
@@ -61,6 +64,9 @@ def run(request: StageRequest) -> StageResult:
         outliers = json.loads(inputs["outliers.json"].read_text("utf-8"))
         keep |= nodes_of(model, outliers)
         facts["outliers"] = sorted(outliers)
+    if KEEP in inputs:
+        facts["why_kept"] = _reasons(model, params["keep"], facts.get("outliers", ()), _found(inputs))
+        keep |= facts["why_kept"].keys()
     facts["kept"] = sorted(keep)
     request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
     pairs = precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")
@@ -94,6 +100,21 @@ def run(request: StageRequest) -> StageResult:
     outputs = save_graph(model, request.output_dir, external=external)
     check_graph(request.output_dir / GRAPH)
     return StageResult(outputs, facts)
+
+
+def _found(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Read "keep.json": {node: why it is kept}."""
+    return {str(node): str(why) for node, why in json.loads(inputs[KEEP].read_text("utf-8")).items()}
+
+
+def _reasons(
+    model: onnx.ModelProto, globs: Sequence[str], outliers: Sequence[str], found: Mapping[str, str]
+) -> dict[str, str]:
+    """Say of each node that is kept why: the recipe's globs before tensors that overflow, before what was found."""
+    overflows = dict.fromkeys(
+        nodes_of(model, dict.fromkeys(outliers)), "gives or takes a tensor that overflows float16"
+    )
+    return dict(sorted({**found, **overflows, **dict.fromkeys(matching_nodes(model, globs), "precision.keep")}.items()))
 
 
 def _described(model: onnx.ModelProto) -> dict[str, Any]:

@@ -20,6 +20,7 @@ STAGES: Final[Mapping[str, str]] = {
     "simplify": "tasks.simplify:run",
     "calibrate": "tasks.calibrate:run",
     "outliers": "tasks.outliers:run",
+    "sensitivity": "tasks.sensitivity:run",
     "check": "tasks.support.check:run",
     "type": "tasks.precision:run",
     "compile": "tasks.engines:run",

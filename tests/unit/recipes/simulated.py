@@ -26,6 +26,7 @@ OUTPUTS = {
     "type": ["model.onnx"],
     "calibrate": ["ranges.json", "calibration.json"],
     "outliers": ["outliers.json"],
+    "sensitivity": ["keep.json", "sensitivity.json"],
     "reference:parity": ["reference.safetensors"],
     "reference:labelled": ["outputs.safetensors"],
     "reference:held-out": ["held-out.safetensors"],

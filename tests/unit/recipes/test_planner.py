@@ -875,38 +875,6 @@ def test_onnx_runtime_is_asked_only_about_operators_outside_the_standard():
     assert [engine.state for engine in planned.engines] == ["waiting", "waiting", "failed"]
 
 
-def test_without_a_metric_int8_alone_is_compared_on_calibration_samples_that_calibration_leaves_out():
-    _ran, planned = World().build(recipe(lambda d: d.pop("acceptance")))
-    steps = {step.id: step for step in planned.steps}
-    assert set(steps["reference:held-out"].action.inputs) >= {"dataset.safetensors"}
-    with_spared = {step.id for step in planned.steps if "held-out.safetensors" in step.inputs}
-    assert with_spared == {"verify:int8", "verify:onnxruntime:cpu:int8"}
-    assert steps["calibrate"].action.params["held_out"] is True
-    _ran, planned = World().build(recipe())
-    assert "held_out" not in next(step for step in planned.steps if step.id == "calibrate").action.params
-    assert "reference:held-out" not in {step.id for step in planned.steps}
-
-
-def test_no_source_runs_before_the_data_was_read_and_checked():
-    world = World()
-    first = {step.id for step in world.plan(recipe()).ready}
-    assert {"fetch:calibration", "fetch:labelled", "fetch:code"} <= first
-    assert not {step for step in first if step.startswith(("export", "reference"))}
-    (bad,) = [step for step in world.plan(recipe()).steps if step.id == "fetch:calibration"]
-    world.failures[bad.action.key] = "bad data: 'image' holds 3 NaN"
-    ran, planned = world.build(recipe())
-    assert all(step.startswith("fetch") for step in ran)
-    assert {engine.state for engine in planned.engines} == {"failed"}
-    assert planned.status == 1
-
-
-def test_data_that_nothing_selected_reads_keeps_no_source_waiting():
-    world = World()
-    change = recipe(lambda d: d["targets"][1].update(precision=["fp32"]))
-    planned = world.plan(change, targets=("onnxruntime",))
-    assert "fetch:calibration" not in {step.id for step in planned.steps}
-
-
 def test_why_an_exported_graph_is_wrong_is_looked_for_only_where_it_is_and_told():
     wrong = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
     found = [

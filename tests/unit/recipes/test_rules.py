@@ -99,6 +99,8 @@ BROKEN = {
     "empty fallback": (lambda d: d["precision"].update(fallback={"int8": []}), "precision.fallback.int8: expected at least one precision; leave the key out where nothing may take its place"),
     "fallback nowhere": (lambda d: d.update(targets=[{"runtime": "onnxruntime", "precision": ["int8"]}], precision=d["precision"] | {"fallback": {"int8": ["bf16"]}}), "precision.fallback.int8[0]: no target can be built in bf16"),
     "empty keep": (lambda d: d["precision"].update(keep=["/a/*", ""]), "precision.keep[1]: an empty glob matches no node"),
+    "auto of halves": (lambda d: d["precision"].update(build=["fp16"], fallback={}, keep="auto") or d["targets"][1].update(precision=["fp32"]), "precision.keep: auto has no effect: it chooses for int8 and fp8 (built: fp16, fp32)"),
+    "auto of the calibrator": (lambda d: [target(d, version="8.6.1.6", precision=["int8"]), d.update(export={"opset": 17, "exporter": "torchscript"}), d["precision"].update(int8="calibrator", keep="auto")], "precision.keep: auto measures ranges in the graph: leave precision.int8 at qdq"),
     "keep of nothing": (lambda d: d.update(precision={"build": ["fp32"], "keep": ["/a/*"]}, targets=[{"runtime": "onnxruntime"}]), "precision.keep: has no effect: everything is built in fp32, and so stays fp32"),
     "int8 at 12": (lambda d: d.update(export={"opset": 12, "exporter": "torchscript"}), "export.opset: int8 needs opset 13 or later (scales for each channel), found 12"),
     # data
