@@ -542,9 +542,12 @@ class Manifest(Part):
         document = self.model_dump(mode="json", by_alias=True)
         if not self.precision.candidates:
             del document["precision"]["candidates"]
-        for precision in [document["precision"], *(part["precision"] for part in document["parts"].values())]:
-            if not precision["kept_why"]:
-                del precision["kept_why"]
+        for described in (document, *document["parts"].values()):
+            # What was added to version 1 is written where it says something.
+            graph, engine = (described["verification"][name] for name in ("graph", "engine"))
+            for found, name in ((described["precision"], "kept_why"), (graph, "data_of"), (engine, "data_of")):
+                if not found[name]:
+                    del found[name]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}
         return {name: part for name, part in document.items() if part not in (None, {}) or name not in optional}
 
