@@ -16,7 +16,8 @@ from flows.build import build
 from recipes.loader import load
 from tasks.drift import look, missing_versions, request
 from tasks.forms import Jobs, Recipes, RolloutName, StoreAddress
-from tasks.parameters import worker_store
+from tasks.gpu_slots import GpuSlots
+from tasks.parameters import RETRIES, worker_store
 from tasks.rebuilding import rebuild_due
 from tasks.session import BuildSession, activate, open_session
 from tasks.toolchain import probe_host
@@ -48,11 +49,20 @@ async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None) -> 
 @flow(name="rebuild", flow_run_name="rebuild {rollout}", persist_result=False, validate_parameters=True)
 async def rebuild(rollout: RolloutName, store: StoreAddress = None, jobs: Jobs = 2) -> dict[str, Any]:
     """Rebuild on this host what a rollout asks of it, and note in the store which engines passed their gates."""
-    opened = worker_store(store)
+    opened, log = worker_store(store), get_run_logger()
 
     def session(recipe: str, targets: list[str]) -> BuildSession:
         absent = missing_versions(opened, load(Path(recipe)).recipe.name)
-        return open_session(Path(recipe), opened, targets=tuple(targets), jobs=jobs, versions=absent)
+        return open_session(
+            Path(recipe),
+            opened,
+            targets=tuple(targets),
+            jobs=jobs,
+            warn=log.warning,
+            versions=absent,
+            retries=RETRIES,
+            slot=GpuSlots(log.warning),
+        )
 
     async def run(recipe: str, targets: list[str]) -> dict[str, Any]:
         with activate(recipe, await asyncio.to_thread(session, recipe, targets)):

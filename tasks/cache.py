@@ -24,6 +24,7 @@ from tasks.drive import drive
 from tasks.patience import delays
 from tasks.progress import Progress
 from tasks.report import report
+from tasks.server import wait_for_server
 from tasks.session import BuildSession, Outcome
 from tasks.shown import ProgressShown, leave_report, level_of
 
@@ -45,6 +46,8 @@ async def run_session(session: BuildSession) -> dict[str, Any]:
         raise
     session.finish(planned)
     document = report(session, planned)
+    if session.retries:  # on a worker, where nobody waits at the prompt
+        await wait_for_server(get_run_logger().warning)
     await leave_report(document, session.store, get_run_logger().log)
     return document
 

@@ -9,8 +9,10 @@ its place in the pool, and another is asked for. Should the lost one live after 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -25,10 +27,12 @@ from prefect.states import Crashed
 from recipes.plan import EnginePlan, Plan
 from recipes.pools import choose_pool
 from tasks.freshness import Freshness
+from tasks.server import asked
 
 TEMPLATE: Final = "compile/target"
 POLL_SECONDS: Final = 2.0
 _TRIES: Final = 3
+_HEARD_SECONDS: Final = 180.0  # in which every worker has found a server again that is back
 _UNFINISHED: Final = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED")
 _PAGE: Final = 200
 
@@ -120,17 +124,17 @@ async def _run(
     client: PrefectClient, deployment: UUID, target: str, pool: str, parameters: Mapping[str, Any]
 ) -> FlowRun:
     """Return the unfinished run for this recipe, target and store, or ask for one."""
-    asked = {**parameters, "target": target}
+    wanted = {**parameters, "target": target}
     where = FlowRunFilter.model_validate(
         {"deployment_id": {"any_": [str(deployment)]}, "state": {"type": {"any_": list(_UNFINISHED)}}}
     )
     for run in await client.read_flow_runs(flow_run_filter=where, limit=_PAGE):
-        if all(run.parameters.get(name) == asked[name] for name in asked):
+        if all(run.parameters.get(name) == wanted[name] for name in wanted):
             return run
     return await arun_deployment(
         deployment,
         client=client,
-        parameters=asked,
+        parameters=wanted,
         flow_run_name=f"compile {parameters['recipe']} {target}",
         timeout=0,
         tags=[f"pool:{pool}", f"target:{target}"],
@@ -139,14 +143,23 @@ async def _run(
 
 
 async def _ended(client: PrefectClient, run: FlowRun, pool: str) -> FlowRun:
-    """Wait until a run has ended, or its worker is lost."""
+    """Wait until a run has ended, or its worker is lost; while the server was away, no worker could be heard."""
+    outages: list[str] = []
+    back = float("-inf")
     while True:
-        run = await client.read_flow_run(run.id)
+        run = await asked(partial(client.read_flow_run, run.id), warn=outages.append)
         if run.state is not None and run.state.is_final():
             return run
-        if _begun(run) and await _is_lost(client, run, pool):
-            lost: Any = Crashed(message=f"the worker {run.labels.get('prefect.worker.name')} is not heard of any more")
-            await client.set_flow_run_state(run.id, lost, force=True)
+        lost = _begun(run) and await asked(partial(_is_lost, client, run, pool), warn=outages.append)
+        if outages:
+            get_run_logger().warning("%s", outages.pop())
+            outages.clear()
+            back = time.monotonic()
+        if lost and time.monotonic() - back > _HEARD_SECONDS:
+            crashed: Any = Crashed(
+                message=f"the worker {run.labels.get('prefect.worker.name')} is not heard of any more"
+            )
+            await client.set_flow_run_state(run.id, crashed, force=True)
         else:
             await asyncio.sleep(POLL_SECONDS)
 

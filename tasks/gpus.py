@@ -1,7 +1,7 @@
 """One GPU for one stage: no two builds or benchmarks of this host share one, whichever store, user or process they are of.
 
 A compiler times kernels, and a benchmark times engines: what else runs on the device would be in their figures. Each GPU (and
-each MIG slice) has a lock, which the kernel drops with its holder. A GPU that others use, who know nothing of these locks, is
+each MIG slice) has a lock, which the kernel drops with its holder; on a worker it has a slot on the Prefect server too. A GPU that others use, who know nothing of these locks, is
 taken only where no other is free.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,6 +21,8 @@ from tasks.toolchain import probe_host
 # Not under TMPDIR, which differs between the users and jobs of one host.
 LOCKS: Final = Path("/tmp")  # noqa: S108 - the files hold nothing, and a lock is one for the whole host or it is none
 _LOOK_SECONDS: Final = 0.25
+# Tries to take a GPU for a block, from those who share it and not this host's locks (`tasks.gpu_slots`); yields whether it did.
+Slot = Callable[[str], AbstractContextManager[bool]]
 
 
 class Busy(Protocol):
@@ -28,6 +30,11 @@ class Busy(Protocol):
 
     def __call__(self, uuids: Sequence[str]) -> Collection[str]:
         """Return those of `uuids` that are in use."""
+
+
+def no_slot(_uuid: str) -> AbstractContextManager[bool]:
+    """Ask nobody."""
+    return nullcontext(enter_result=True)
 
 
 def needs_gpu(params: Mapping[str, Any]) -> bool:
@@ -43,6 +50,7 @@ def gpu_held(
     gpus: Sequence[Gpu] | None = None,
     waits: Callable[[], None] = lambda: None,
     give_up: Callable[[], bool] = lambda: False,
+    slot: Slot | None = None,
 ) -> Iterator[Gpu | None]:
     """Hold a GPU for a stage that needs one, and yield it (None where none is needed); its process is to see that alone.
 
@@ -64,7 +72,7 @@ def gpu_held(
         wanted = params["gpu"] if device is None else f"{device['name']} ({params['gpu']}, as planned)"
         advice = "use a host with an NVIDIA GPU and its driver; `enginery doctor` says what is missing"
         raise BackendError("no device", f"no {wanted} GPU is here (found: {here})", advice)
-    with held(list(fitting), busy=busy_gpus, waits=waits, give_up=give_up) as uuid:
+    with held(list(fitting), busy=busy_gpus, waits=waits, give_up=give_up, slot=slot) as uuid:
         yield fitting[uuid]
 
 
@@ -81,6 +89,7 @@ def held(
     waits: Callable[[], None],
     give_up: Callable[[], bool],
     folder: Path = LOCKS,
+    slot: Slot | None = None,
 ) -> Iterator[str]:
     """Hold one of these GPUs, and yield its UUID: an idle one if there is, else the first that frees.
 
@@ -101,10 +110,12 @@ def held(
                 advice = f"make {folder} writable: its lock files keep two stages of this host off one GPU"
                 raise BackendError("no device", f"the GPU {uuid} cannot be locked: {err}", advice) from err
             try:
-                yield uuid
+                with (slot or no_slot)(uuid) as taken:
+                    if taken:
+                        yield uuid
+                        return
             finally:
                 locks[uuid].release()
-            return
         if not waited:
             waits()
             waited = True

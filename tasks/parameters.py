@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from prefect import get_run_logger
 
@@ -12,10 +13,11 @@ from artifacts.errors import AddressError
 from artifacts.host import Host
 from artifacts.store import Store, open_store
 from recipes.errors import Fault, RecipeError
+from tasks.gpu_slots import GpuSlots
 from tasks.patience import patiently
 from tasks.session import BuildSession, open_session
 
-_RETRIES = 4  # after 2, 8, 32 and 128 s
+RETRIES: Final = 4  # after 2, 8, 32 and 128 s
 
 
 def worker_session(
@@ -43,10 +45,11 @@ def worker_session(
             warn=warn,
             host=host,
             versions=portable,
-            retries=_RETRIES,
+            retries=RETRIES,
+            slot=GpuSlots(warn),
         )
 
-    return patiently(opened, _RETRIES, warn=warn)
+    return patiently(opened, RETRIES, warn=warn)
 
 
 def worker_store(store: str | None) -> Store:

@@ -25,7 +25,7 @@ from recipes.digests import Digests
 from recipes.errors import Fault, RecipeError
 from recipes.files import CodeBundle, DatasetFiles, LocalFile, dataset_members
 from recipes.steps import Step
-from tasks.gpus import gpu_held, visible
+from tasks.gpus import Slot, gpu_held, visible
 from tasks.process import Limits, run_stage
 from tasks.progress import Listener, Progress
 from tasks.timing import TIMING_CACHE, combine_in_child, lent_cache
@@ -45,6 +45,7 @@ class StepRunner:
     listen: Listener = lambda _progress: None
     cancel: threading.Event = field(default_factory=threading.Event)
     host: Host | None = None  # this one; None: look
+    slot: Slot | None = None  # of a GPU, besides this host's lock
 
     def run(self, step: Step) -> tuple[ActionRecord, bool]:
         """Return the step's record, and whether it was made here rather than found (another builder may be faster).
@@ -107,6 +108,7 @@ class StepRunner:
             gpus=host.gpus,
             waits=lambda: self.listen(Progress(step.id, "progress", None, "waiting for a GPU")),
             give_up=self.cancel.is_set,
+            slot=self.slot,
         ) as gpu:
             loan = lent_cache(self.store, step, gpu, host)
             if loan is not None and loan.lend(folder / "inputs" / TIMING_CACHE):

@@ -44,6 +44,7 @@ from tasks.toolchain import probe_host, version
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from tasks.gpus import Slot
     from tasks.run import StepRunner
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class BuildSession:
     listen: Listener = lambda _progress: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)  # of the packages that made the portable stages
+    slot: Slot | None = None  # of a GPU, besides this host's lock
     retries: int = 0  # of whatever fails because the store does not answer
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class BuildSession:
             listen=self._tell,
             cancel=self._cancelled,
             host=self.host,
+            slot=self.slot,
         )
 
     @property
@@ -479,6 +482,7 @@ def open_session(
     host: Host | None = None,
     versions: Mapping[str, str | None] | None = None,
     retries: int = 0,
+    slot: Slot | None = None,
 ) -> BuildSession:
     """Load a recipe and gather what it names; nothing is written and none of its code runs. Raises RecipeError.
 
@@ -497,6 +501,7 @@ def open_session(
         listen=listen,
         versions=versions or {},
         retries=retries,
+        slot=slot,
     )
 
 

@@ -72,6 +72,25 @@ def test_a_gpu_is_free_again_when_its_holder_is_killed(tmp_path):
     assert free(tmp_path) == ["GPU-a", "GPU-b"]
 
 
+def test_a_gpu_whose_slot_another_has_is_passed_over_and_left_free(tmp_path):
+    asked = []
+
+    def slot(uuid):
+        asked.append(uuid)
+        return contextlib.nullcontext(uuid == "GPU-b")
+
+    def take(uuids, **more):
+        return held(uuids, busy=lambda _uuids: (), waits=lambda: None, folder=tmp_path, slot=slot, **more)
+
+    with take(["GPU-a", "GPU-b"], give_up=lambda: False) as uuid:
+        assert uuid == "GPU-b"
+        assert free(tmp_path) == ["GPU-a"]
+    assert asked == ["GPU-a", "GPU-b"]
+    with pytest.raises(StageCancelledError), take(["GPU-a"], give_up=lambda: True):
+        pytest.fail("its slot was refused")
+    assert free(tmp_path) == ["GPU-a", "GPU-b"]
+
+
 def test_threads_of_one_process_get_different_gpus(tmp_path):
     with hold(tmp_path) as one, hold(tmp_path) as other:
         assert {one, other} == {"GPU-a", "GPU-b"}
