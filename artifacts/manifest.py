@@ -151,6 +151,15 @@ class CandidateFacts(Part):
     chosen: bool
 
 
+class QuantizedFacts(Part):
+    """How much is int8 or fp8; null: not known (engines are listed by the runtime tensorrt alone)."""
+
+    nodes: int | None = Field(description="Nodes of the typed graph that take Q/DQ pairs.")
+    of_nodes: int | None = Field(description="Its convolutions and matrix products.")
+    layers: int | None = Field(default=None, description="Layers of the engine that multiply in int8 or fp8.")
+    of_layers: int | None = Field(default=None, description="All of its layers that multiply.")
+
+
 class PrecisionFacts(Part):
     """The precision that was asked for, the one that was given, and what became of those between."""
 
@@ -159,6 +168,9 @@ class PrecisionFacts(Part):
     wish: tuple[str, ...] = Field(description="The recipe's precisions for this target, most wanted first.")
     tried: tuple[Refused, ...]
     kept: tuple[str, ...] = Field(description="Names of the ONNX nodes that were kept in fp32.")
+    quantized: QuantizedFacts | None = Field(
+        default=None, description="Of int8 and fp8: how much of the graph, and of the engine, really is."
+    )
     kept_why: dict[str, str] = Field(
         default_factory=dict, description="Where keep: auto was asked for: why each node was kept, by its name."
     )
@@ -545,7 +557,13 @@ class Manifest(Part):
         for described in (document, *document["parts"].values()):
             # What was added to version 1 is written where it says something.
             graph, engine = (described["verification"][name] for name in ("graph", "engine"))
-            for found, name in ((described["precision"], "kept_why"), (graph, "data_of"), (engine, "data_of")):
+            precision = described["precision"]
+            for found, name in (
+                (precision, "kept_why"),
+                (precision, "quantized"),
+                (graph, "data_of"),
+                (engine, "data_of"),
+            ):
                 if not found[name]:
                     del found[name]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}

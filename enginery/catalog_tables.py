@@ -141,6 +141,11 @@ def print_engine(manifest: Manifest, later: Sequence[Attestation] = ()) -> None:
     ]
     asked = "" if precision.asked == precision.given else f" (asked {precision.asked})"
     rows.append(("precision", f"{precision.given}{asked}, inputs and outputs {precision.io}"))
+    if precision.quantized is not None:
+        counts = precision.quantized
+        parts = [(counts.nodes, counts.of_nodes, "nodes of the graph"), (counts.layers, counts.of_layers, "layers")]
+        told = [f"{count} of {total} {what}" for count, total, what in parts if count is not None and total is not None]
+        rows.append(("quantised", ", ".join(told) or "not known"))
     rows += [row for name in manifest.parts for row in _part_rows(name, manifest.part(name))]
     rows += [
         ("candidate", f"{one.name}  p50 {p50} ms, CUDA graph {graph}; {what}")

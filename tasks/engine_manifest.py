@@ -16,7 +16,7 @@ from recipes.gates import judge
 from recipes.parts import part_recipe
 from recipes.plan import EnginePlan
 from recipes.refitting import PLAN
-from recipes.schema import Precision, Recipe
+from recipes.schema import QUANTIZED, Precision, Recipe
 from recipes.steps import Step
 from tasks.toolchain import version
 
@@ -157,6 +157,7 @@ def _part(
             ),
             kept=tuple(compiled.get("kept", typed.get("kept", ()))),
             kept_why=typed.get("why_kept", {}),
+            quantized=_quantized(engine.given, typed, compiled),
             outliers=tuple(typed.get("outliers", ())),
             io="float32" if (engine.typed or engine.given) in ("fp32", "tf32") else recipe.precision.io,
         ),
@@ -271,6 +272,20 @@ def _tensors(declared: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str,
         name: _read(m.TensorFacts, {"dtype": typed.get(name, facts["dtype"]), "shape": facts.get("shape")})
         for name, facts in declared.items()
     }
+
+
+def _quantized(given: Precision, typed: Mapping[str, Any], compiled: Mapping[str, Any]) -> m.QuantizedFacts | None:
+    """Say how much of the typed graph, and of the engine where its layers were listed, really is int8 or fp8."""
+    if given not in QUANTIZED:
+        return None
+    layers = compiled.get("layers")
+    counted = layers.get("quantized") if isinstance(layers, Mapping) else None
+    return m.QuantizedFacts(
+        nodes=typed.get("quantized") or None,
+        of_nodes=typed.get("quantizable"),
+        layers=counted["int8"] + counted["fp8"] if counted and not counted["unknown"] else None,
+        of_layers=counted["products"] if counted else None,
+    )
 
 
 def _calibrations(used: Mapping[str, Step]) -> list[Step]:

@@ -42,7 +42,7 @@ def run(request: StageRequest) -> StageResult:
 
     Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; with "outliers.json" `outliers` (tensors that float16 cannot hold: the nodes that give or take them are kept in fp32); for half precisions `clamped` (constants
     that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
-    compute on counted values); for int8 `constant` (nodes kept fp32 because an input was zero on all calibration data).
+    compute on counted values); for int8 `quantizable` (how many nodes could be, kept ones too) and `constant` (nodes kept fp32 because an input was zero on all calibration data).
     With "keep.json" ({node: why}) its nodes stay too, and facts say `why_kept` of all nodes that do.
     Raises BackendError("bad data") for a glob of `keep` that matches no node.
     """
@@ -76,9 +76,10 @@ def run(request: StageRequest) -> StageResult:
             model = _raised(model, LEAST_OPSET if fp8 else _PAIRS_OPSET, precision)
         ranges = quantize.read_ranges(inputs["ranges.json"])
         known = {name for node in model.graph.node for name in node.output}
+        quantizable = sum(node.op_type in quantize.OPERATORS for node in model.graph.node)
         result = quantize.quantize(model, ranges, keep, residual_pairs=not fp8)
         model = as_fp8(result.model, ranges, known) if fp8 else result.model
-        facts |= {"quantized": len(result.nodes), "constant": list(result.constant)}
+        facts |= {"quantized": len(result.nodes), "quantizable": quantizable, "constant": list(result.constant)}
     if precision == "int8-dynamic":
         model, nodes = quantize_dynamic(model, keep)
         facts |= {"quantized": len(nodes)}

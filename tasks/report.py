@@ -55,13 +55,22 @@ def _step(session: BuildSession, step: Step) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3) if outcome is not None and state == "built" else 0.0,
         "key": step.action.key if step.action is not None else None,
         "why": list(outcome.step.why if outcome is not None and state == "built" else step.why),
-        "warnings": _warnings(step),
+        "warnings": warnings_of(step),
     }
 
 
-def _warnings(step: Step) -> list[str]:
-    """Return what a data set was suspected of when it was read: noise, too few samples, values converted."""
-    return list((step.facts or {}).get("warnings", ())) if step.stage == "fetch" else []
+def warnings_of(step: Step) -> list[str]:
+    """Return what a data set was suspected of when it was read, and where an engine has no layer of the precision asked for."""
+    facts = step.facts or {}
+    if step.stage == "fetch":
+        return list(facts.get("warnings", ()))
+    layers = facts.get("layers") if step.stage == "compile" else None
+    counted = layers.get("quantized") if isinstance(layers, dict) else None
+    if not counted or counted["int8"] or counted["fp8"] or counted["unknown"] or not counted["products"]:
+        return []
+    asked = step.action.params.get("precision") if step.action is not None else "int8"
+    none = f"{asked} was asked for, and none of the engine's {counted['products']} layers that multiply has it"
+    return [f"{none}; try another build.optimization_level, or precision.int8: qdq"]
 
 
 def engine_report(engine: EnginePlan) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tasks.engines.cuda import Cuda, driver_version, find_device
 from tasks.engines.trt_adapter import device_memory, require
 from tasks.engines.trt_calibrate import CACHE as CALIBRATION_CACHE
 from tasks.engines.trt_calibrate import cache_reader
+from tasks.engines.trt_layers import quantized_layers
 from tasks.engines.trt_log import Log, progress_monitor
 from tasks.engines.trt_network import add_profiles, parse, signature
 from tasks.engines.trt_plugins import load_plugins, plugin_files
@@ -65,7 +66,8 @@ def compile_plan(request: StageRequest) -> StageResult:
     "layers.json" (the inspector's listing), "timing.cache" (what was given and what this build measured) and, where new weights
     can be put into the plan, "refit.safetensors". Facts: refit {structure, weights, constants, fixed} or {refused},
     runtime_version, device,
-    driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest}, timing_cache, phases
+    driver_cuda, settings, workspace {asked, limit, tried}, seconds, layers {count, digest; for int8 and fp8 quantized, by
+    `trt_layers`}, timing_cache, phases
     (seconds of start, build and inspect, of which the rest is reading and checking), inputs, outputs,
     plugins, kept (with weak typing), warnings, log_lines, size, peak_memory_bytes. Raises BackendError with TensorRT's own words.
     """
@@ -238,7 +240,9 @@ class Build:
             require_same_layers(self._request.inputs[EXPECTED_LAYERS], listing)
         canonical = json.dumps(listing, sort_keys=True, separators=(",", ":")) + "\n"
         (self._request.output_dir / LAYERS).write_text(canonical, "utf-8")
+        asked = self._request.params.get("precision", "")
         return {
+            **({"quantized": quantized_layers(listing)} if asked.startswith(("int8", "fp8")) else {}),
             "count": len(listing.get("Layers", ())),
             "digest": hashlib.sha256(canonical.encode()).hexdigest(),
             "device_memory_bytes": int(device_memory(engine)),

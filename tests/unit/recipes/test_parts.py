@@ -75,8 +75,8 @@ def test_another_profile_of_one_part_runs_that_part_alone(built):
         document["profiles"]["default"]["past"] = [1, 8, 63]
 
     assert ran(built, longer) == {
-        "simplify:decoder", "reference:decoder:parity", "verify:decoder:export", "verify:decoder:simplify",
-        "verify:decoder:fp16", "compile:decoder:tensorrt-rtx:sm89:fp16",
+        "simplify:decoder", "reference:decoder:parity", "outliers:decoder", "verify:decoder:export",
+        "verify:decoder:simplify", "verify:decoder:fp16", "compile:decoder:tensorrt-rtx:sm89:fp16",
         "verify:decoder:onnxruntime:cpu:fp16", "publish:tensorrt-rtx:sm89:fp16", "publish:onnxruntime:cpu:fp16",
     }  # fmt: skip
 
