@@ -1,22 +1,22 @@
 """Every object of a store with a bit flipped, or cut short: whoever would use it says so, misses it aloud, or reads the same.
 
-    python -m bench.faults.flips RESULT.json [--flips 40] [--seed N]
+    python -m bench.faults.flips RESULT.json [--flips 40] [--seed N] [--store folder|s3]
 
-The store is a folder with what builds and promotions leave: the records and blobs of a tiny recipe that was built with its real
-stages, signed engines with their provenance, a channel, a pin, a host. Each object is damaged by so many single bits, and
+The store, a folder or moto's S3, has what builds and promotions leave: the records and blobs of a tiny recipe that was built with its real
+stages, signed engines with their provenance, a signed attestation, a channel, a pin, a host, a rollout. Each object is damaged by so many single bits, and
 cut to nothing, to its half, and by its last byte; then the reader of its kind is asked. What it may answer:
 
     refused     an error in words
     missed      nothing, and a warning that says why
     same        what it answers of the undamaged object: blanks, or words that nobody relies on
 
-Anything else is a finding: something damaged was used, or lost in silence, or ended in a traceback. Only a host's
-fingerprint is not guarded (`used` is counted, and is no finding): who loads an engine looks at the host itself.
+Anything else is a finding: something damaged was used, or lost in silence, or ended in a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import tempfile
@@ -27,15 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from artifacts.attestation import Attestation
 from artifacts.cache import ActionCache, blob_path
-from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.catalog import SIGNATURE_DIGITS, EngineCatalog, EngineId
 from artifacts.errors import ArtifactError
 from artifacts.folder import FolderStore
 from artifacts.host import Host
+from artifacts.layout import LAYOUT_NAME
 from artifacts.pins import pin, pins
 from artifacts.records import ActionRecord
+from artifacts.refs import digest_bytes
+from artifacts.rollouts import Rollout, change_rollout, read_rollout
+from artifacts.store import Store
+from bench.faults.kills import STORES, places_of
 from bench.faults.recipe import write_tiny
-from bench.faults.world import RECIPES, Place, build, engine, follow, make_place, promote, publish, write_json
+from bench.faults.world import RECIPES, Place, build, engine, follow, promote, publish, write_json
 from enginery import client
 
 HOST: Final = "builder"
@@ -58,6 +64,7 @@ class Reader:
     place: Place
     refs: dict[str, Any]
     scratch: Path
+    attested: str
     warnings: list[str] = field(default_factory=list)
 
     def ask(self, path: str) -> Any:
@@ -67,7 +74,7 @@ class Reader:
         cache = ActionCache(store, self.warnings.append)
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             to = Path(folder)
-            match kind_of(path):
+            match kind_of(path, self.attested):
                 case "blob":
                     cache.get_blob(self.refs[path], to / "blob")
                     return (to / "blob").read_bytes()
@@ -79,6 +86,12 @@ class Reader:
                     return set(pins(store))
                 case "host":
                     return EngineCatalog(store).host(HOST)
+                case "rollout":
+                    return read_rollout(store, parts[1].removesuffix(".json"))
+                case "attestation" | "attestation's signature":
+                    catalog = EngineCatalog(store, self.warnings.append, self.place.judge.believes)
+                    name = EngineId(*parts[1:4])
+                    return catalog.attestations(name, digest_bytes(catalog.manifest_bytes(name))) or None
                 case "store.json":
                     return {info.path for info in store.list("engines/")}
                 case _:
@@ -88,9 +101,11 @@ class Reader:
                     return {file.name: file.read_bytes() for file in pulled.iterdir() if not file.name.endswith(".sig")}
 
 
-def kind_of(path: str) -> str:
-    """Return the kind of an object, by its path."""
+def kind_of(path: str, attested: str) -> str:
+    """Return the kind of an object by its path; `attested` is how signatures of the attestation begin."""
     parts = path.split("/")
+    if parts[0] == "engines" and parts[-1].startswith(attested):
+        return "attestation's signature"
     match parts[0]:
         case "cache" if parts[1] in ("blobs", "actions"):
             return {"blobs": "blob", "actions": "record"}[parts[1]]
@@ -98,9 +113,14 @@ def kind_of(path: str) -> str:
             name = parts[4] if len(parts) == 6 else parts[-1]
             if name.startswith("provenance"):
                 return "provenance"
-            named = {"manifest.json": "manifest", "signatures": "signature", "publications": "hint"}
+            named = {
+                "manifest.json": "manifest",
+                "signatures": "signature",
+                "publications": "hint",
+                "verification": "attestation",
+            }
             return named.get(name, "engine's file")
-        case "channels" | "pins" | "hosts":
+        case "channels" | "pins" | "hosts" | "rollouts":
             return parts[0].removesuffix("s")
         case "store.json":
             return "store.json"
@@ -108,9 +128,8 @@ def kind_of(path: str) -> str:
             return "hint"
 
 
-def make_store(folder: Path) -> tuple[Place, Reader]:
-    """Fill a store, and return it with its reader."""
-    place = make_place(folder / "place", str(folder / "store"))
+def make_store(folder: Path, place: Place) -> Reader:
+    """Fill a store, and return its reader."""
     place.enter()
     os.environ["ENGINERY_SIGN_KEY"] = str(place.folder / "key.pem")
     build(place, str(write_tiny(folder / "recipe")))
@@ -120,6 +139,10 @@ def make_store(folder: Path) -> tuple[Place, Reader]:
     catalog = EngineCatalog(place.store)
     pin(catalog, engine(RECIPES[0], 1), "bench", "because")
     catalog.record_host(Host.from_json({"name": HOST, "os": "Linux", "arch": "x86_64", "gpus": []}))
+    attested = engine(RECIPES[0], 1)
+    found = attestation_of(attested, catalog.manifest_bytes(attested))
+    catalog.attest(attested, found, place.signer)
+    change_rollout(place.store, "driver-580.2", lambda _found: Rollout("driver-580.2", "2026-01-02T03:04:05Z"))
     refs = {}
     for info in place.store.list("cache/actions/"):
         for ref in ActionRecord.from_bytes(place.store.read(info.path)).outputs.values():
@@ -127,7 +150,19 @@ def make_store(folder: Path) -> tuple[Place, Reader]:
     for manifest in catalog.manifests():
         refs |= {blob_path(entry.digest): entry.ref for entry in manifest.files.values()}
     (folder / "scratch").mkdir()
-    return place, Reader(place, refs, folder / "scratch")
+    return Reader(place, refs, folder / "scratch", f"{digest_bytes(found.to_bytes())[:SIGNATURE_DIGITS]}-")
+
+
+def attestation_of(name: EngineId, manifest: bytes) -> Attestation:
+    """Return what an execution of an engine, whose manifest has these bytes, might have found."""
+    measured = {"executed": True, "parity": {"relative_l2": 1e-3, "max_abs": 1e-2, "cosine": 0.9999, "non_finite": 0}}
+    document = {
+        "schema": 1, "engine": str(name), "manifest": digest_bytes(manifest), "created": "2026-02-03T04:05:06Z",
+        "key": digest_bytes(b"executed"), "host": {"name": "box", "os": "linux", "arch": "x86_64", "driver": "580.1"},
+        "device": {"name": "NVIDIA L4", "sm_count": 58}, "gpu": "sm89", "runtime_version": "1.7.1.116",
+        "passed": True, "reasons": [], "measured": measured, "enginery": "0.1.0",
+    }  # fmt: skip
+    return Attestation.from_bytes(json.dumps(document).encode())
 
 
 def damages(data: bytes, flips: int, chance: random.Random) -> list[tuple[str, bytes]]:
@@ -140,33 +175,52 @@ def damages(data: bytes, flips: int, chance: random.Random) -> list[tuple[str, b
     return made
 
 
-def damage_all(folder: Path, flips: int, chance: random.Random) -> dict[str, Tally]:
+def damage_all(folder: Path, flips: int, chance: random.Random, kind_of_store: str = "folder") -> dict[str, Tally]:
     """Damage every object of a new store in many ways; return what came of it, by kind of object."""
-    place, reader = make_store(folder)
+    with places_of(kind_of_store, folder / "places", 1000) as places:
+        place = next(places)
+        reader = make_store(folder, place)
+        return _damage_each(place, reader, flips, chance)
+
+
+def _damage_each(place: Place, reader: Reader, flips: int, chance: random.Random) -> dict[str, Tally]:
     tallies: dict[str, Tally] = defaultdict(Tally)
-    root = FolderStore(Path(place.uri)).root
-    for path in sorted([info.path for info in place.store.list("")] + ["store.json"]):
-        kind, file = kind_of(path), root / path
-        if kind == "hint" or not file.exists() or path.endswith(".seen"):
+    store = place.store
+    for path in sorted([info.path for info in store.list("")] + [LAYOUT_NAME]):
+        kind = kind_of(path, reader.attested)
+        if kind == "hint" or path.endswith(".seen"):
             continue  # what says nothing that anybody relies on unchecked
-        data, tally = file.read_bytes(), tallies[kind]
+        data, tally = _read(store, path), tallies[kind]
         tally.objects += 1
         right = reader.ask(path)
         for how, bad in damages(data, flips, chance):
-            _replace(file, bad)
+            _write(store, path, bad)
             tally.damages += 1
             answer = _answer(lambda path=path: reader.ask(path), reader.warnings, right)  # type: ignore[misc]
             tally.answers[answer.partition(":")[0]] += 1
-            if answer not in ("refused", "missed", "same") and not (kind == "host" and answer.startswith("used")):
+            if answer not in ("refused", "missed", "same"):
                 tally.findings.append(f"{path}: {how}: {answer}")
-            _replace(file, data)
+            _write(store, path, data)
     return dict(tallies)
 
 
-def _replace(file: Path, data: bytes) -> None:
-    file.unlink(missing_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(data)
+def _read(store: Store, path: str) -> bytes:
+    if path != LAYOUT_NAME:
+        return store.read(path)
+    if isinstance(store, FolderStore):
+        return (store.root / path).read_bytes()
+    answer = store._connection.get_object(Bucket=store.bucket, Key=store._layout_key)  # type: ignore[attr-defined]  # noqa: SLF001
+    return bytes(answer["Body"].read())
+
+
+def _write(store: Store, path: str, data: bytes) -> None:
+    if path != LAYOUT_NAME:
+        store.write(path, data)
+    elif isinstance(store, FolderStore):
+        (store.root / path).write_bytes(data)
+    else:
+        client = store._connection  # type: ignore[attr-defined]  # noqa: SLF001
+        client.put_object(Bucket=store.bucket, Key=store._layout_key, Body=data)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _answer(ask: Callable[[], Any], warnings: list[str], right: Any) -> str:
@@ -190,12 +244,13 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--flips", type=int, default=40, help="bits of each object")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser.add_argument("--store", choices=STORES, default="folder")
     given = parser.parse_args()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        tallies = damage_all(Path(folder), given.flips, random.Random(given.seed))
+        tallies = damage_all(Path(folder), given.flips, random.Random(given.seed), given.store)
     document = {
-        "command": f"python -m bench.faults.flips RESULT.json --flips {given.flips} --seed {given.seed}",
+        "command": f"python -m bench.faults.flips RESULT.json --flips {given.flips} --seed {given.seed} --store {given.store}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(time.perf_counter() - begin, 1),
         "by_kind": {

@@ -1,6 +1,6 @@
 """Readers of what others may write, on mutated inputs: each input is read or refused in words, and none takes long.
 
-    python -m bench.faults.fuzz RESULT.json [--inputs 10000] [--seed N] [--readers recipe,manifest,channel,signature]
+    python -m bench.faults.fuzz RESULT.json [--inputs 10000] [--seed N] [--readers recipe,manifest,...]
 
 Inputs are mutations of real documents: of their bytes, and of the JSON values in them. A reader may return, or raise the
 errors that it states, which every command turns into words; whatever else it raises is a finding, and so is a signature that
@@ -18,23 +18,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from artifacts.attestation import Attestation
+from artifacts.catalog import EngineCatalog, host_path
 from artifacts.channels import channel_path, read_channel
+from artifacts.claims import claimed
 from artifacts.errors import ArtifactError
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu, Host
+from artifacts.hosts import read_host, see_host
+from artifacts.leases import leased, read_leases
 from artifacts.manifest import Manifest
+from artifacts.publications import read_publication
+from artifacts.records import ActionRecord
+from artifacts.refs import ENGINE_PLAN, ArtifactRef, digest_bytes
+from artifacts.rollouts import Rollout, change_rollout, rollout_path, rollouts
 from artifacts.signing import check_signature
+from bench.faults.flips import attestation_of
 from bench.faults.recipe import write_tiny
-from bench.faults.world import CHANNEL, RECIPES, TARGET, make_place, promote, publish, write_json
+from bench.faults.world import CHANNEL, RECIPES, TARGET, engine, make_place, promote, publish, write_json
 from recipes.errors import RecipeError
 from recipes.loader import load
 from tests.engines import GOLDEN
 from tests.keys import make_key
 
 SECONDS: Final = 5.0
+READERS: Final = (
+    "recipe", "manifest", "channel", "signature", "host", "rollout", "claim", "lease", "publication", "attestation", "record",
+)  # fmt: skip
 _ODD: Final[tuple[Any, ...]] = (
     None, True, -1, 0, 2**63, 10**400, 1e308, -0.0, "", "\0", "../../etc/passwd", "\ud800", "9" * 5000, [], {}, [[]],
     {"": {}}, "2026-99-99T99:99:99Z", "0" * 64,
@@ -127,6 +141,38 @@ def readers(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], obje
         (store.root / channel_path(RECIPES[0], TARGET, CHANNEL)).write_bytes(data)
         read_channel(store, RECIPES[0], TARGET, CHANNEL)
 
+    def kept_at(path: str, read: Callable[[], object]) -> Callable[[bytes], None]:
+        def reader(data: bytes) -> None:
+            store.write(path, data)
+            read()
+
+        return reader
+
+    def take_claim() -> None:
+        with claimed(store, "fuzz", lambda: True):
+            pass
+
+    catalog, name = EngineCatalog(store), engine(RECIPES[0], 1)
+    host = Host(
+        "builder", "linux", "x86_64", "580.1", "13.0", (Gpu("L4", "GPU-1", "sm89", None),), {"onnxruntime": "1.31.1"}
+    )
+    see_host(store, host_path("builder"), host, "2026-01-02T03:04:05Z")
+    see_host(store, host_path("builder"), replace(host, driver="580.2"), "2026-01-03T03:04:05Z")
+    change_rollout(
+        store,
+        "driver",
+        lambda _found: Rollout("driver", "2026-01-02T03:04:05Z").joined("builder", (), "2026-01-02T03:04:05Z"),
+    )
+    claim = f"claims/{digest_bytes(b'fuzz')}.json"
+    take_claim()
+    with leased(store, "fuzz", [str(name)]) as lease:
+        held = store.read(lease.path)
+    publication = next(store.list("publications/")).path
+    attestation = attestation_of(name, catalog.manifest_bytes(name)).to_bytes()
+    record = ActionRecord(
+        {"stage": "compile", "number": 1}, {"model.plan": ArtifactRef("0" * 64, 3, ENGINE_PLAN)}
+    ).to_bytes()
+
     def read_signature(data: bytes) -> str | None:
         check_signature(data, contents, key.pem)
         now = json.loads(data)["dsseEnvelope"]
@@ -140,6 +186,13 @@ def readers(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], obje
                      Manifest.from_bytes),
         "channel": ([channel], read_moves),
         "signature": ([signature], read_signature),
+        "host": ([store.read(host_path("builder"))], kept_at(host_path("builder"), lambda: read_host(store, host_path("builder")))),
+        "rollout": ([store.read(rollout_path("driver"))], kept_at(rollout_path("driver"), lambda: rollouts(store))),
+        "claim": ([store.read(claim)], kept_at(claim, take_claim)),
+        "lease": ([held], kept_at(lease.path, lambda: read_leases(store))),
+        "publication": ([store.read(publication)], read_publication),
+        "attestation": ([attestation], Attestation.from_bytes),
+        "record": ([record], ActionRecord.from_bytes),
     }  # fmt: skip
 
 
@@ -176,7 +229,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--inputs", type=int, default=10_000, help="of each reader")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    parser.add_argument("--readers", default="recipe,manifest,channel,signature")
+    parser.add_argument("--readers", default=",".join(READERS))
     given = parser.parse_args()
     tallies: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,9 +18,21 @@ def test_whatever_is_damaged_is_refused_or_missed_aloud(tmp_path: Path):
     with patch.dict(os.environ):  # entering a place changes the environment
         tallies = damage_all(tmp_path, 8, random.Random(5))
     assert {kind: tally.findings for kind, tally in tallies.items() if tally.findings} == {}
-    assert {"blob", "record", "manifest", "engine's file", "provenance", "signature", "channel", "pin", "host"} <= set(
-        tallies
-    )
+    assert {
+        "blob",
+        "record",
+        "manifest",
+        "engine's file",
+        "provenance",
+        "signature",
+        "channel",
+        "pin",
+        "host",
+        "rollout",
+        "attestation",
+    } <= set(tallies)
     for kind in ("blob", "manifest", "engine's file", "provenance", "signature"):
         assert tallies[kind].answers == {"refused": tallies[kind].damages}
+    for kind in ("attestation", "attestation's signature"):
+        assert tallies[kind].answers == {"missed": tallies[kind].damages}
     assert tallies["record"].answers["missed"] > 0.8 * tallies["record"].damages  # but for blanks
