@@ -15,13 +15,13 @@ from typing import BinaryIO, Final
 from artifacts.errors import StoreError, UnavailableError
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, require_match
 
-_NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
+NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 _ADVICE: Final = {
     errno.ENOSPC: "the disk is full; free some space (enginery gc, which needs some KiB itself), or use another folder or --store",
     errno.EDQUOT: "the disk quota is used up; free some space (enginery gc) or use another --store",
     errno.EFBIG: "the file is larger than this file system, or this process's limit (ulimit -f), allows",
     errno.EACCES: "no permission; check who owns the folder, or use another --store",
-    errno.EPERM: "not permitted here (no permission, or no hard links); use a --store on another file system",
+    errno.EPERM: "not permitted here; check who owns the folder, or use a --store on another file system",
     errno.EROFS: "the file system is read-only; use another --store",
     errno.EXDEV: "the folders of a store must lie on one file system",
     errno.EOPNOTSUPP: "this file system has no hard links; use a --store on another one",
@@ -74,7 +74,7 @@ def link_file(source: Path, target: Path, stream: BinaryIO) -> bool:
     except FileNotFoundError:
         return False
     except OSError as err:
-        if err.errno in _NO_LINKS:
+        if err.errno in NO_LINKS:
             return False
         raise
     if os.path.samestat(target.lstat(), os.fstat(stream.fileno())):

