@@ -1,10 +1,14 @@
 """Measure what it takes to plan a folder of recipes in which nothing is stale, from a folder store and from S3.
 
-    python bench/scale_plan.py [RESULT.json] [--sizes 125 250 500 1000] [--stores folder s3]
+    python bench/scale_plan.py [RESULT.json] [--sizes 100 300 1000] [--stores folder s3]
 
 Every recipe has a graph of its own and eight engines; records, blobs and engines are those that a build leaves, of made-up
-bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same folder. Each figure is of `enginery plan FOLDER --json`, a process of its own: `first`
-has planned nothing before, `again` (least and median of five) remembers the plans of the first.
+bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same folder. Each figure is of a process of its own,
+`enginery plan FOLDER --json`, or `build`, whose wall seconds are taken, and its own seconds of CPU (not the server's):
+
+* `records`: a plan (S3: that build) that knows of no fresh plan, and reads every record;
+* `shared` (median of three): nothing is remembered here, and a build (elsewhere) has left its fresh plans in the store;
+* `again` (median of three): this machine has planned them before.
 """
 
 from __future__ import annotations
@@ -31,13 +35,13 @@ from artifacts.folder import FolderStore  # noqa: E402  of this checkout
 from tests.servers import careless_s3_server, s3_environment  # noqa: E402
 from tests.simulated_builds import simulate_build, write_recipe  # noqa: E402
 
-RUNS = 5
+RUNS = 3
 BUCKET = "scale"
 
 
-def plan(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, float]:
-    """Plan once; return wall and CPU seconds (the command's own, not the server's)."""
-    command = [sys.executable, "-m", "enginery", "plan", "recipes", "--store", store, "--json"]
+def run(what: str, top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, float]:
+    """Plan or build once, with nothing stale; return wall and CPU seconds (the command's own, not the server's)."""
+    command = [sys.executable, "-m", "enginery", what, "recipes", "--store", store, "--json"]
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, check=False)
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,18 +56,31 @@ def plan(top: Path, store: str, environment: dict[str, str], recipes: int) -> di
 
 
 def measure(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, Any]:
-    """Plan with nothing remembered, then some times more."""
-    shutil.rmtree(top / "memory", ignore_errors=True)
-    first = plan(top, store, environment, recipes)
-    again = [plan(top, store, environment, recipes) for _ in range(RUNS)]
-    walls = [one["wall"] for one in again]
+    """Plan with nothing known, with what this machine remembers, and with what a build left in the store."""
+
+    def forget() -> None:
+        shutil.rmtree(top / "memory", ignore_errors=True)
+
+    def plan_anew() -> dict[str, float]:
+        forget()
+        return run("plan", top, store, environment, recipes)
+
+    is_folder = "://" not in store
+    forget()
+    shutil.rmtree(top / "s3" / BUCKET / "cache" / "plans", ignore_errors=True)
+    records = run("plan" if is_folder else "build", top, store, environment, recipes)
+    again = _median([run("plan", top, store, environment, recipes) for _ in range(RUNS)])
+    if is_folder:
+        forget()
+        run("build", top, store, environment, recipes)
+    return {"records": records, "shared": _median([plan_anew() for _ in range(RUNS)]), "again": again}
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
     return {
-        "first": first,
-        "again": {
-            "wall": round(statistics.median(walls), 2),
-            "least": min(walls),
-            "cpu": round(statistics.median(one["cpu"] for one in again), 2),
-        },
+        "wall": round(statistics.median(one["wall"] for one in runs), 2),
+        "least": min(one["wall"] for one in runs),
+        "cpu": round(statistics.median(one["cpu"] for one in runs), 2),
     }
 
 
@@ -71,11 +88,19 @@ def main() -> None:
     """Measure, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("result", nargs="?", type=Path, default=ROOT / "bench" / "results" / "scale_plan.json")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[125, 250, 500, 1000])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000])
     parser.add_argument("--stores", nargs="+", choices=["folder", "s3"], default=["folder", "s3"])
     asked = parser.parse_args()
-    load = os.getloadavg()[0]
     rows: dict[str, dict[str, Any]] = {kind: {} for kind in asked.stores}
+    document = {
+        "command": "python bench/scale_plan.py",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "nice": os.nice(0),
+        "engines_of_each_recipe": 8,
+        "runs": RUNS,
+        "seconds": rows,
+    }
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         (top / "recipes").mkdir()
@@ -90,23 +115,16 @@ def main() -> None:
             written = time.time() - 100.0  # as if nobody had planned at once
             for path in store.root.rglob("*"):
                 os.utime(path, (written, written))
-            if "folder" in asked.stores:
-                rows["folder"][str(size)] = measure(top, str(store.root), base, size)
-                print(size, "folder", rows["folder"][str(size)], flush=True)
-            if "s3" in asked.stores:
-                with careless_s3_server(top / "s3") as endpoint:
-                    rows["s3"][str(size)] = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
-                print(size, "s3", rows["s3"][str(size)], flush=True)
-    document = {
-        "command": "python bench/scale_plan.py",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
-        "load_before": round(load, 2),
-        "engines_of_each_recipe": 8,
-        "runs": RUNS,
-        "seconds": rows,
-    }
-    asked.result.write_text(json.dumps(document, indent=2) + "\n")
+            for kind in asked.stores:
+                load = round(os.getloadavg()[0], 1)
+                if kind == "folder":
+                    found = measure(top, str(store.root), base, size)
+                else:
+                    with careless_s3_server(top / "s3") as endpoint:
+                        found = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
+                rows[kind][str(size)] = {"load_before": load} | found
+                print(size, kind, rows[kind][str(size)], flush=True)
+                asked.result.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

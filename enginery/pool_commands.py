@@ -74,7 +74,11 @@ def pool(
     _create(name, kind.value, template)
     if as_json:
         print_json({"pool": name, "type": kind.value})
-    note(f"{name}: created or renewed; on its hosts: prefect worker start --pool {name} --type {kind.value}")
+    from recipes.pools import PORTABLE
+
+    # Two for each GPU, of which one computes; without a limit the first worker takes all that waits (docs/fleet.md).
+    limit = "" if name == PORTABLE else " --limit 2"
+    note(f"{name}: created or renewed; on its hosts: prefect worker start --pool {name} --type {kind.value}{limit}")
 
 
 def filled(name: str, kind: str, settings: list[str] | tuple[()], *, no_gpu: bool = False) -> dict[str, Any]:

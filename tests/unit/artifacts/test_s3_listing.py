@@ -1,0 +1,73 @@
+"""Listings that are read fast are those that botocore reads; what is no listing is left to botocore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ClientError
+
+from artifacts.s3_listing import read_listings_fast
+
+NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+ENTRIES = """
+<Contents><Key>a%2Fb%20c%2B</Key><LastModified>2026-01-02T03:04:05.678Z</LastModified><ETag>&quot;abc-2&quot;</ETag>
+<Size>5368709121</Size><StorageClass>STANDARD</StorageClass><Owner><ID>x</ID></Owner></Contents>
+<Contents><Key>\u00fc&amp;</Key><LastModified>2026-01-02T03:04:05Z</LastModified><Size>0</Size></Contents>
+"""
+PAGE = (
+    "<?xml version='1.0' encoding='UTF-8'?><ListBucketResult{namespace}><Name>b</Name><Prefix></Prefix>"
+    "<MaxKeys>1000</MaxKeys><KeyCount>2</KeyCount><IsTruncated>true</IsTruncated>{entries}"
+    "<NextContinuationToken>next</NextContinuationToken><EncodingType>url</EncodingType></ListBucketResult>"
+)
+
+
+def listed(body: str, *, fast: bool, status: int = 200) -> dict[str, Any]:
+    """Return what a client reads of an answer with this body."""
+    client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
+    if fast:
+        read_listings_fast(client)
+
+    class Raw:
+        def stream(self) -> list[bytes]:
+            return [body.encode()]
+
+    client.meta.events.register(
+        "before-send.s3.ListObjectsV2", lambda request, **_: AWSResponse(request.url, status, {}, Raw())
+    )
+    found: dict[str, Any] = client.list_objects_v2(Bucket="b")
+    del found["ResponseMetadata"]
+    return found
+
+
+@pytest.mark.parametrize("namespace", [NAMESPACE, ""])
+@pytest.mark.parametrize("entries", [ENTRIES, ""])
+def test_a_page_is_read_as_botocore_reads_it(entries: str, namespace: str):
+    body = PAGE.format(namespace=namespace, entries=entries)
+    slow, fast = listed(body, fast=False), listed(body, fast=True)
+    for entry in slow.get("Contents", ()):
+        entry.setdefault("ETag", "")
+        for unused in ("StorageClass", "Owner"):
+            entry.pop(unused, None)
+    assert fast == slow
+    assert [entry["Key"] for entry in fast.get("Contents", ())] == (["a/b c+", "\u00fc&"] if entries else [])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        "<Contents><Key>a</Key><LastModified>Fri, 02 Jan 2026 03:04:05 GMT</LastModified><Size>1</Size></Contents>",
+        "<Contents><Key>a</Key><Size>1</Size></Contents>",
+    ],
+    ids=["another time", "no time"],
+)
+def test_what_is_not_known_is_left_to_botocore(entries: str):
+    body = PAGE.format(namespace=NAMESPACE, entries=entries)
+    assert listed(body, fast=True) == listed(body, fast=False)
+
+
+def test_an_error_is_an_error():
+    with pytest.raises(ClientError, match="NoSuchBucket"):
+        listed("<Error><Code>NoSuchBucket</Code><Message>none</Message></Error>", fast=True, status=404)
