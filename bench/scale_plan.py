@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from artifacts.folder import FolderStore  # noqa: E402  of this checkout
+from artifacts.store import open_store  # noqa: E402
+from recipes.plan import Plan  # noqa: E402
+from tasks.session import BuildSession, open_session  # noqa: E402
+from tasks.shared_plans import SharedPlans  # noqa: E402
 from tests.servers import careless_s3_server, s3_environment  # noqa: E402
 from tests.simulated_builds import simulate_build, write_recipe  # noqa: E402
 
@@ -55,25 +59,57 @@ def run(what: str, top: Path, store: str, environment: dict[str, str], recipes: 
     return {"wall": round(wall, 2), "cpu": round(cpu, 2)}
 
 
-def measure(top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, Any]:
-    """Plan with nothing known, with what this machine remembers, and with what a build left in the store."""
+def measure(
+    top: Path, store: str, environment: dict[str, str], planned: Planned, asked: set[str], *, records: bool
+) -> dict[str, Any]:
+    """Plan with what a build left in the store; where `records` is set, first with nothing known, and as this machine remembers."""
 
     def forget() -> None:
         shutil.rmtree(top / "memory", ignore_errors=True)
 
     def plan_anew() -> dict[str, float]:
         forget()
-        return run("plan", top, store, environment, recipes)
+        return run("plan", top, store, environment, len(planned))
 
-    is_folder = "://" not in store
+    found: dict[str, Any] = {}
     forget()
     shutil.rmtree(top / "s3" / BUCKET / "cache" / "plans", ignore_errors=True)
-    records = run("plan" if is_folder else "build", top, store, environment, recipes)
-    again = _median([run("plan", top, store, environment, recipes) for _ in range(RUNS)])
-    if is_folder:
-        forget()
-        run("build", top, store, environment, recipes)
-    return {"records": records, "shared": _median([plan_anew() for _ in range(RUNS)]), "again": again}
+    if records:
+        found["records"] = run("build" if "://" in store else "plan", top, store, environment, len(planned))
+        found["again"] = _median([run("plan", top, store, environment, len(planned)) for _ in range(RUNS)])
+    if not records or "://" not in store:
+        seed(planned, asked, store)
+    return found | {"shared": _median([plan_anew() for _ in range(RUNS)])}
+
+
+Planned = list[tuple[BuildSession, Plan]]
+
+
+def planned_from(folder: FolderStore, recipes: Path) -> Planned:
+    """Plan all recipes of a folder from a folder store."""
+    sessions = [open_session(path, folder) for path in sorted(recipes.glob("*.yaml"))]
+    return [(session, session.plan()) for session in sessions]
+
+
+def link(planned: Planned, target: Path) -> set[str]:
+    """Make a store that has what these plans were made from, and nothing else; return the paths of that."""
+    whole = planned[0][0].store
+    asked = {path for session, _plan in planned for path in (*session.objects_read()[whole.uri], session.latest_path)}
+    for path in ["store.json", *(info.path for info in whole.infos(asked).values())]:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).hardlink_to(Path(whole.uri.removeprefix("file://")) / path)
+    return asked
+
+
+def seed(planned: Planned, asked: set[str], store: str) -> None:
+    """Leave in a store what a build leaves that has found all fresh; planned from a folder, which is quicker than from S3."""
+    shared = SharedPlans(open_store(store))
+    infos = shared.store.infos(asked)
+    stamps = {path: [info.size, info.version or info.modified] for path, info in infos.items()}
+    for session, plan in planned:
+        objects = {path: stamps.get(path) for path in session.objects_read()[session.store.uri]}
+        shared.offer(session, plan, objects, {session.latest_path: stamps.get(session.latest_path)})
+    shared.share()
 
 
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -90,41 +126,55 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path, default=ROOT / "bench" / "results" / "scale_plan.json")
     parser.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000])
     parser.add_argument("--stores", nargs="+", choices=["folder", "s3"], default=["folder", "s3"])
-    asked = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {kind: {} for kind in asked.stores}
+    parser.add_argument("--records", nargs="*", default=["folder", "s3"], help="Of which stores records are read, too.")
+    parser.add_argument("--top", type=Path, help="A folder for recipes and stores, kept, and gone on with.")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {kind: {} for kind in options.stores}
     document = {
-        "command": "python bench/scale_plan.py",
+        "command": " ".join(["python", "bench/scale_plan.py", *sys.argv[2:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
-        "nice": os.nice(0),
         "engines_of_each_recipe": 8,
         "runs": RUNS,
         "seconds": rows,
     }
     with tempfile.TemporaryDirectory() as name:
-        top = Path(name)
-        (top / "recipes").mkdir()
-        (top / "scratch").mkdir()
-        base = {key: value for key, value in os.environ.items() if not key.startswith("ENGINERY_")}
-        base |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(top / "memory")}
-        store, made = FolderStore(top / "s3" / BUCKET), 0
-        for size in sorted(asked.sizes):
-            while made < size:
-                simulate_build(write_recipe(top / "recipes", f"m{made:04}"), store, top / "scratch")
-                made += 1
-            written = time.time() - 100.0  # as if nobody had planned at once
-            for path in store.root.rglob("*"):
-                os.utime(path, (written, written))
-            for kind in asked.stores:
-                load = round(os.getloadavg()[0], 1)
+        whole = options.top or Path(name)
+        for size in sorted(options.sizes):
+            fill(whole, size)
+            top = Path(name) / str(size)
+            (top / "recipes").mkdir(parents=True)
+            for number in range(size):
+                write_recipe(top / "recipes", f"m{number:04}")
+            planned = planned_from(FolderStore(whole / "s3" / BUCKET), top / "recipes")
+            paths = link(planned, top / "s3" / BUCKET)
+            base = {key: value for key, value in os.environ.items() if not key.startswith("ENGINERY_")}
+            base |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(top / "memory")}
+            for kind in options.stores:
+                records, load = kind in options.records, round(os.getloadavg()[0], 1)
                 if kind == "folder":
-                    found = measure(top, str(store.root), base, size)
+                    found = measure(top, str(top / "s3" / BUCKET), base, planned, paths, records=records)
                 else:
                     with careless_s3_server(top / "s3") as endpoint:
-                        found = measure(top, f"s3://{BUCKET}", base | s3_environment(endpoint), size)
+                        os.environ.update(s3_environment(endpoint))
+                        base |= s3_environment(endpoint)
+                        found = measure(top, f"s3://{BUCKET}", base, planned, paths, records=records)
                 rows[kind][str(size)] = {"load_before": load} | found
                 print(size, kind, rows[kind][str(size)], flush=True)
-                asked.result.write_text(json.dumps(document, indent=2) + "\n")
+                options.result.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def fill(top: Path, size: int) -> None:
+    """Write so many recipes, and what builds of them leave, unless they are there."""
+    (top / "recipes").mkdir(parents=True, exist_ok=True)
+    (top / "scratch").mkdir(exist_ok=True)
+    store = FolderStore(top / "s3" / BUCKET)
+    for number in range(size):
+        if not (top / "recipes" / f"m{number:04}.yaml").exists():
+            simulate_build(write_recipe(top / "recipes", f"m{number:04}"), store, top / "scratch")
+    written = time.time() - 100.0  # as if nobody had planned at once
+    for path in store.root.rglob("*"):
+        os.utime(path, (written, written))
 
 
 if __name__ == "__main__":
