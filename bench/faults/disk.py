@@ -169,7 +169,7 @@ def _denied(disk: Path, _level: int) -> Iterator[Mapping[str, Any]]:
 def _clock(days: int) -> Callable[[Path, int], Any]:
     @contextmanager
     def off(_disk: Path, _level: int) -> Iterator[Mapping[str, Any]]:
-        names = {"FAKETIME": f"{days:+d}d", "NO_FAKE_STAT": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        names = {"FAKETIME": f"{days:+d}d", "NO_FAKE_STAT": "1"}
         yield {"environment": {"LD_PRELOAD": str(_FAKETIME[0]), **names}}
 
     return off
@@ -285,13 +285,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--actions", default=",".join(ACTIONS))
     parser.add_argument("--stores", default="folder,s3")
+    parser.add_argument("--faults", default=",".join(FAULTS))
     given = parser.parse_args()
     begin, chance, tallies = time.perf_counter(), random.Random(given.seed), dict[str, Any]()
     for kind in given.stores.split(","):
         for action in given.actions.split(","):
-            faults = list(FAULTS)
+            faults = given.faults.split(",")
             if kind == "s3":  # whose disk is another's; only a pull writes to one here
-                faults = faults if action == "pull" else ["ahead", "behind"]
+                faults = [fault for fault in faults if action == "pull" or not FAULTS[fault]]
             for name, tally in harm(kind, action, faults, given.levels, chance).items():
                 tallies[name] = vars(tally)
                 print(f"{name}: {vars(tally)}", flush=True)

@@ -298,3 +298,14 @@ def test_shell_completion_completes_commands():
     )
     assert shown.returncode == 0, shown.stderr
     assert "_enginery_completion" in shown.stdout
+
+
+def test_the_tests_that_the_threat_model_names_are_there():
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs" / "security.md").read_text()))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    assert len(named) > 20
+    assert named - there == set()
