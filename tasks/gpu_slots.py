@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Final
 
 LEASE_SECONDS: Final = 60.0  # the shortest that Prefect takes
-_TRY_SECONDS: Final = 2.0
+_TRY_SECONDS: Final = 10.0  # each refusal is a line in the log of Prefect's client
 # A server that keeps leases in memory forgets them when it is restarted, and the slots stay taken (Prefect 3.8).
 LOST_SECONDS: Final = 600.0
 

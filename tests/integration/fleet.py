@@ -59,7 +59,7 @@ class Fleet:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         server = {**self.env, "PREFECT_API_URL": "", "PREFECT_API_DATABASE_CONNECTION_URL": self.database}
         self.run("server", command, server)
-        until(lambda: _answers(f"{self.env['PREFECT_API_URL']}/health"), 180)
+        until(lambda: _answers(f"{self.env['PREFECT_API_URL']}/health"), 600)
 
     def run(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> psutil.Popen:
         """Start a process that is ended, with all that it started, when the fleet is."""
