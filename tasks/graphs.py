@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper, shape_inference
 
 from tasks.errors import BackendError
 from tasks.onnx_files import graphs_of
+from tasks.onnx_weights import is_external, read_external
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -127,6 +128,9 @@ def array_of(tensor: onnx.TensorProto) -> np.ndarray[Any, np.dtype[Any]]:
     if tensor.data_type == onnx.TensorProto.BFLOAT16:
         bits = np.frombuffer(tensor.raw_data, "<u2") if tensor.raw_data else np.array(tensor.int32_data)
         return (bits.astype(np.uint32) << 16).view(np.float32).reshape(tuple(tensor.dims))
+    if is_external(tensor):
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.frombuffer(read_external(tensor), kind).reshape(tuple(tensor.dims))
     values: np.ndarray[Any, np.dtype[Any]] = numpy_helper.to_array(tensor)
     return values
 

@@ -23,6 +23,7 @@ from onnx import TensorProto, defs, helper
 from tasks.errors import BackendError
 from tasks.graphs import array_of, fresh_names, graphs_in, hoist_constants, tensor_types
 from tasks.onnx_files import opset_of
+from tasks.onnx_weights import as_half, is_external
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Half = Literal["fp16", "bf16"]
@@ -254,9 +255,18 @@ class _Writer:
             return self.weight_names[key]
         first = all(known != name for known, _elem, _exact in self.weight_names)
         written = name if first else self.fresh(f"{name}_{'fp32' if elem == _FLOAT else self.half}")
+        if is_external(self.weights[name]) and name not in self.saturated and elem != _FLOAT:
+            # Rounded when it is saved, a piece at a time.
+            self.new_weights.append(as_half(self.weights[name], written, elem, self.half))
+            self.weight_names[key] = written
+            return written
         tensor = TensorProto()
         tensor.CopyFrom(self.weights[name])
         tensor.name = written
+        if is_external(tensor) and name not in self.saturated:
+            self.new_weights.append(tensor)
+            self.weight_names[key] = written
+            return written
         values = array_of(tensor)
         if name in self.saturated and not exact:
             values = _finite(values, self.half)

@@ -58,23 +58,16 @@ def has_external_data(model: Any) -> bool:
 def save_graph(model: Any, folder: Path, *, external: bool = False) -> dict[str, str]:
     """Write a model as `model.onnx` (+ `model.onnx.data`) and return the files' media types.
 
-    Weights go to the data file where `external` asks for it or the graph would exceed INLINE_LIMIT bytes.
+    Weights go to the data file where `external` asks for it, the graph would exceed INLINE_LIMIT bytes, or some of them lie in
+    another file (`tasks.onnx_weights`), from which they are copied.
     """
-    import onnx
+    from tasks.onnx_weights import is_external, save_streamed
 
     size = sum(len(tensor.raw_data) for tensor in tensors_of(model))
-    if not external and size < INLINE_LIMIT:
+    if not external and size < INLINE_LIMIT and not any(map(is_external, tensors_of(model))):
         (folder / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
         return {GRAPH: ONNX}
-    (folder / DATA).unlink(missing_ok=True)
-    onnx.save_model(
-        model,
-        str(folder / GRAPH),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=DATA,
-        size_threshold=EXTERNAL_THRESHOLD,
-    )
+    save_streamed(model, folder)
     return {GRAPH: ONNX, DATA: ONNX_DATA} if (folder / DATA).exists() else {GRAPH: ONNX}
 
 

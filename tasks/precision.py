@@ -25,6 +25,7 @@ from tasks.graphs import (
     name_nodes,
 )
 from tasks.onnx_files import DATA, GRAPH, check_graph, dtype_name, load_graph, opset_of, save_graph
+from tasks.onnx_weights import load_streamed
 from tasks.outliers import nodes_of
 from tasks.stage import StageRequest, StageResult
 from tasks.structure import structure_digest
@@ -49,7 +50,7 @@ def run(request: StageRequest) -> StageResult:
     params, inputs = request.params, request.inputs
     precision = params["precision"]
     full = precision in ("fp32", "tf32")
-    model = load_graph(inputs[GRAPH], weights=not full or "structure" in params)
+    model = _loaded(request)
     external = DATA in inputs
     facts: dict[str, Any] = {"casts": 0, "quantized": 0, "kept": []}
     if full:
@@ -116,6 +117,16 @@ def _reasons(
         nodes_of(model, dict.fromkeys(outliers)), "gives or takes a tensor that overflows float16"
     )
     return dict(sorted({**found, **overflows, **dict.fromkeys(matching_nodes(model, globs), "precision.keep")}.items()))
+
+
+def _loaded(request: StageRequest) -> onnx.ModelProto:
+    """Read the graph, with its weights only where they are changed: fp16 is rounded a piece at a time as it is saved."""
+    precision, structure = request.params["precision"], "structure" in request.params
+    if precision == "fp16" and not structure and DATA in request.inputs:
+        streamed: onnx.ModelProto = load_streamed(request.inputs[GRAPH])
+        return streamed
+    whole: onnx.ModelProto = load_graph(request.inputs[GRAPH], weights=precision not in ("fp32", "tf32") or structure)
+    return whole
 
 
 def _described(model: onnx.ModelProto) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from tasks.onnx_files import (
     dims_of,
     graph_facts,
     infer_shapes,
-    load_graph,
     opset_of,
     save_graph,
     strip_notes,
 )
+from tasks.onnx_weights import load_streamed
 from tasks.references import write_reference
 from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
@@ -138,7 +138,7 @@ class _Export:
             raise
         except Exception as err:
             raise self._failure(err) from err
-        model = load_graph(path)
+        model = load_streamed(path)
         asked, found = self.request.params["opset"], opset_of(model)
         if found != asked:
             advice = "ask for export.opset 18 or later, or use export.exporter: torchscript"
