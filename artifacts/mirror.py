@@ -15,12 +15,13 @@ from artifacts.attestation import FOLDER
 from artifacts.cache import blob_path, record_path
 from artifacts.catalog import SIGNATURES, EngineCatalog, EngineId
 from artifacts.channels import Channel, channel_path, channels_of, read_channel
-from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.errors import IntegrityError, NotFoundError, TrustError
 from artifacts.leases import leased
 from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes, is_digest
 from artifacts.store import Store
+from artifacts.trust import Trust
 
 _BLOBS: Final = "cache/blobs/sha256/"
 _RECORDS: Final = "cache/actions/"
@@ -42,7 +43,8 @@ class Mirrored:
 class Mirror:
     """Copies from one store to another; only engines of `recipe`, or that `channel` names, and what they came through.
 
-    `warn` is told, in one sentence, of what is passed over. Damaged bytes are never sent.
+    `warn` is told, in one sentence, of what is passed over. Damaged bytes are never sent. Signatures are read back at the other end and
+    compared, and checked by the policy of `judge` where there is one: an engine that does not pass is named among what was left.
     """
 
     source: Store
@@ -50,6 +52,7 @@ class Mirror:
     recipe: str | None = None
     channel: str | None = None
     warn: Callable[[str], None] = lambda _message: None
+    judge: Trust | None = None
     done: Mirrored = field(default_factory=Mirrored)
 
     def run(self) -> Mirrored:
@@ -152,7 +155,26 @@ class Mirror:
         for folder in (SIGNATURES, FOLDER):
             for info in self.source.list(f"{engine.path}/{folder}/"):
                 self._send_document(info.path, self.source.read(info.path))
-        self.done.engines.append(str(engine))
+        if self._arrived(engine, manifest, data):
+            self.done.engines.append(str(engine))
+
+    def _arrived(self, engine: EngineId, manifest: Manifest, data: bytes) -> bool:
+        """Tell whether an engine's signatures are at the other end as they are here, and are trusted where there is a policy."""
+        there = EngineCatalog(self.target, self.warn).signatures(engine, data)
+        for key, signature in EngineCatalog(self.source, self.warn).signatures(engine, data).items():
+            if there.get(key) != signature:
+                self._leave(
+                    f"{engine}: its signature by {key[:16]} is not in {self.target.uri} as it is here; remove what is there "
+                    "(or run enginery verify --deep --from this store on it), and mirror again"
+                )
+                return False
+        if self.judge is not None:
+            try:
+                self.judge.check_engine(manifest, data, there, self.channel)
+            except TrustError as err:
+                self._leave(f"{self.target.uri}: {err}")
+                return False
+        return True
 
     def _has(self, engine: EngineId, manifest: Manifest, data: bytes) -> bool:
         try:

@@ -31,7 +31,15 @@ from artifacts.s3_listing import read_listings_fast
 from artifacts.s3_multipart import PART_BYTES, MultipartUpload
 from artifacts.s3_settings import apply_settings, is_anonymous
 from artifacts.scratch import held_folder, sweep, system_scratch
-from artifacts.store import RESERVED, ObjectInfo, check_path, check_prefix, is_relative_path, require_one_condition
+from artifacts.store import (
+    RESERVED,
+    ObjectInfo,
+    check_path,
+    check_prefix,
+    is_relative_path,
+    require_one_condition,
+    without_secret,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -65,11 +73,15 @@ class S3Store:
         bucket, _slash, prefix = uri.removeprefix("s3://").partition("/")
         prefix = prefix.rstrip("/")
         if not uri.startswith("s3://") or not _BUCKET.fullmatch(bucket):
+            shown = without_secret(uri)
+            hint = "; credentials come from the environment or ~/.aws, never from an address" if shown != uri else ""
             raise AddressError(
-                f"{uri}: not an S3 address (expected s3://bucket/prefix, a bucket of 3 to 63 of a-z0-9.-)"
+                f"{shown}: not an S3 address (expected s3://bucket/prefix, a bucket of 3 to 63 of a-z0-9.-{hint})"
             )
         if prefix and not (is_relative_path(prefix) and len(prefix.encode()) <= _PREFIX_BYTES):
-            raise AddressError(f"{uri}: not a prefix (expected parts joined by '/', at most {_PREFIX_BYTES} bytes)")
+            raise AddressError(
+                f"{without_secret(uri)}: not a prefix (expected parts joined by '/', at most {_PREFIX_BYTES} bytes)"
+            )
         try:
             import boto3  # noqa: F401 - asked for here, so that the advice comes before any work
         except ImportError as err:

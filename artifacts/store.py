@@ -150,6 +150,12 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+def without_secret(address: str) -> str:
+    """Return an address that is refused less what stands before its last `@`, a password mostly, which nobody should read."""
+    scheme, separator, rest = address.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else address
+
+
 def open_store(uri: str) -> Store:
     """Open `file:///path`, a plain path (`~` is the home folder), or `s3://bucket/prefix`; nothing is touched yet.
 
@@ -161,9 +167,13 @@ def open_store(uri: str) -> Store:
 
         return S3Store.from_uri(uri)
     if separator and scheme != "file":
-        raise AddressError(f"{uri}: unknown kind of store {scheme!r} (allowed: a folder, file:///folder, s3://bucket)")
+        raise AddressError(
+            f"{without_secret(uri)}: unknown kind of store {scheme!r} (allowed: a folder, file:///folder, s3://bucket)"
+        )
     if separator and not rest.startswith("/"):
-        raise AddressError(f"{uri}: a file:// address needs an absolute path (write file:///folder, or a plain path)")
+        raise AddressError(
+            f"{without_secret(uri)}: a file:// address needs an absolute path (write file:///folder, or a plain path)"
+        )
     if not uri:
         raise AddressError("the store's address is empty (expected a folder, file:///folder or s3://bucket/prefix)")
     from artifacts.folder import FolderStore

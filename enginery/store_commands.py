@@ -165,7 +165,8 @@ def mirror(
 ) -> None:
     """Copy engines, with all that they came through, from one store to another: folders and S3, in any pair.
 
-    What is there already is not sent again, so that the same command goes on where a killed one stopped. Signatures go along.
+    What is there already is not sent again, so that the same command goes on where a killed one stopped. Signatures go along, and
+    are compared at the other end, and checked there by the policy that ENGINERY_TRUST names.
     A channel that went another way at the other end stays as it is there. Exit status 1 where something was left.
 
     Example: enginery mirror .enginery s3://backup/engines --channel production
@@ -175,10 +176,16 @@ def mirror(
     from enginery.catalog_commands import recipe_name
     from enginery.rows import say
     from enginery.tables import size_text
+    from enginery.trusting import trust_of
 
     name = recipe_name(recipe) if recipe is not None else None
     done = Mirror(
-        open_store(source), open_store(target), name, channel, lambda message: note(f"warning: {message}")
+        open_store(source),
+        open_store(target),
+        name,
+        channel,
+        lambda message: note(f"warning: {message}"),
+        trust_of(None),
     ).run()
     if as_json:
         print_json(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from artifacts.catalog import EngineCatalog
 from artifacts.layout import LAYOUT_NAME
 from artifacts.store import open_store
-from enginery.__main__ import command_line
+from enginery.__main__ import MODULES, command_line
 from enginery.client import pull, resolve
 from tests.unit.artifacts.test_resolve import request
 
@@ -39,22 +39,32 @@ def test_a_store_of_the_layout_before_is_read_and_gets_the_document_with_the_fir
     assert (old / LAYOUT_NAME).read_text() == '{"enginery": "store", "layout": 1}\n'
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "list", "show digits", "resolve digits", "pull digits --to pulled", "verify", "gc", "gc --dry-run", "pin", "pin digits",
-        "unpin digits", "history digits --channel production", "rollback digits --channel production",
-        "promote digits --channel production", "sign digits --key KEY", "host --record",
-        "plan recipes/digits.yaml", "build recipes/digits.yaml",
-    ],
+COMMANDS = (
+    "list", "show digits", "resolve digits", "pull digits --to pulled", "verify", "verify --deep", "verify --execute", "gc",
+    "gc --dry-run", "pin", "pin digits", "unpin digits", "history digits --channel production",
+    "rollback digits --channel production", "promote digits --channel production", "sign digits --key KEY", "host --record",
+    "plan recipes/digits.yaml", "build recipes/digits.yaml", "run digits --input x=1x4", "bench digits", "watch recipes/digits.yaml", "hosts",
+    "rollout", "mirror STORE other", "mirror other STORE",
 )  # fmt: skip
-def test_every_command_refuses_a_newer_layout(old: Path, tmp_path: Path, command: str) -> None:
+
+
+def test_every_command_that_opens_a_store_is_among_these() -> None:
+    known = {name for names in MODULES.values() for name in names}
+    assert known - {command.split()[0] for command in COMMANDS} == {"validate", "inspect", "doctor", "schema", "pool"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_a_newer_layout(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("ENGINERY_STORE", str(old))
+    words = [{"STORE": str(old), "other": str(tmp_path / "other")}.get(word, word) for word in command.split()]
     key = tmp_path / "key.pem"
     if "KEY" in command:
         subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key)], check=True)
     (old / LAYOUT_NAME).write_text('{"layout": 2}')
     before = sorted(old.rglob("*"))
-    done = CliRunner().invoke(command_line(), [*command.replace("KEY", str(key)).split(), "--store", str(old)])
+    done = CliRunner().invoke(command_line(), [word.replace("KEY", str(key)) for word in words])
     assert done.exit_code == 1, done.output
     assert "this store has layout 2, and this release knows layouts up to 1" in done.output
     assert sorted(old.rglob("*")) == before

@@ -17,6 +17,7 @@ from artifacts.mirror import Mirror
 from artifacts.refs import digest_bytes
 from artifacts.store import Store, open_store
 from enginery.__main__ import command_line
+from tests.keys import make_key, trust
 from tests.unit.artifacts.test_collector import Shop
 
 KINDS = ["folder", pytest.param("s3", marks=pytest.mark.slow)]
@@ -251,3 +252,25 @@ class TestDeep:
         status, said = run("--json")
         assert (status, '"quarantined"' in said) == (1, True)
         assert run("--execute")[0] == 2
+
+
+def test_signatures_are_compared_and_checked_at_the_other_end(tmp_path: Path) -> None:
+    shop = AnyShop(open_store(str(tmp_path / "source")))
+    key, other = make_key(tmp_path), make_key(tmp_path, "other")
+    signed, bare = shop.engine("fp16-a"), shop.engine("fp16-b", recipe="swin")
+    data = shop.catalog.manifest_bytes(signed)
+    shop.catalog.sign(shop.catalog.read_manifest(signed, data), data, key.signer)
+    judge = trust(key)
+    target = open_store(str(tmp_path / "target"))
+    done = Mirror(shop.store, target, judge=judge).run()
+    assert done.engines == [str(signed)]
+    (left,) = done.left
+    assert "target" in left
+    assert str(bare) in left
+    assert Mirror(shop.store, open_store(str(tmp_path / "plain"))).run().left == []
+    # What a mirror finds at the other end in a signature's place stays there, and is told.
+    (info,) = target.list(f"{signed.path}/signatures/")
+    target.write(info.path, other.signer.sign(str(signed), {"manifest.json": digest_bytes(data)}))
+    done = Mirror(shop.store, target, "digits").run()
+    assert done.engines == []
+    assert "its signature by" in done.left[0]

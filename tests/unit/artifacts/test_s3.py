@@ -18,7 +18,7 @@ import pytest
 
 from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import EngineCatalog
-from artifacts.errors import IntegrityError, NotFoundError, StoreError, UnavailableError
+from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError, UnavailableError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.s3_limit import bound
 from artifacts.s3_multipart import PART_BYTES
@@ -61,6 +61,23 @@ def store(s3_store_uri: str, faults: Faults) -> Store:
 def test_addresses_that_are_none(uri: str) -> None:
     with pytest.raises(StoreError, match=r"not an S3 address|not a prefix"):
         open_store(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAOPENER:5es@me0@bucket/prefix", "s3://AKIAOPENER:5es/@me0/@bucket", "https://AKIAOPENER:5es@me0@host/bucket",
+        "s3://AKIAOPENER:5esme0@", "file://AKIAOPENER:5esme0@host/folder",
+    ],
+)  # fmt: skip
+def test_a_password_in_a_stores_address_is_not_said(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(AddressError) as caught:
+        open_store(uri)
+    said = "".join(traceback.format_exception(caught.value)).replace(uri, "")  # the line of this test
+    assert not [secret for secret in ("AKIA", "5es", "me0") if secret in str(caught.value) or secret in said]
+    if uri.endswith("@bucket/prefix"):
+        assert "s3://bucket/prefix: not an S3 address" in str(caught.value)
+        assert "credentials come from the environment" in str(caught.value)
 
 
 def test_opening_sends_nothing(s3_store_uri: str, faults: Faults) -> None:
