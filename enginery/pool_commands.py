@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -49,6 +50,10 @@ def pool(
     create: Annotated[
         bool, typer.Option("--create", help="Create it, or renew its template, on the server of PREFECT_API_URL.")
     ] = False,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--host", metavar="NAME", help="With --create: make the queue of this host's rebuilds too."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the template of a Prefect work pool, or create the pool; without a name, list the pools that this host can work for.
@@ -58,7 +63,7 @@ def pool(
     Example: enginery pool gpu-sm90-trt10.16 --type kubernetes --set image=registry.example.com/enginery:0.1.0-trt10.16
     --set gpu_product=NVIDIA-H100-80GB-HBM3 --create
     """
-    from recipes.pools import is_pool_name
+    from recipes.pools import NIGHTLY, host_queue, is_pool_name
 
     if name is None:
         _list(as_json=as_json)
@@ -71,7 +76,7 @@ def pool(
         return
     if not os.environ.get("PREFECT_API_URL"):
         stop(WRONG, "--create needs a Prefect server: set PREFECT_API_URL to its address")
-    _create(name, kind.value, template)
+    _create(name, kind.value, template, [NIGHTLY, *map(host_queue, hosts or ())])
     if as_json:
         print_json({"pool": name, "type": kind.value})
     from recipes.pools import PORTABLE
@@ -136,7 +141,7 @@ def _list(*, as_json: bool) -> None:
         say(one)
 
 
-def _create(name: str, kind: str, template: dict[str, Any]) -> None:
+def _create(name: str, kind: str, template: dict[str, Any], queues: list[str]) -> None:
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -152,5 +157,9 @@ def _create(name: str, kind: str, template: dict[str, Any]) -> None:
                     stop(WRONG, f"{name} is a pool of type {there.type} (prefect work-pool delete {name}, or --type)")
                 # The template alone: Prefect's own overwriting forgets the pool's concurrency limit.
                 client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+            # A worker that is told to take a queue which is not there takes nothing at all.
+            for queue in queues:
+                with suppress(ObjectAlreadyExists):
+                    client.create_work_queue(queue, work_pool_name=name)
     except httpx.HTTPError as err:
         stop(FAILED, f"{os.environ['PREFECT_API_URL']}: {str(err)[:_MOST_SAID]}")

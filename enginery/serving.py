@@ -15,12 +15,15 @@ from flows.watch import rebuild, watch
 _POLL_SECONDS: Final = 5.0
 
 
-def serve_host(host: str, recipes: list[str], store: str, every: float) -> None:
-    """Deploy both for this host and run what is asked of it, until interrupted. Times are seconds."""
-    asyncio.run(_serve(host, recipes, store, every))
+def serve_host(host: str, recipes: list[str], store: str, every: float, *, pools: bool = False) -> None:
+    """Deploy both for this host and run what is asked of it, until interrupted. Times are seconds.
+
+    With `pools` rebuilds are asked of the fleet's deployment `rebuild/pools`, and this host serves its looks alone.
+    """
+    asyncio.run(_serve(host, recipes, store, every, pools=pools))
 
 
-async def _serve(host: str, recipes: list[str], store: str, every: float) -> None:
+async def _serve(host: str, recipes: list[str], store: str, every: float, *, pools: bool) -> None:
     runner = Runner(name=f"host {host}", query_seconds=_POLL_SECONDS, limit=None)
     # Looks that were missed, and those that come while one is under way, have nothing to add.
     alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
@@ -28,7 +31,7 @@ async def _serve(host: str, recipes: list[str], store: str, every: float) -> Non
     looking = await watch.ato_deployment(
         host,
         interval=every,
-        parameters={"recipes": recipes, "store": store},
+        parameters={"recipes": recipes, "store": store, "pools": pools},
         concurrency_limit=alone,
         description="Records what this host is, and which engines a change made stale.",
         **shared,
@@ -46,6 +49,6 @@ async def _serve(host: str, recipes: list[str], store: str, every: float) -> Non
         description="Rebuilds here what a rollout asks of this host.",
         **shared,
     )
-    for deployment in (looking, building):
+    for deployment in (looking,) if pools else (looking, building):
         await runner.aadd_deployment(deployment)
     await runner.start()

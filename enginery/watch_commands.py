@@ -43,6 +43,9 @@ def watch(
         bool, typer.Option("--serve", help="Deploy it for this host on a Prefect server, and go on looking.")
     ] = False,
     every: Annotated[float, typer.Option("--every", min=5, metavar="SECONDS", help="With --serve: how often.")] = 20,
+    pools: Annotated[
+        bool, typer.Option("--pools", help="With --serve: rebuilds go through the fleet's work pools (docs/fleet.md).")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,7 +70,7 @@ def watch(
         from enginery.serving import serve_host
         from tasks.toolchain import probe_host
 
-        serve_host(probe_host().name, [str(path) for path in paths], opened.uri, every)
+        serve_host(probe_host().name, [str(path) for path in paths], opened.uri, every, pools=pools)
         return
     found = look(opened, paths, warn=lambda text: note(f"warning: {text}"))
     document = found.to_json()

@@ -5,6 +5,7 @@ On a fleet, this is done for the portable stages alone; then every target is com
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from prefect.states import Completed, Failed
 
 from recipes.pools import portable_host
 from tasks.cache import run_session
-from tasks.forms import Jobs, RecipePath, StoreAddress, Targets, form
+from tasks.forms import HostName, Jobs, RecipePath, StoreAddress, Targets, form
 from tasks.parameters import worker_session
 from tasks.session import active_session
 from tasks.toolchain import probe_host
@@ -27,10 +28,11 @@ async def build(
     targets: Targets = None,
     jobs: Jobs = 2,
     spread: Annotated[bool, form("Spread", "Compile each target on the work pool of its GPU.")] = False,
+    on: HostName = None,
 ) -> dict[str, Any] | State[dict[str, Any]]:
     """Build a recipe's stale engines and publish them.
 
-    Returns the report that `enginery build --json` prints, with what became of the targets on pools of their own under
+    With `on`, targets with pools are that host's to compile, and its engines are told. Returns the report that `enginery build --json` prints, with what became of the targets on pools of their own under
     `pools`; where something failed, it is the data of a failed state.
     """
     host = portable_host(probe_host()) if spread else None
@@ -39,14 +41,20 @@ async def build(
     waiting = [engine for engine in session.plan().engines if engine.state == "waiting"]
     if spread and waiting:
         from tasks.fleet import compile_on_pools
-        from tasks.freshness import Freshness
+        from tasks.freshness import Freshness, engines_on, known_host
+        from tasks.report import engine_report
 
         versions = session.versions_read()
+        there = known_host(session.store, on) if on is not None else None
         asked = await compile_on_pools(
             waiting,
             {"recipe": recipe, "store": session.store.uri, "jobs": jobs, "versions": versions},
             Freshness(Path(recipe), session.store, versions),
+            there,
         )
+        if there is not None:
+            planned = await asyncio.to_thread(engines_on, Path(recipe), session.store, there, versions, targets or ())
+            document["engines"] = [engine_report(engine) for engine in planned]
         document["pools"] = [one.to_json() for one in asked]
         failed = document["status"] == 1 or any(one.state == "failed" for one in asked)
         document["status"] = 1 if failed else 3 if any(one.state == "waiting" for one in asked) else 0

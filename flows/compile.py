@@ -9,8 +9,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks.cache import run_session
-from tasks.forms import Jobs, RecipePath, StoreAddress, Target, Versions
+from tasks.forms import HostName, Jobs, RecipePath, StoreAddress, Target, Versions
 from tasks.parameters import worker_session
+from tasks.toolchain import probe_host
 
 
 @flow(name="compile", flow_run_name="compile {recipe} {target}", persist_result=False, validate_parameters=True)
@@ -20,11 +21,16 @@ async def compile(  # noqa: A001 - the stage's name
     store: StoreAddress = None,
     jobs: Jobs = 2,
     versions: Versions = None,
+    host: HostName = None,
 ) -> State[dict[str, Any]]:
     """Build what is stale of one target. Portable stages are found in the store, made with the packages of `versions`.
 
-    Ends as Waiting where this host cannot compile the target, as Failed where something failed.
+    Ends as Waiting where this host cannot compile the target or is not the one that was asked, as Failed where something failed.
     """
+    here = probe_host().name
+    if host not in (None, here):
+        told = f"asked of {host} and taken by {here}: start its workers with --work-queue (docs/fleet.md)"
+        return Completed(name="Waiting", message=told, data={"recipe": recipe, "status": 3, "engines": []})
     session = worker_session(recipe, store, [target], jobs, versions=versions)
     document = await run_session(session)
     engines = document["engines"]

@@ -15,7 +15,7 @@ from prefect.events import emit_event
 from flows.build import build
 from recipes.loader import load
 from tasks.drift import look, missing_versions, request
-from tasks.forms import Jobs, Recipes, RolloutName, StoreAddress
+from tasks.forms import Jobs, Pools, Recipes, RolloutName, StoreAddress
 from tasks.gpu_slots import GpuSlots
 from tasks.parameters import RETRIES, worker_store
 from tasks.rebuilding import rebuild_due
@@ -24,13 +24,14 @@ from tasks.toolchain import probe_host
 
 
 @flow(name="watch", persist_result=False, validate_parameters=True)
-async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None) -> dict[str, Any]:
+async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None, pools: Pools = False) -> dict[str, Any]:
     """Record this host and what changed; emit `enginery.host.drifted`, and `enginery.rebuild.due` for what is to be rebuilt.
 
-    `recipes` are recipes or folders of them, as paths. Returns what was found.
+    `recipes` are recipes or folders of them, as paths. With `pools` what is due is asked of `rebuild/pools`, else of this
+    host's own deployment. Returns what was found.
     """
     opened, log = worker_store(store), get_run_logger()
-    found = await asyncio.to_thread(look, opened, [Path(one) for one in recipes], warn=log.warning)
+    found = await asyncio.to_thread(look, opened, [Path(one) for one in recipes], warn=log.warning, pools=pools)
     host = found.record.host.name
     resource = {"prefect.resource.id": f"enginery.host.{host}", "prefect.resource.name": host}
     document = found.to_json()
@@ -42,7 +43,8 @@ async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None) -> 
     for rollout, rebuilds in found.due.items():
         await asyncio.to_thread(request, opened, rollout, host, rebuilds)
         payload = {"rollout": rollout, "host": host, "engines": document["due"][rollout]}
-        emit_event(event="enginery.rebuild.due", resource=resource, payload=payload)
+        asked = {**resource, "prefect.resource.id": f"enginery.fleet.{host}"} if pools else resource
+        emit_event(event="enginery.rebuild.due", resource=asked, payload=payload)
     return document
 
 

@@ -17,6 +17,7 @@ from recipes.options import version_numbers
 from recipes.schema import GPUS
 
 PORTABLE: Final = "portable"
+NIGHTLY: Final = "nightly"  # the work queue of what nobody waits for
 _SHORT: Final[Mapping[str, str]] = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 _GPU_POOL: Final = re.compile(r"gpu-sm\d{2,3}-(trt|rtx)\d+\.\d+")
 
@@ -64,6 +65,16 @@ def choose_pool(runtime: str, version: str, gpu: str, there: Collection[str], li
     alive = [name for name in fitting if name in live]
     best = alive or fitting
     return best[-1] if best else None
+
+
+def has_pool(runtime: str) -> bool:
+    """Tell whether targets of a runtime have pools of their own, and are not the portable pool's."""
+    return runtime in _SHORT
+
+
+def host_queue(host: str) -> str:
+    """Return the work queue of each pool in which runs wait that only this host is to take."""
+    return f"host-{re.sub(r'[^A-Za-z0-9._-]', '-', host)}"
 
 
 def is_pool_name(name: str) -> bool:

@@ -28,6 +28,8 @@ from recipes.files import gather
 from recipes.loader import load
 from recipes.plan import EnginePlan
 from recipes.planner import plan
+from recipes.pools import has_pool
+from tasks.git import in_checkout
 from tasks.publish import is_published
 from tasks.session import latest_path
 from tasks.toolchain import BACKENDS, probe_host, version
@@ -74,10 +76,19 @@ def instant() -> str:
     return dt.datetime.now(dt.timezone.utc).strftime(_SECOND)
 
 
-def look(store: Store, recipes: Sequence[Path], *, host: Host | None = None, warn: Warn = lambda _text: None) -> Look:
+def look(
+    store: Store,
+    recipes: Sequence[Path],
+    *,
+    host: Host | None = None,
+    warn: Warn = lambda _text: None,
+    pools: bool = False,
+) -> Look:
     """Record this host in the store, judge what changed by the recipes (files, or folders of them), and say what is due.
 
-    Nothing is planned where nothing changed. `host` is for tests. Raises StoreError, IntegrityError.
+    Nothing is planned where nothing changed. With `pools` the fleet's work pools rebuild: of targets without a
+    pool of their own nothing is judged, and files are named as in every checkout. `host` is for tests. Raises StoreError,
+    IntegrityError.
     """
     found = host if host is not None else probe_host()
     path = host_path(found.name)
@@ -86,7 +97,7 @@ def look(store: Store, recipes: Sequence[Path], *, host: Host | None = None, war
     if drifts:
         # Also what an earlier change made stale and no rollout has finished: it is judged from before that one.
         unfinished = next(one for one in record.history if one.pending or one.rollout in record.open)
-        judgement = judge(recipes, store, unfinished.before, found, warn)
+        judgement = judge(recipes, store, unfinished.before, found, warn, pools=pools)
         joined = _join(store, found.name, unfinished.before, found, judgement) if judgement.stale else None
         for other in record.open:
             if other != joined:
@@ -110,19 +121,26 @@ def look(store: Store, recipes: Sequence[Path], *, host: Host | None = None, war
     return Look(record, drifts, judgement, due)
 
 
-def judge(recipes: Sequence[Path], store: Store, old: Host, new: Host, warn: Warn = lambda _text: None) -> Judgement:
+def judge(
+    recipes: Sequence[Path],
+    store: Store,
+    old: Host,
+    new: Host,
+    warn: Warn = lambda _text: None,
+    pools: bool = False,
+) -> Judgement:
     """Return which engines of these recipes the change from one host to the other made stale, by planning for both."""
     stale: list[Rebuild] = []
     lost: list[str] = []
     for path in recipe_files(recipes):
         try:
-            before, after = _plans(path, store, old, new, warn)
+            before, after = _plans(path, store, old, new, warn, pools=pools)
         except RecipeError as err:
             warn(f"{err}; what the change made of its engines is not known")
             continue
         now = {(engine.runtime, engine.gpu, engine.asked): engine for engine in after}
         for engine in before:
-            if engine.state != "cached":
+            if engine.state != "cached" or (pools and not has_pool(engine.runtime)):
                 continue
             then = now[engine.runtime, engine.gpu, engine.asked]
             published = engine.publish.facts if engine.publish is not None else None
@@ -132,7 +150,16 @@ def judge(recipes: Sequence[Path], store: Store, old: Host, new: Host, warn: War
             elif then.state != "cached":
                 why = _why(then)
                 target = f"{engine.runtime}:{engine.gpu}"
-                stale.append(Rebuild(name.partition("/")[0], str(path), target, engine.asked, why, replaces=name))
+                stale.append(
+                    Rebuild(
+                        name.partition("/")[0],
+                        in_checkout(path) if pools else str(path),
+                        target,
+                        engine.asked,
+                        why,
+                        replaces=name,
+                    )
+                )
     return Judgement(tuple(stale), tuple(lost))
 
 
@@ -203,7 +230,7 @@ def mark(store: Store, rollout: str, host: str, one: Rebuild, **fields: Any) -> 
     return change_rollout(store, rollout, marked)
 
 
-def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn) -> list[tuple[EnginePlan, ...]]:
+def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn, *, pools: bool) -> list[tuple[EnginePlan, ...]]:
     """Plan a recipe for both hosts; records are looked up once."""
     loaded = load(path)
     files = gather(loaded)
@@ -222,7 +249,7 @@ def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn) -> list[t
         became = {
             package: host.runtimes.get(runtime)
             for runtime, package in BACKENDS.items()
-            if recorded.get(package) == old.runtimes.get(runtime)
+            if (has_pool(runtime) if pools else recorded.get(package) == old.runtimes.get(runtime))
         }
         return lambda package: became[package] if package in became else recorded.get(package) or version(package)
 

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -21,11 +22,13 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run as this_run
 from prefect.states import Crashed
 
+from artifacts.host import Host
 from recipes.plan import EnginePlan, Plan
-from recipes.pools import choose_pool
+from recipes.pools import choose_pool, host_queue, pools_of
 from tasks.freshness import Freshness
 from tasks.server import asked
 
@@ -35,6 +38,7 @@ _TRIES: Final = 3
 _HEARD_SECONDS: Final = 180.0  # in which every worker has found a server again that is back
 _UNFINISHED: Final = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED")
 _PAGE: Final = 200
+_POLLED_SECONDS: Final = 60.0  # workers ask every 10 s or so
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,23 @@ class Asked:
 
 
 async def compile_on_pools(
-    engines: Sequence[EnginePlan], parameters: Mapping[str, Any], freshness: Freshness
+    engines: Sequence[EnginePlan], parameters: Mapping[str, Any], freshness: Freshness, host: Host | None = None
 ) -> list[Asked]:
     """Have every stale target of these engines compiled on its pool, all at once, and return what became of each.
 
     `parameters` are those of the flow `compile` besides `target`. Of targets that are fresh nothing is asked; those without
-    a live worker are asked for and not waited for.
+    a live worker are asked for and not waited for. With `host` all of it is that host's to do, and nobody else's.
     """
     async with get_client() as client:
-        pools = await _pools_of(client, engines)
+        pools = await _pools_of(client, engines, host)
+        asking = {**parameters, "host": host.name} if host is not None else parameters
         asked, wanted = [], []
         for (runtime, gpu), pool in pools.items():
             target = f"{runtime}:{gpu}"
-            if pool is not None and await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
+            if host is None and pool is not None and await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
                 asked.append(Asked(target, pool, "cached", "fresh for every host of the pool that was seen lately"))
             else:
-                wanted.append(_compile(client, target, pool, parameters))
+                wanted.append(_compile(client, target, pool, asking))
         return [*asked, *await asyncio.gather(*wanted)]
 
 
@@ -85,12 +90,15 @@ async def is_stale(planned: Plan, freshness: Freshness) -> bool:
     return False
 
 
-async def _pools_of(client: PrefectClient, engines: Sequence[EnginePlan]) -> dict[tuple[str, str], str | None]:
-    """Return the pool of every target of these engines; None: there is none."""
+async def _pools_of(
+    client: PrefectClient, engines: Sequence[EnginePlan], host: Host | None = None
+) -> dict[tuple[str, str], str | None]:
+    """Return the pool of every target of these engines, of those that a host works for; None: there is none."""
     versions: dict[tuple[str, str], str] = {}
     for engine in engines:
         versions.setdefault((engine.runtime, engine.gpu), engine.runtime_version)
     pools = [pool.name for pool in await client.read_work_pools(limit=_PAGE)]
+    pools = [pool for pool in pools if host is None or pool in pools_of(host)]
     live = [pool for pool in pools if await _workers(client, pool)]
     return {
         (runtime, gpu): choose_pool(runtime, version, gpu, pools, live) for (runtime, gpu), version in versions.items()
@@ -102,13 +110,15 @@ async def _compile(client: PrefectClient, target: str, pool: str | None, paramet
         return Asked(target, None, "waiting", "no work pool for it: start a worker (docs/fleet.md)")
     deployment = await _deployment(client, pool)
     log = get_run_logger()
+    queue = host_queue(parameters["host"]) if "host" in parameters else None
     for attempt in range(_TRIES):
-        run = await _run(client, deployment, target, pool, parameters)
-        if not await _workers(client, pool) and not _begun(run):
-            log.warning("%s waits for a worker of the pool %s", target, pool)
-            return Asked(target, pool, "waiting", "the pool has no live worker; it runs when one comes", str(run.id))
-        run = await _ended(client, run, pool)
+        run = await _run(client, deployment, target, pool, parameters, queue)
+        run = await _ended(client, run, pool, queue)
         state = run.state
+        if state is not None and state.is_scheduled():
+            log.warning("%s waits for a worker of the pool %s", target, pool)
+            told = f"no live worker of the pool takes {queue or 'it'}; it runs when one comes"
+            return Asked(target, pool, "waiting", told, str(run.id))
         if state is not None and state.is_completed():
             waits = state.name == "Waiting"
             return Asked(target, pool, "waiting" if waits else "built", state.message or "", str(run.id))
@@ -121,7 +131,7 @@ async def _compile(client: PrefectClient, target: str, pool: str | None, paramet
 
 
 async def _run(
-    client: PrefectClient, deployment: UUID, target: str, pool: str, parameters: Mapping[str, Any]
+    client: PrefectClient, deployment: UUID, target: str, pool: str, parameters: Mapping[str, Any], queue: str | None
 ) -> FlowRun:
     """Return the unfinished run for this recipe, target and store, or ask for one."""
     wanted = {**parameters, "target": target}
@@ -138,24 +148,28 @@ async def _run(
         flow_run_name=f"compile {parameters['recipe']} {target}",
         timeout=0,
         tags=[f"pool:{pool}", f"target:{target}"],
-        work_queue_name=await _queue(client),
+        work_queue_name=queue or await _queue(client),
     )
 
 
-async def _ended(client: PrefectClient, run: FlowRun, pool: str) -> FlowRun:
-    """Wait until a run has ended, or its worker is lost; while the server was away, no worker could be heard."""
+async def _ended(client: PrefectClient, run: FlowRun, pool: str, queue: str | None) -> FlowRun:
+    """Wait until a run has ended, its worker is lost, or none is there to take it; while the server was away, none could be heard."""
     outages: list[str] = []
     back = float("-inf")
     while True:
         run = await asked(partial(client.read_flow_run, run.id), warn=outages.append)
         if run.state is not None and run.state.is_final():
             return run
-        lost = _begun(run) and await asked(partial(_is_lost, client, run, pool), warn=outages.append)
+        begun = _begun(run)
+        away = partial(_is_lost, client, run, pool) if begun else partial(_nobody_listens, client, pool, queue)
+        lost = await asked(away, warn=outages.append)
         if outages:
             get_run_logger().warning("%s", outages.pop())
             outages.clear()
             back = time.monotonic()
         if lost and time.monotonic() - back > _HEARD_SECONDS:
+            if not begun:
+                return run
             crashed: Any = Crashed(
                 message=f"the worker {run.labels.get('prefect.worker.name')} is not heard of any more"
             )
@@ -171,6 +185,19 @@ async def _is_lost(client: PrefectClient, run: FlowRun, pool: str) -> bool:
 
 def _begun(run: FlowRun) -> bool:
     return run.state_type in (StateType.PENDING, StateType.RUNNING)
+
+
+async def _nobody_listens(client: PrefectClient, pool: str, queue: str | None) -> bool:
+    """Tell whether no live worker of a pool takes runs, of one queue where that is named."""
+    if not await _workers(client, pool):
+        return True
+    if queue is None:
+        return False
+    try:
+        polled = (await client.read_work_queue_by_name(queue, work_pool_name=pool)).last_polled
+    except ObjectNotFound:
+        return True
+    return polled is None or (datetime.now(timezone.utc) - polled).total_seconds() > _POLLED_SECONDS
 
 
 async def _workers(client: PrefectClient, pool: str) -> set[str]:

@@ -49,10 +49,17 @@ Versions = Annotated[
     dict[str, str | None] | None,
     form("Versions", "Versions of the packages that made the portable stages; builds fill it in."),
 ]
+HostName = Annotated[
+    str | None,
+    form("Host", "Only on this host, whose workers take its own work queue; none: on any.", examples=["gpu-node-17"]),
+]
 Reason = Annotated[str | None, form("Reason", "Why; kept in the history.", examples=["0.3 ms faster on L4"])]
 Recipes = Annotated[
     Sequence[str],
     form("Recipes", "Recipes, or folders of them, whose engines are looked at.", examples=[["recipes"]]),
+]
+Pools = Annotated[
+    bool, form("Pools", "Rebuilds go through the work pools of the fleet, and not through this host's own deployment.")
 ]
 RolloutName = Annotated[
     str, form("Rollout", "Its name, as `enginery rollout` lists it.", examples=["tensorrt-rtx-1.7.1.116-0a1b2c3d"])

@@ -7,11 +7,12 @@ lately say so. Of hosts that nobody watches nothing is known, and their pool is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from artifacts.catalog import host_path
 from artifacts.errors import IntegrityError
 from artifacts.host import Host
 from artifacts.hosts import VANISHED_SECONDS, host_ages, read_host
@@ -44,13 +45,23 @@ class Freshness:
     @cached_property
     def _plans(self) -> list[tuple[Host, tuple[EnginePlan, ...]]]:
         """The engines, as hosts of each kind would plan them."""
-        plans: list[tuple[Host, tuple[EnginePlan, ...]]] = []
-        for host in known_kinds(self.store):
-            runtimes = {BACKENDS[name]: found for name, found in host.runtimes.items() if name in BACKENDS}
-            portable = {name: found for name, found in self.versions.items() if not name.startswith("tensorrt")}
-            session = open_session(self.recipe, self.store, host=host, versions={**runtimes, **portable})
-            plans.append((host, session.plan().engines))
-        return plans
+        kinds = known_kinds(self.store)
+        return [(host, engines_on(self.recipe, self.store, host, self.versions)) for host in kinds]
+
+
+def engines_on(
+    recipe: Path, store: Store, host: Host, versions: Mapping[str, str | None], targets: Sequence[str] = ()
+) -> tuple[EnginePlan, ...]:
+    """Return the engines of a recipe as another host would plan them. Raises RecipeError, StoreError."""
+    runtimes = {BACKENDS[name]: found for name, found in host.runtimes.items() if name in BACKENDS}
+    portable = {name: found for name, found in versions.items() if not name.startswith("tensorrt")}
+    session = open_session(recipe, store, targets=tuple(targets), host=host, versions={**runtimes, **portable})
+    return session.plan().engines
+
+
+def known_host(store: Store, name: str) -> Host:
+    """Return a host as it was seen last. Raises NotFoundError, StoreError, IntegrityError."""
+    return read_host(store, host_path(name))[0].host
 
 
 def known_kinds(store: Store) -> list[Host]:

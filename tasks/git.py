@@ -46,6 +46,14 @@ def work_tree(folder: Path) -> Path:
     return Path(done.stdout.removesuffix("\n"))
 
 
+def in_checkout(path: Path) -> str:
+    """Return a file's path as every checkout of its repository has it; outside of a work tree, as it is."""
+    try:
+        return str(path.resolve().relative_to(work_tree(path.parent)))
+    except (GitError, ValueError):
+        return str(path)
+
+
 def changes_since(top: Path, revision: str) -> Since:
     """Return what changed in a work tree since a revision: a renamed file is one deleted and one added. Raises GitError."""
     commit = _merge_base(top, revision)

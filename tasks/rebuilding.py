@@ -85,6 +85,16 @@ async def _alive(store: Store, rollout: str, host: str, rebuilds: list[Rebuild])
             await saying
 
 
+def built_or_raise(document: Any) -> dict[str, Any]:
+    """Return the report of a build; raise what it raised instead, or RuntimeError where no worker took what it asked for."""
+    if isinstance(document, BaseException):
+        raise document
+    found: dict[str, Any] = document
+    if waits := [f"{one['target']}: {one['why']}" for one in found.get("pools", ()) if one["state"] == "waiting"]:
+        raise RuntimeError("; ".join(waits))
+    return found
+
+
 def verdict(catalog: EngineCatalog, rebuild: Rebuild, report: dict[str, Any]) -> dict[str, Any]:
     """Judge an engine of a build's report: published, its gates, and no slower than what it replaces by promotion's share.
 

@@ -13,7 +13,16 @@ from prefect import Flow
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 # What people and other flows ask for by name.
-NAMES = {"build/recipe", "build/folder", "compile/target", "verify/store", "promote/engine", "gc/store", "watch/host"}
+NAMES = {
+    "build/recipe",
+    "build/folder",
+    "compile/target",
+    "verify/store",
+    "promote/engine",
+    "gc/store",
+    "watch/host",
+    "rebuild/pools",
+}
 
 
 def _flow(deployment: dict) -> Flow:

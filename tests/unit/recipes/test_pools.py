@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from artifacts.host import Gpu, Host
-from recipes.pools import PORTABLE, choose_pool, pool_name, pools_of, portable_host
+from recipes.pools import PORTABLE, choose_pool, has_pool, host_queue, is_pool_name, pool_name, pools_of, portable_host
 
 H100 = Gpu("NVIDIA H100", "GPU-1", "sm90", 80 << 30)
 HOST = Host("a", "linux", "x86_64", "580.1", "13.0", (H100, H100), {"tensorrt": "10.16.1.11", "onnxruntime": "1.31.1"})
@@ -26,6 +26,15 @@ def test_a_host_works_for_its_gpus_and_for_whatever_its_compiler_knows():
     assert "gpu-sm89-rtx1.7" in rtx
     assert "gpu-sm120-rtx1.7" in rtx
     assert pools_of(Host("c", "linux", "x86_64", runtimes={"tensorrt": "10.16.1.11"})) == ("portable",)
+
+
+def test_names_of_pools_and_of_hosts_queues():
+    assert [is_pool_name(name) for name in ("portable", *pools_of(HOST), "gpu-sm90", "gpu-sm90-trt10", "default")] == [
+        *(True,) * 3,
+        *(False,) * 3,
+    ]
+    assert (has_pool("tensorrt"), has_pool("tensorrt-rtx"), has_pool("onnxruntime")) == (True, True, False)
+    assert host_queue("gpu 1/a.example") == "host-gpu-1-a.example"  # Prefect takes no slash
 
 
 def test_without_a_version_the_newest_pool_with_a_worker_is_chosen():

@@ -1,6 +1,8 @@
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from artifacts.host import Gpu, Host
 from artifacts.hosts import VANISHED_SECONDS, read_host, see_host, seen_path
 from artifacts.rollouts import Rebuild, change_rollout, read_rollout, rollouts
 from tasks.drift import judge, look, missing_versions, request
-from tasks.rebuilding import rebuild_due, verdict
+from tasks.rebuilding import built_or_raise, rebuild_due, verdict
 from tasks.toolchain import HOST_NAME, probe_host
 from tests.simulated_builds import simulate_build, write_recipe
 from tests.unit.artifacts.test_promotion import timed
@@ -59,6 +61,30 @@ def test_exactly_the_engines_whose_keys_a_change_enters_are_stale(built):
     gone = judge(recipes, store, HERE, replace(HERE, runtimes={"onnxruntime": HERE.runtimes["onnxruntime"]}))
     assert (gone.stale, len(gone.lost)) == ((), 6)
     assert "tensorrt-rtx is not installed here" in gone.lost[0]
+
+
+def test_pools_rebuild_what_has_a_pool_and_find_it_in_their_checkout(built):
+    recipes, store = built
+    top = recipes[0].parent
+    subprocess.run(["git", "-C", top, "init", "-q"], check=True)
+    changed = upgraded(HERE, tensorrt_rtx="9.9.9.9", onnxruntime="9.9.9")
+    judged = judge(recipes, store, HERE, changed, pools=True)
+    assert [one.target for one in judged.stale] == RTX
+    assert {one.file for one in judged.stale} == {"recipes/one.yaml"}
+    # ONNX Runtime is the portable pool's own, in engines as in portable stages.
+    assert judge(recipes, store, HERE, upgraded(HERE, onnxruntime="9.9.9"), pools=True).stale == ()
+    shutil.rmtree(top / ".git")
+    assert judge(recipes, store, HERE, changed, pools=True).stale[0].file == str(recipes[0] / "one.yaml")
+
+
+def test_a_build_that_no_worker_took_is_no_verdict():
+    taken = {"status": 0, "pools": [{"target": "tensorrt:sm90", "state": "built", "why": ""}]}
+    assert built_or_raise(taken) is taken
+    waiting = {"status": 3, "pools": [{"target": "tensorrt:sm90", "state": "waiting", "why": "no live worker"}]}
+    with pytest.raises(RuntimeError, match="tensorrt:sm90: no live worker"):
+        built_or_raise(waiting)
+    with pytest.raises(KeyError):
+        built_or_raise(KeyError("what the build raised"))
 
 
 @pytest.mark.parametrize(
