@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import typer
 from typer.testing import CliRunner
 
 from artifacts.folder import FolderStore
+from artifacts.hosts import see_host
 from artifacts.rollouts import Rebuild, Rollout, change_rollout
 from enginery import watch_commands
 from tasks.toolchain import probe_host
@@ -24,9 +26,13 @@ def test_watch_records_this_host_and_tells_what_changed(tmp_path):
     at = ("--store", tmp_path / "store")
     assert "as it was" in run("watch", tmp_path / "recipes", *at).stdout
     path = next((tmp_path / "store" / "hosts").glob("*.json"))
-    document = json.loads(path.read_bytes())
-    document["driver"] = "1.2.3"
-    path.write_text(json.dumps(document))
+    path.unlink()
+    see_host(
+        FolderStore(tmp_path / "store"),
+        f"hosts/{path.name}",
+        replace(probe_host(), driver="1.2.3"),
+        "2026-01-01T00:00:00Z",
+    )
     changed = json.loads(run("watch", tmp_path / "recipes", *at, "--json").stdout)
     assert changed["changes"] == [f"driver 1.2.3 -> {probe_host().driver or 'none'}"]
     (row,) = json.loads(run("hosts", *at, "--json").stdout)
