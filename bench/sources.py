@@ -44,7 +44,7 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "enginery", "build", str(recipe), "--store", str(store), "--json"]
     environment = {**os.environ, "PREFECT_HOME": str(store / "prefect")}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    if done.returncode not in (0, 1):
+    if not done.stdout:
         raise SystemExit(f"{recipe}: exit status {done.returncode}\n{done.stderr.decode()}")
     report = json.loads(done.stdout)
     stages = {step["id"]: round(record(step, store)["seconds"], 2) for step in report["steps"] if record(step, store)}

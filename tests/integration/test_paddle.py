@@ -67,7 +67,8 @@ paddle.jit.save(net, "net", input_spec=[paddle.static.InputSpec([None, 3, None, 
 """
 
 
-@pytest.mark.parametrize(("file", "pir"), [("net.json", "1"), pytest.param("net.pdmodel", "0", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("file", "pir"), [("net.json", "1"), ("net.pdmodel", "0")])
 def test_a_saved_graph_of_either_form_goes_through_a_recipe_to_published_engines(tmp_path: Path, file: str, pir: str):
     (tmp_path / "saving.py").write_text(SAVING)
     flags = {**os.environ, "FLAGS_enable_pir_api": pir}

@@ -1,12 +1,17 @@
-"""The shipped recipes build. (recipes/digits.yaml: test_readme; swin-tiny takes 90 s: bench/shipped.py.)"""
+"""The shipped recipes build, large ones at a reduced size (recipes/digits.yaml: test_readme; full sizes: bench/sources.py)."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from artifacts.manifest import Manifest
 from tests.integration.building import RECIPES, build
 
 pytestmark = pytest.mark.slow
@@ -33,3 +38,62 @@ def test_the_recipe_for_gpus_does_all_that_needs_none_and_waits(tmp_path: Path):
     assert planned.status == 3
     again, _planned, _session = build(RECIPES / "digits-gpu.yaml", tmp_path / "store")
     assert again == set()
+
+
+def resnet(document: dict[str, Any]) -> None:
+    document["source"]["arguments"] = {"labels": 10, "width": 8, "depths": [1, 1, 1, 1]}
+    document["inputs"]["pixel_values"]["shape"] = ["batch", 3, 64, 64]
+
+
+def swin(document: dict[str, Any]) -> None:
+    document["source"]["arguments"] = {"labels": 10, "image": 64, "width": 32, "depths": [1, 1], "window": 4}
+    document["inputs"]["pixel_values"]["shape"] = ["batch", 3, 64, 64]
+    document["precision"]["calibration"] |= {"arguments": {"count": 16, "size": 64}, "samples": 16}
+    document["export"] |= {"exporter": "torchscript"}  # a third of the other exporter's time
+
+
+def unchanged(_document: dict[str, Any]) -> None:
+    """Stays as it is: it is small."""
+
+
+def reduced(folder: Path, name: str, code: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(RECIPES / code, folder / code, ignore=shutil.ignore_patterns("__pycache__"))
+    document = yaml.safe_load((RECIPES / name).read_text())
+    change(document)
+    (folder / name).write_text(yaml.safe_dump(document, sort_keys=False))
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "change", "given"),
+    [
+        pytest.param("resnet50.yaml", "resnet50", resnet, ["fp16", "fp32"], marks=pytest.mark.long),
+        pytest.param("rtdetr-small.yaml", "rtdetr", unchanged, ["fp16", "fp32"], id="rtdetr"),
+        pytest.param("swin-tiny-int8.yaml", "swin-tiny", swin, ["int8-fp16", "int8"], id="swin"),
+        pytest.param(
+            "digits-boxes.yaml",
+            "digits-boxes",
+            unchanged,
+            ["int8", "fp16", "int8", "fp32"],
+            marks=pytest.mark.long,
+            id="boxes",
+        ),
+    ],
+)
+def test_a_large_recipe_builds_at_a_reduced_size(
+    tmp_path: Path, name: str, code: str, change: Callable[[dict[str, Any]], None], given: list[str]
+):
+    pytest.importorskip("transformers")
+    _ran, planned, _session = build(reduced(tmp_path, name, code, change), tmp_path / "store")
+    assert planned.status == 0
+    assert [(engine.given, engine.state) for engine in planned.engines] == [(one, "cached") for one in given]
+    manifests = [
+        Manifest.from_bytes(path.read_bytes()) for path in (tmp_path / "store").glob("engines/**/manifest.json")
+    ]
+    assert len(manifests) == len(given)
+    for manifest in manifests:
+        assert manifest.verification.passed
+        if name == "digits-boxes.yaml":
+            assert manifest.verification.graph.metric is not None
+            assert manifest.verification.graph.metric.name == "map"
+            assert manifest.verification.graph.metric.value > 0.8
