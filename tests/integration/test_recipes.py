@@ -68,7 +68,7 @@ def reduced(folder: Path, name: str, code: str, change: Callable[[dict[str, Any]
     ("name", "code", "change", "given"),
     [
         pytest.param("resnet50.yaml", "resnet50", resnet, ["fp16", "fp32"], marks=pytest.mark.long),
-        pytest.param("rtdetr-small.yaml", "rtdetr", unchanged, ["fp16", "fp32"], id="rtdetr"),
+        pytest.param("rtdetr-small.yaml", "rtdetr", unchanged, ["fp16 or fp32", "fp32"], id="rtdetr"),
         pytest.param("swin-tiny-int8.yaml", "swin-tiny", swin, ["int8-fp16", "int8"], id="swin"),
         pytest.param(
             "digits-boxes.yaml",
@@ -86,7 +86,9 @@ def test_a_large_recipe_builds_at_a_reduced_size(
     pytest.importorskip("transformers")
     _ran, planned, _session = build(reduced(tmp_path, name, code, change), tmp_path / "store")
     assert planned.status == 0
-    assert [(engine.given, engine.state) for engine in planned.engines] == [(one, "cached") for one in given]
+    assert [engine.state for engine in planned.engines] == ["cached"] * len(given)
+    # RT-DETR in fp16: of two places of nearly one score either may be the last of those that are chosen.
+    assert all(engine.given in one.split(" or ") for engine, one in zip(planned.engines, given, strict=True))
     manifests = [
         Manifest.from_bytes(path.read_bytes()) for path in (tmp_path / "store").glob("engines/**/manifest.json")
     ]
