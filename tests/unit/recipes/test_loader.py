@@ -61,8 +61,8 @@ def test_another_version_is_told_before_faults_of_the_text(tmp_path):
 
 SHAPE_FAULTS = [
     ("export: {opset: 18}", "export: {opsett: 18}", "8: export.opsett: unknown key 'opsett' (did you mean 'opset'? allowed: opset, exporter, simplifier)"),
-    ("export: {opset: 18}", "exprot: {opset: 18}", "8: exprot: unknown key 'exprot' (did you mean 'export'? allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, driver, publish, include)"),
-    ("export: {opset: 18}", "opset: 18", "8: opset: unknown key 'opset' (it belongs at export.opset; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, driver, publish, include)"),
+    ("export: {opset: 18}", "exprot: {opset: 18}", "8: exprot: unknown key 'exprot' (did you mean 'export'? allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
+    ("export: {opset: 18}", "opset: 18", "8: opset: unknown key 'opset' (it belongs at export.opset; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
     ("export: {opset: 18}", "export: 18", "8: export: expected a mapping, found the number 18"),
     ("export: {opset: 18}", "export: [18]", "8: export: expected a mapping, found a list"),
     ("export: {opset: 18}", "export: {opset: '18'}", '8: export.opset: expected a whole number, found the string "18"; take away the quotes'),
@@ -115,8 +115,8 @@ SHAPE_FAULTS = [
     ("targets:\n", "build: {version_compatible: 1}\ntargets:\n", "24: build.version_compatible: expected true or false, found the number 1"),
     ("targets:\n", "build: {workspace: 4GB}\ntargets:\n", '24: build.workspace: expected a size, such as 512MiB or 4GiB; found the string "4GB"'),
     ("targets:\n", "build: {timeout: 30 min}\ntargets:\n", '24: build.timeout: expected a duration, such as 90s, 30m or 2h; found the string "30 min"'),
-    ("targets:\n", "workspace: 4GiB\ntargets:\n", "24: workspace: unknown key 'workspace' (it belongs at build.workspace; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, driver, publish, include)"),
-    ("targets:\n", "percentile: 99.9\ntargets:\n", "24: percentile: unknown key 'percentile' (it belongs at precision.calibration.percentile; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, driver, publish, include)"),
+    ("targets:\n", "workspace: 4GiB\ntargets:\n", "24: workspace: unknown key 'workspace' (it belongs at build.workspace; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
+    ("targets:\n", "percentile: 99.9\ntargets:\n", "24: percentile: unknown key 'percentile' (it belongs at precision.calibration.percentile; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
     ("runtime: onnxruntime", "runtime: onnx", '26: targets[1].runtime: found the string "onnx" (allowed: tensorrt-rtx, tensorrt, onnxruntime)'),
     ("runtime: onnxruntime", "runtime: tensorrt_rtx", "26: targets[1].runtime: found the string \"tensorrt_rtx\" (did you mean 'tensorrt-rtx'? allowed: tensorrt-rtx, tensorrt, onnxruntime)"),
 ]  # fmt: skip
