@@ -343,17 +343,17 @@ def test_another_host_or_code_or_version_is_another_plan(house: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("part", ["folder", "cpu", "versions", "trace", "objects", "latest", "report"])
-@pytest.mark.parametrize("value", [None, [], {}, 1, {"a": 1}])
-def test_an_entry_with_a_part_of_another_kind_harms_nothing(house: Path, part: str, value: object):
+def test_an_entry_with_a_part_of_another_kind_harms_nothing(house: Path):
     shared(house)
     place = next((house / "store").glob("cache/plans/*/*"))
     entries = fresh_plans.unpack(place.read_bytes())
-    place.write_bytes(fresh_plans.pack({name: entry | {part: value} for name, entry in entries.items()}))
-    found = memory_of(house).recall([recipe_of(house)])
-    assert all(one.report["steps"] for one in found.values())
-    place.write_bytes(fresh_plans.pack(dict.fromkeys(entries, value)))
-    assert not recalled(house)
+    for value in (None, [], {}, 1, {"a": 1}):
+        for part in ("folder", "cpu", "versions", "trace", "objects", "latest", "report"):
+            place.write_bytes(fresh_plans.pack({name: entry | {part: value} for name, entry in entries.items()}))
+            found = memory_of(house).recall([recipe_of(house)])
+            assert all(one.report["steps"] for one in found.values()), (part, value)
+        place.write_bytes(fresh_plans.pack(dict.fromkeys(entries, value)))
+        assert not recalled(house)
 
 
 # ---- the files of a recipe
