@@ -113,12 +113,14 @@ def git(folder: Path, *words: str) -> None:
 
 
 def until(ask: Callable[[], T], seconds: float = 400, why: Callable[[], str] = lambda: "it did not come to pass") -> T:
-    """Wait until something is true, and return it."""
+    """Wait until something is true, and return it; a server that is too busy to say is asked again."""
     deadline = time.monotonic() + seconds
-    while not (found := ask()):
+    while True:
+        with suppress(urllib.error.URLError, TimeoutError, ConnectionError):
+            if found := ask():
+                return found
         assert time.monotonic() < deadline, why()
         time.sleep(0.2)
-    return found
 
 
 def kill(process: psutil.Popen) -> None:
