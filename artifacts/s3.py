@@ -10,6 +10,7 @@ with which the next put of the file goes on; they cost money: give the bucket a 
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
 import os
 import re
@@ -238,6 +239,22 @@ class S3Store:
         key = self._key(path)
         with self._faults(path):
             self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def abandon_uploads(self, age: float) -> int:
+        """Abort uploads in parts that were begun so many seconds ago and not completed; return how many. Raises StoreError.
+
+        By this host's clock: an age has to leave room for clocks that differ, and for uploads that are under way.
+        """
+        now, prefix, count = dt.datetime.now(dt.timezone.utc), f"{self.prefix}/" if self.prefix else "", 0
+        with self._faults("/"):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+            for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
+                if (now - upload["Initiated"]).total_seconds() > age:
+                    self._client.abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    count += 1
+        return count
 
     def lock(self, name: str, *, give_up: Callable[[], bool] | None = None) -> AbstractContextManager[None]:
         """Hold a claim (`artifacts.claims`), which others take over when its holder is not heard of any more."""

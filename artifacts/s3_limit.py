@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 LIMIT: Final = "ENGINERY_S3_TIMEOUT"
 _DEFAULT_SECONDS: Final = 300.0
-# Of silence, as botocore has it; less where the whole may take little more, so that there is time for another try.
-_SILENCE_SECONDS: Final = 60.0
+# A connection may say nothing for this part of it, so that there is time for other tries: 60 s by default, as botocore has
+# it. A service that copies a large object is silent meanwhile, which a longer limit leaves time for.
+_SILENCE: Final = 0.2
 T = TypeVar("T")
 
 
@@ -49,7 +50,7 @@ def limit_seconds() -> float:
 
 def silence_seconds(limit: float) -> float:
     """Return for how long a connection may say nothing, where a request may take `limit` seconds."""
-    return min(_SILENCE_SECONDS, max(limit / 3, 0.1))
+    return max(limit * _SILENCE, 0.1)
 
 
 def within(seconds: float, limit: float, call: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from artifacts.errors import ArtifactError
 from enginery.asking import open_catalog, the_engine
 from enginery.output import (
     DEFAULT_STORE,
@@ -22,8 +23,10 @@ from enginery.output import (
 if TYPE_CHECKING:
     from artifacts.catalog import EngineId
     from artifacts.garbage import Removal
+    from artifacts.store import Store
 
 _NOBODY: Final = "(cache)"
+_UPLOAD_SECONDS: Final = 7 * 86400.0
 
 
 def register(app: typer.Typer) -> None:
@@ -73,6 +76,8 @@ def collect(
     policy = Policy(keep_days, keep_newest, keep_moves, _seconds(grace), name)
     collector = Collector(catalog.store, policy, catalog.warn)
     collected = collector.preview() if dry_run else collector.collect()
+    if not dry_run and recipe is None:
+        _abandon_uploads(collector.store)
     linked = catalog.store.uri.startswith("file:")
     shared = collected.found.shared if linked else frozenset[str]()
     gone, waiting = _by_recipe(collected.removed, shared), _by_recipe(collected.waiting, frozenset())
@@ -201,6 +206,21 @@ def mirror(
         )
     if done.left:
         raise typer.Exit(FAILED)
+
+
+def _abandon_uploads(store: Store) -> None:
+    """Abort what killed uploads left in S3, whose parts cost money: after a week nobody goes on with them."""
+    if store.uri.startswith("s3:"):
+        from artifacts.s3 import S3Store
+
+        if isinstance(store, S3Store):
+            try:
+                count = store.abandon_uploads(_UPLOAD_SECONDS)
+            except ArtifactError as err:  # it takes a right of its own, and some services do not list uploads
+                note(f"warning: uploads that were never completed stay: {err}")
+                return
+            if count:
+                note(f"aborted {count} uploads that were begun more than a week ago and never completed")
 
 
 def _seconds(text: str) -> float:

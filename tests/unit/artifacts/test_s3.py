@@ -20,6 +20,7 @@ from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import EngineCatalog
 from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError, UnavailableError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
+from artifacts.s3 import S3Store
 from artifacts.s3_limit import bound
 from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
@@ -598,3 +599,59 @@ def test_unchanged_blobs_are_not_sent_again_and_a_publication_sends_no_bytes(
     manifest = len(second.to_bytes())
     assert max(sizes) == manifest
     assert sum(sizes) < manifest + 1000  # a lease besides
+
+
+def test_what_is_too_large_for_one_copy_is_copied_in_parts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("artifacts.s3._COPY_BYTES", 6 << 20)
+    monkeypatch.setattr("artifacts.s3._COPY_PART_BYTES", 5 << 20)
+    data = random.Random(1).randbytes((11 << 20) + 1)
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    store.put_file("large", source, ref_of(data))
+    parts: list[str] = []
+
+    def count(params: dict[str, Any], **_more: object) -> None:
+        parts.append(params["headers"]["x-amz-copy-source-range"])
+
+    store._client.meta.events.register("before-call.s3.UploadPartCopy", count)
+    store.copy("large", "copy")
+    assert sorted(parts) == ["bytes=0-5242879", "bytes=10485760-11534336", "bytes=5242880-10485759"]
+    store.get_file("copy", ref_of(data), tmp_path / "copied")
+    assert store.touch("copy")
+    assert len(parts) == 6
+    store.get_file("copy", ref_of(data), tmp_path / "touched")
+
+
+def test_uploads_that_nobody_completes_are_aborted_when_they_are_old(store: Store) -> None:
+    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
+    for key in (f"{prefix}/cache/blobs/left", "elsewhere/left"):
+        store._client.create_multipart_upload(Bucket=bucket, Key=key)
+    assert isinstance(store, S3Store)
+    assert store.abandon_uploads(1e10) == 0
+    assert store.abandon_uploads(7 * 86400.0) == 1  # moto says of every upload that it was begun in 2010
+    left = store._client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    assert "elsewhere/left" in {upload["Key"] for upload in left}
+    assert not [upload for upload in left if upload["Key"].startswith(f"{prefix}/")]
+
+
+def test_a_role_of_the_profile_is_assumed(
+    s3_environ: str, s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(
+        "[profile builder]\nrole_arn = arn:aws:iam::123456789012:role/engines\nsource_profile = me\nregion = us-east-1\n"
+        "[profile me]\naws_access_key_id = AKIAME\naws_secret_access_key = secret\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "builder")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", s3_environ)
+    store, headers = open_store(s3_store_uri), []
+    store._connection.meta.events.register("before-send.s3", lambda request, **_: headers.append(dict(request.headers)))
+    store.write("a", b"1")
+    assert store.read("a") == b"1"
+    for sent in headers:  # with the role's own key and token, and not with those of who assumed it
+        assert b"AKIAME" not in sent["Authorization"]
+        assert sent["X-Amz-Security-Token"]

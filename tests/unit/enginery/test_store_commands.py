@@ -37,9 +37,9 @@ def test_a_dry_run_tells_bytes_by_recipe_and_changes_nothing(shop: Shop) -> None
     done = run(shop, "gc", "--dry-run")
     assert shop.paths() == before
     rows = {cells[0]: cells[1:3] for line in done.stdout.splitlines() if (cells := line.split())}
-    # A manifest, the record of its compilation and its plan, which the engine's folder has for a day longer.
-    assert (rows["digits"], rows["swin"], rows["(cache)"]) == (["1", "3"], ["1", "3"], ["0", "1"])
-    assert "would go: 2 engines, 7 objects" in done.stdout
+    # A manifest, its mark and publication, the record of its compilation and its plan, which the engine's folder has for a day longer.
+    assert (rows["digits"], rows["swin"], rows["(cache)"]) == (["1", "5"], ["1", "5"], ["0", "1"])
+    assert "would go: 2 engines, 11 objects" in done.stdout
     assert "2 engines stay" in done.stdout
     told = json.loads(run(shop, "gc", "--dry-run", "--json").stdout)
     plan = len("compile of swin fp16-a")
