@@ -58,9 +58,14 @@ check: $(VENV)/.dev ## the gates: ruff, mypy --strict, lint-imports, fast tests,
 	$(BIN)/lint-imports
 	$(MAKE) test-fast
 
+# Coverage makes tests three times slower, so that only what tests the core runs with it.
+FAST := -m "not slow and not long and not gpu"
+CORE := tests/unit/artifacts tests/unit/recipes tests/contract/test_stores.py
+
 test-fast: $(VENV)/.dev $(VENV)/.bindings
-	ENGINERY_TRT_BINDINGS=$(VENV)/bindings/8:$(VENV)/bindings/10:$(VENV)/bindings/11 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not gpu" --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) $(FAST) --cov --cov-report=term-missing:skip-covered $(CORE)
 	$(BIN)/coverage report --include='artifacts/*,recipes/*.py' --fail-under=95 --skip-covered
+	ENGINERY_TRT_BINDINGS=$(VENV)/bindings/8:$(VENV)/bindings/10:$(VENV)/bindings/11 $(BIN)/python -m pytest $(PARALLEL) $(FAST) $(CORE:%=--ignore=%)
 
 test-slow: $(VENV)/.dev ## the tests marked slow: whole builds, real servers, kills
 	$(BIN)/python -m pytest $(PARALLEL) --no-loadscope-reorder -m "slow and not long and not gpu"
