@@ -14,7 +14,7 @@ from tests.unit.tasks.test_sources import CASES, IMAGE, _restored_interpreter, m
 
 __all__ = ["_restored_interpreter"]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 CONV = "self.conv, self.first = nn.Conv2d(1, 4, 3, padding=1), None"
 LIES = {
