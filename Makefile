@@ -60,7 +60,7 @@ check: $(VENV)/.dev ## the gates: ruff, mypy --strict, lint-imports, fast tests,
 
 # Coverage makes tests three times slower, so that only what tests the core runs with it.
 FAST := -m "not slow and not long and not gpu"
-CORE := tests/unit/artifacts tests/unit/recipes tests/contract/test_stores.py
+CORE := tests/unit/artifacts tests/unit/recipes tests/unit/enginery tests/unit/tasks/test_remembered.py tests/contract/test_stores.py
 
 test-fast: $(VENV)/.dev $(VENV)/.bindings
 	$(BIN)/python -m pytest $(PARALLEL) $(FAST) --cov --cov-report=term-missing:skip-covered $(CORE)

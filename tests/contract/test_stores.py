@@ -541,7 +541,7 @@ class StoreContract:
             growth = here.recv()
             finish(child)
         assert (tmp_path / "back").stat().st_size == size
-        assert growth < 64 << 20
+        assert growth < 96 << 20  # some parts in flight, and never the 200 MiB
 
     def test_lock_excludes(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ENGINERY_CLAIM_SECONDS", "30")

@@ -171,15 +171,23 @@ def test_faults_of_code_and_data_are_told_whole_with_the_steps_that_they_block(f
     model.write_text(
         model.read_text().replace("return DigitsNet(", 'raise ValueError("no such width")\n    return DigitsNet(')
     )
-    done = enginery(
-        "build", "digits.yaml", "--target", "onnxruntime", cwd=folder, env={"PREFECT_HOME": str(folder / "prefect")}
-    )
+
+    def built() -> subprocess.CompletedProcess[str]:
+        home = {"PREFECT_HOME": str(folder / "prefect")}
+        return enginery("build", "digits.yaml", "--target", "onnxruntime", cwd=folder, env=home)
+
+    done = built()
+    assert done.returncode == 1
+    assert "bad data: data.npz has no array 'label' (it has: image)" in done.stderr
+    assert re.search(r"publish +onnxruntime:cpu:int8 +blocked +needs fetch:labelled, which failed", done.stdout)
+    assert "no such width" not in done.stderr  # data is looked at before any code of the recipe runs
+    shutil.copy2(ROOT / "recipes" / "digits" / "heldout.npz", folder / "digits" / "heldout.npz")
+    done = built()
     assert done.returncode == 1
     assert (
         'File "model.py", line 31, in build\n    raise ValueError("no such width")\nValueError: no such width'
         in done.stderr
     )
-    assert "bad data: data.npz has no array 'label' (it has: image)" in done.stderr
     assert "child.py" not in done.stderr
     assert "calling model:build: ValueError: no such width" in done.stdout
     assert re.search(r"publish +onnxruntime:cpu:int8 +blocked +needs export, which failed", done.stdout)

@@ -183,7 +183,7 @@ def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_
 def test_a_worker_tries_again_what_the_store_fails_and_nothing_else(
     server: Server, tmp_path: Path, s3_store_uri: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three faults in one build: S3 answers 503 for a while, refuses one write for good, and the model's code is wrong."""
+    """S3 answers 503 for a while and refuses one write for good; in the next build, the model's code is wrong."""
     recipe = copy_digits(tmp_path, one_engine)
     model = tmp_path / "digits" / "model.py"
     model.write_text(
@@ -197,7 +197,8 @@ def test_a_worker_tries_again_what_the_store_fails_and_nothing_else(
         place = urlsplit(s3_store_uri)
         return f"PUT /{place.netloc}{place.path}/cache/actions/fetch/{steps[step].action.key}"
 
-    with bad_network(os.environ["AWS_ENDPOINT_URL_S3"]) as (address, faults):
+    endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+    with bad_network(endpoint) as (address, faults):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
         faults.refused = {
             write_of("fetch:weights"): (503, "SlowDown"),
@@ -225,8 +226,17 @@ def test_a_worker_tries_again_what_the_store_fails_and_nothing_else(
     assert tries["fetch:weights"] > 1
     assert shown["fetch:labelled"][0] == "Failed"
     assert "access denied" in shown["fetch:labelled"][1]
-    assert "ValueError: no such width" in shown["export"][1]
     assert {name for name, count in tries.items() if count > 1} == {"fetch:weights"}
+
+    env |= {"AWS_ENDPOINT_URL_S3": endpoint}  # past the proxy, which is gone
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    flow, shown = server.last_run()
+    assert "ValueError: no such width" in shown["export"][1]
+    runs = server.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+    assert {run["run_count"] for run in runs if run["name"] == "export"} == {1}
 
 
 @dataclass(frozen=True)
