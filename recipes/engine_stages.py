@@ -65,9 +65,8 @@ class EngineStages:
 
     def support(self, engine: EnginePlan, target: Target, waiting: str | None) -> Step | None:
         """Ask the target's runtime which nodes it refuses, where it is here; else what is known of its version."""
-        plugins = self.pipeline.plugins(engine.options) if waiting is None and target.runtime == "tensorrt" else ()
         toolchain = {RUNTIME_PACKAGES[target.runtime]: engine.runtime_version}
-        return support_step(self.pipeline, target, here=waiting is None, toolchain=toolchain, plugins=plugins)
+        return support_step(self.pipeline, target, here=waiting is None, toolchain=toolchain)
 
     def compilation(self, engine: EnginePlan, precision: Precision, gate: Step) -> Compilation:
         """Describe compiling for one GPU; nothing of other targets, and no name or path, enters the key."""

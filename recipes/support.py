@@ -1,6 +1,7 @@
 """The operator check of a plan: which target refuses which node of the model, known before anything is compiled for it.
 
-Where the runtime is installed its parser is asked (`tasks.support.check`). ONNX Runtime runs every standard graph while it is
+Where TensorRT-RTX is installed its parser is asked (`tasks.support.check`). That of TensorRT would need a GPU, and ten seconds for the
+builder's start (8.6), for what the compilation says before it has timed a kernel: it is not asked apart. ONNX Runtime runs every standard graph while it is
 simplified and measured, so that it is asked only about operators outside the standard, which may run by plugins elsewhere.
 Where TensorRT is not here, the opset that its version reads at most decides.
 """
@@ -20,9 +21,7 @@ PLACES: Final = "places.json"
 _TOLD: Final = 20
 
 
-def support_step(
-    pipeline: Pipeline, target: Target, *, here: bool, toolchain: Mapping[str, Any], plugins: Sequence[Output]
-) -> Step | None:
+def support_step(pipeline: Pipeline, target: Target, *, here: bool, toolchain: Mapping[str, Any]) -> Step | None:
     """Describe the check of one target's runtime, or None where nothing is left to ask.
 
     `here` says that the runtime is installed and can be asked, `toolchain` what it is.
@@ -35,9 +34,8 @@ def support_step(
         if not custom or not stated_plugins_of_any(pipeline):
             return None
         params["by"] = "session"
-    elif here:
+    elif here and target.runtime == "tensorrt-rtx":
         params["by"] = "parser"
-        subject += "".join(f":{plugin.name.removeprefix('plugin-').removesuffix('.so')}" for plugin in plugins)
     else:
         ceiling = opset_ceiling(target)
         if ceiling is None or int(exported.get("opset", 0)) <= ceiling:
@@ -48,7 +46,7 @@ def support_step(
     return pipeline.steps.add(
         pipeline.id("check", subject),
         params=params,
-        inputs=[*graph_files(pipeline.simplify), *([places] if places.ref is not None else []), *plugins],
+        inputs=[*graph_files(pipeline.simplify), *([places] if places.ref is not None else [])],
         toolchain={**pipeline.versions("onnx"), **(toolchain if params["by"] != "opset" else {})},
     )
 

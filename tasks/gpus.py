@@ -38,7 +38,9 @@ def no_slot(_uuid: str) -> AbstractContextManager[bool]:
 
 
 def needs_gpu(params: Mapping[str, Any]) -> bool:
-    """Tell whether a stage with these parameters runs on a GPU of this host."""
+    """Tell whether a stage with these parameters runs on a GPU of this host: one that looks at an opset alone does not."""
+    if params.get("by") == "opset":
+        return False
     return params.get("runtime") == "tensorrt" or params.get("executor") in ("tensorrt", "tensorrt-rtx")
 
 
@@ -54,8 +56,8 @@ def gpu_held(
 ) -> Iterator[Gpu | None]:
     """Hold a GPU for a stage that needs one, and yield it (None where none is needed); its process is to see that alone.
 
-    It is one of params["gpu"] (a compute capability) and, where `device` says what it must be like (`Gpu.device`), one that
-    is. `gpus` are those of this host, None: ask. `waits` is called once where all are held by others. Raises
+    It is one of params["gpu"] (a compute capability; a stage that names none, as a parser's question, takes any) and, where
+    `device` says what it must be like (`Gpu.device`), one that is. `gpus` are those of this host, None: ask. `waits` is called once where all are held by others. Raises
     BackendError("no device") where there is no such GPU, StageCancelledError when `give_up` says True while waiting.
     """
     if not needs_gpu(params):
@@ -65,11 +67,11 @@ def gpu_held(
     fitting = {
         gpu.uuid: gpu
         for gpu in there
-        if gpu.compute_capability == params["gpu"] and (device is None or gpu.device() == device)
+        if params.get("gpu") in (None, gpu.compute_capability) and (device is None or gpu.device() == device)
     }
     if not fitting:
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in there) or "none"
-        wanted = params["gpu"] if device is None else f"{device['name']} ({params['gpu']}, as planned)"
+        wanted = params.get("gpu", "NVIDIA") if device is None else f"{device['name']} ({params['gpu']}, as planned)"
         advice = "use a host with an NVIDIA GPU and its driver; `enginery doctor` says what is missing"
         raise BackendError("no device", f"no {wanted} GPU is here (found: {here})", advice)
     with held(list(fitting), busy=busy_gpus, waits=waits, give_up=give_up, slot=slot) as uuid:

@@ -194,3 +194,16 @@ def test_a_stages_process_sees_the_gpu_that_is_held_and_no_other(tmp_path, monke
     )
     assert result.facts["environment"]["CUDA_VISIBLE_DEVICES"] == "GPU-a"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_parser_takes_any_gpu_and_an_opset_none():
+    gpus = [Gpu("NVIDIA H200", f"GPU-{uuid.uuid4()}", "sm90", 150 << 30, 132)]
+    with gpu_held({"runtime": "tensorrt", "by": "parser"}, gpus=gpus) as gpu:
+        assert gpu is gpus[0]
+    with gpu_held({"runtime": "tensorrt", "by": "opset", "version": "8.6"}, gpus=[]) as gpu:
+        assert gpu is None
+    with (
+        pytest.raises(BackendError, match=r"no NVIDIA GPU is here \(found: none\)"),
+        gpu_held({"runtime": "tensorrt", "by": "parser"}, gpus=[]),
+    ):
+        pytest.fail("nothing is held")
