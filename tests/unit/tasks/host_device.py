@@ -126,6 +126,7 @@ class Context:
         self.plan, self.engine = plan, plan.engine
         self.profile = None
         self.shape, self.addresses, self.allocator, self.changes, self.scratch = None, {}, None, 0, None
+        self.given = (-1,)  # the shape that y had in the last run, where it depends on data: 8.6 tells it from then on
         if all(context.profile != 0 for context in plan.contexts):
             self.profile = 0
         plan.contexts.add(self)
@@ -165,7 +166,7 @@ class Context:
         return True
 
     def get_tensor_shape(self, name):
-        return (-1,) if name == "y" and self.plan.selects else self.shape
+        return self.given if name == "y" and self.plan.selects else self.shape
 
     def get_max_output_size(self, name):
         return 64 if name == "y" else 0
@@ -191,6 +192,7 @@ class Context:
                 found = found[found > 0].ravel()
                 address = self.allocator.reallocate_output("y", target, found.nbytes, 256)
                 self.allocator.notify_shape("y", found.shape)
+                self.given = found.shape
             else:
                 address = target
             assert cuda.holds(address, found.nbytes)
