@@ -655,3 +655,13 @@ def test_a_role_of_the_profile_is_assumed(
     for sent in headers:  # with the role's own key and token, and not with those of who assumed it
         assert b"AKIAME" not in sent["Authorization"]
         assert sent["X-Amz-Security-Token"]
+
+
+@pytest.mark.parametrize(("limit", "silence"), [(300.0, 60.0), (1800.0, 360.0), (0.1, 0.1)])
+def test_a_connection_may_be_silent_for_a_fifth_of_the_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: float, silence: float
+):
+    """Time is left for other tries, and more of it for services that are silent while they copy."""
+    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", str(limit))
+    config = S3Store("s3://bucket/prefix")._connection.meta.config
+    assert (config.read_timeout, config.connect_timeout) == (silence, silence)

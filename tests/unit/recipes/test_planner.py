@@ -72,6 +72,15 @@ def test_a_plan_before_the_first_build_says_that_everything_was_never_built():
     assert all(step.why == ("miss: never built",) for step in planned.steps)
 
 
+@pytest.mark.parametrize("late", ["fetch:calibration", "fetch:labelled"])
+def test_no_source_runs_before_its_data_was_read(late: str):
+    world = World()
+    for step in world.plan(recipe()).ready:
+        if step.id != late:
+            world.records[step.stage, step.action.key] = world.run(step)
+    assert {step.id for step in world.plan(recipe()).ready} == {late}
+
+
 AFTER_EXPORT = EVERYTHING - {step for step in EVERYTHING if step.startswith(("fetch", "reference"))} - {"export"}
 CHANGES = {
     "opset": (lambda d: d["export"].update(opset=20), FILES, {"export"} | AFTER_EXPORT),
