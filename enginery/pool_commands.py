@@ -161,5 +161,8 @@ def _create(name: str, kind: str, template: dict[str, Any], queues: list[str]) -
             for queue in queues:
                 with suppress(ObjectAlreadyExists):
                     client.create_work_queue(queue, work_pool_name=name)
+    except httpx.TransportError as err:
+        advice = "start it (prefect server start), or mend PREFECT_API_URL"
+        stop(FAILED, f"no Prefect server answers at {os.environ['PREFECT_API_URL']} ({err}): {advice}")
     except httpx.HTTPError as err:
         stop(FAILED, f"{os.environ['PREFECT_API_URL']}: {str(err)[:_MOST_SAID]}")

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from enginery import pool_commands
 from recipes.pools import pools_of
 from tasks.toolchain import probe_host
+from tests.integration.building import enginery
 
 
 def run(*arguments, status=0, env=None):
@@ -45,3 +46,12 @@ def test_a_template_is_printed_with_what_is_set():
 def test_what_no_build_looks_for_is_no_pool():
     assert "no build looks for" in run("gpu-sm90", status=2).stderr
     assert "PREFECT_API_URL" in run("portable", "--create", status=2, env={"PREFECT_API_URL": ""}).stderr
+
+
+def test_a_server_that_does_not_answer_is_named_with_what_to_do(tmp_path):
+    address = "http://127.0.0.1:9/api"  # the port of the discard service
+    done = enginery("pool", "portable", "--create", cwd=tmp_path, env={"PREFECT_API_URL": address})
+    assert done.returncode == 1
+    assert f"no Prefect server answers at {address} (" in done.stderr
+    assert "start it (prefect server start), or mend PREFECT_API_URL" in done.stderr
+    assert "Traceback" not in done.stderr
