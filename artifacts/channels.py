@@ -32,6 +32,7 @@ CHANNEL_SCHEMA: Final = 2
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}")
 # Each try that fails is a move that somebody else made.
 _MOST_TRIES: Final = 40
+_READS: Final = 5  # of a document that is another each time, and damaged
 _MOST_WAIT_SECONDS: Final = 0.05
 # Where a document grows beyond it, something is wrong; a move takes about 2 KiB.
 _MOST_BYTES: Final = 64 << 20
@@ -120,19 +121,26 @@ def channel_path(recipe: str, target: str, name: str) -> str:
 def read_channel(store: Store, recipe: str, target: str, name: str) -> Channel | None:
     """Return a channel, or None where nothing was ever promoted to it.
 
-    Raises StoreError, and IntegrityError where the document is damaged, is another channel's, or its chain is broken.
+    Raises StoreError, and IntegrityError where the document is damaged, is another channel's, or its chain is broken, and is
+    so when it is read once more.
     """
     path = channel_path(recipe, target, name)
-    try:
-        data, version = store.read_versioned(path)
-    except NotFoundError:
-        return None
-    try:
-        moves = _moves(data, recipe, target, name)
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
-        said = err.errors(include_url=False)[0]["msg"] if isinstance(err, ValidationError) else err
-        raise IntegrityError(f"{store.uri}: {path}: not a channel: {said}") from err
-    return Channel(moves, version)
+    before: bytes | None = None
+    for left in reversed(range(_READS)):
+        try:
+            data, version = store.read_versioned(path)
+        except NotFoundError:
+            return None
+        try:
+            return Channel(_moves(data, recipe, target, name), version)
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
+            # Services that do not replace objects at once (rclone's) show a part of one that is being written.
+            if left and data != before:
+                before = data
+                continue
+            said = err.errors(include_url=False)[0]["msg"] if isinstance(err, ValidationError) else err
+            raise IntegrityError(f"{store.uri}: {path}: not a channel: {said}") from err
+    raise AssertionError
 
 
 def channels_of(store: Store, recipe: str, name: str | None = None) -> Iterator[Channel]:

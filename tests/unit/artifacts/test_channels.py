@@ -256,3 +256,34 @@ def test_a_move_whose_answer_was_lost_is_made_once(tmp_path: Path) -> None:
     move(store, "a")
     move(store, "b")
     assert [one.move.build for one in read_channel(store, *AT).moves] == ["a", "b"]
+
+
+class Torn:
+    """A store that shows the parts of a channel that is being written, one at each read, and then all of it."""
+
+    uri = "torn:"
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = list(parts)
+        self.reads = 0
+
+    def read_versioned(self, _path: str) -> tuple[bytes, str]:
+        self.reads += 1
+        return (self.parts.pop(0) if len(self.parts) > 1 else self.parts[0]), "1"
+
+
+def test_a_channel_that_is_being_written_is_read_again_and_a_damaged_one_is_not_believed(store: FolderStore):
+    move(store, "a-0000000000000001")
+    whole = store.read(PATH)
+    torn = Torn(b"", whole[:100], whole)
+    found = read_channel(torn, *AT)  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.head.move.build, torn.reads) == ("a-0000000000000001", 3)
+    damaged = Torn(whole[:100])
+    with pytest.raises(IntegrityError, match="not a channel"):
+        read_channel(damaged, *AT)  # type: ignore[arg-type]
+    assert damaged.reads == 2
+    endless = Torn(*[whole[:count] for count in range(100, 200)])
+    with pytest.raises(IntegrityError, match="not a channel"):
+        read_channel(endless, *AT)  # type: ignore[arg-type]
+    assert endless.reads == 5
