@@ -14,10 +14,10 @@ from recipes.options import compile_params, uses_calibrator
 from recipes.pipeline import Pipeline, graph_files
 from recipes.plan import EnginePlan
 from recipes.refitting import Compilation
-from recipes.schema import FP8, Precision, Target
+from recipes.schema import Precision, Target
 from recipes.steps import Output, Step
 from recipes.support import support_step
-from recipes.targets import lowers_beside_pairs
+from recipes.targets import typed_precision
 
 # The package whose version enters the keys of what a runtime compiles, and the name of the file it makes.
 RUNTIME_PACKAGES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
@@ -47,13 +47,9 @@ class EngineStages:
 
     def typed(self, engine: EnginePlan, precision: Precision) -> Precision:
         """Return the precision of the graph that the compiler gets: a higher one where it is to lower the graph itself."""
-        if uses_calibrator(self.pipeline.recipe, engine.runtime, precision):
-            return "fp32"
-        weak = engine.runtime == "tensorrt" and engine.options.typing == "weak"
-        if precision == "int8-fp16":
-            # Half Q/DQ pairs begin with opset 19, of which 8.6 reads 17: it gets the int8 graph, and lowers the rest of it.
-            return "int8" if weak or lowers_beside_pairs(engine.runtime, engine.runtime_version) else precision
-        return "fp32" if weak and precision not in ("int8", "tf32", *FP8) else precision
+        return typed_precision(
+            self.pipeline.recipe, engine.runtime, engine.options, engine.runtime_version or None, precision
+        )
 
     def portable_gates(self) -> list[Step]:
         """Measure the untyped graphs: where they differ from the source, no precision can be right."""

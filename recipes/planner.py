@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from artifacts.host import Host
 from artifacts.refits import Base
@@ -28,7 +28,10 @@ from recipes.schema import EXACTNESS, FLOAT16, INT8, QUANTIZED, Asked, Precision
 from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
 from recipes.support import refused_nodes, told_of_sample
-from recipes.targets import refusal
+from recipes.targets import refusal, typed_refusal
+
+# Kinds of a compiler's failures that say of a graph's types, and not of this host or the recipe, that they do not serve.
+OF_PRECISION: Final = ("unsupported operator:", "no kernel:")
 
 
 def plan(
@@ -126,8 +129,16 @@ class _Engines:
         if asked == "auto":
             return self._fastest(base, target, waiting)
         trials: list[Trial] = []
-        for precision in (asked, *recipe.precision.fallback.get(asked, ())):
+        chain = (asked, *recipe.precision.fallback.get(asked, ()))
+        for left, precision in zip(reversed(range(len(chain))), chain, strict=True):
+            mark = self.stages.pipeline.steps.mark()
             engine, verdict = self._trial(base, precision, waiting)
+            unbuilt = _unbuilt(engine) if left else None
+            if unbuilt is not None:
+                own = self.stages.pipeline.steps.since(mark)
+                broken = [step.id for step in own if step.state in ("failed", "blocked")]
+                base = replace(base, tolerated=(*base.tolerated, *broken))
+                verdict = Verdict(passed=False, reasons=(unbuilt,))
             trials.append(Trial(precision, verdict))
             if engine.state == "waiting":
                 return replace(engine, trials=tuple(trials))
@@ -143,10 +154,11 @@ class _Engines:
         refused = refusal(base.runtime, base.gpu, precision, base.runtime_version or None)
         if refused is None and precision in INT8 and recipe.precision.int8 == "calibrator":
             refused = calibrator_refusal(base.options, base.runtime, base.runtime_version or None)
-        if refused is not None:
-            return base, Verdict(passed=False, reasons=(refused,))
         # The graph that is compiled; what a weakly typed compiler makes of it is judged when it is executed.
         source = self.stages.typed(base, precision)
+        refused = refused or typed_refusal(base.runtime, base.runtime_version or None, source)
+        if refused is not None:
+            return base, Verdict(passed=False, reasons=(refused,))
         typed = self.stages.pipeline.typed(source)
         graph = self.stages.pipeline.verify(
             self.stages.pipeline.id("verify", source), "graph", typed, tf32=source == "tf32", precision=source
@@ -213,6 +225,14 @@ class _Engines:
             yield from self.refits.ways(wanted, self.stages.pipeline.typed(engine.typed or precision), reasons)
 
 
+def _unbuilt(engine: EnginePlan) -> str | None:
+    """Return in one line why a compiler refused a graph for its precision, which another precision may not meet."""
+    if engine.compile is None or engine.compile.state != "failed":
+        return None
+    words = engine.compile.why[0].partition("\n")[0]
+    return words if words.startswith(OF_PRECISION) else None
+
+
 def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gpu: str, asked: Asked) -> EnginePlan:
     """Plan one engine of several parts: each gives way by its own chain, and what one cannot have the whole has not.
 
@@ -231,7 +251,8 @@ def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gp
         if reasons:
             trials.append(Trial(precision, Verdict(passed=False, reasons=reasons)))
             continue
-        engine = replace(base, parts=made, trials=tuple(trials))
+        tolerated = tuple(step for one in made.values() for step in one.tolerated)
+        engine = replace(base, parts=made, trials=tuple(trials), tolerated=tolerated)
         if waiting is not None:
             return replace(engine, state="waiting", why=waiting)
         # What people call it by: the least exact that any part was given.

@@ -37,7 +37,7 @@ def support_step(pipeline: Pipeline, target: Target, *, here: bool, toolchain: M
     elif here and target.runtime == "tensorrt-rtx":
         params["by"] = "parser"
     else:
-        ceiling = opset_ceiling(target)
+        ceiling = opset_ceiling(target.runtime, target.version)
         if ceiling is None or int(exported.get("opset", 0)) <= ceiling:
             return None
         params |= {"by": "opset", "version": target.version, "ceiling": ceiling}

@@ -7,13 +7,13 @@ ceilings, types by version), section 3 (hardware compatibility), section 5 (what
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from recipes.choosing import candidates_of
 from recipes.nodes import Key, near
-from recipes.options import calibrator_refusal, options_of, place_of, refusals, version_numbers
-from recipes.schema import FP8, GPUS, INT8, PRECISIONS, Precision, Recipe, Target
+from recipes.options import calibrator_refusal, options_of, place_of, refusals, uses_calibrator, version_numbers
+from recipes.schema import FP8, GPUS, INT8, PRECISIONS, Options, Precision, Recipe, Target
 
 Found = Iterator[tuple[Key, str]]
 
@@ -26,6 +26,8 @@ _CARDS: Final = {
 }  # fmt: skip
 # Tensor cores multiply fp8 from compute capability 8.9 on; for older ones TensorRT-RTX says "Cannot compile for target(s)".
 _BEFORE_FP8: Final = ("sm75", "sm80", "sm86", "sm87")
+# ONNX has the types of these graphs from there on: half Q/DQ pairs and e4m3 from 19, bfloat16 in Conv and pooling from 22.
+TYPED_OPSETS: Final[Mapping[Precision, int]] = {"int8-fp16": 19, "fp8": 19, "fp8-fp16": 19, "bf16": 22}
 _VERSION: Final = re.compile(r"[0-9]+(\.[0-9]+){2,3}([a-z.+-][A-Za-z0-9.+-]*)?")
 
 
@@ -77,10 +79,31 @@ def lowers_beside_pairs(runtime: str, version: str | None) -> bool:
     return runtime == "tensorrt" and major is not None and major < 10
 
 
-def opset_ceiling(target: Target) -> int | None:
-    """Return the highest ONNX opset that a target's runtime reads, where that is known."""
-    numbers = version_numbers(target.version)
-    if target.runtime != "tensorrt" or not numbers:
+def typed_precision(
+    recipe: Recipe, runtime: str, options: Options, version: str | None, precision: Precision
+) -> Precision:
+    """Return the precision of the graph that the compiler gets: a higher one where it is to lower the graph itself."""
+    if uses_calibrator(recipe, runtime, precision):
+        return "fp32"
+    weak = runtime == "tensorrt" and options.typing == "weak"
+    if precision == "int8-fp16":
+        # Half Q/DQ pairs begin with opset 19, of which 8.6 reads 17: it gets the int8 graph, and lowers the rest of it.
+        return "int8" if weak or lowers_beside_pairs(runtime, version) else precision
+    return "fp32" if weak and precision not in ("int8", "tf32", *FP8) else precision
+
+
+def typed_refusal(runtime: str, version: str | None, typed: Precision) -> str | None:
+    """Say why a version of TensorRT cannot parse a graph of this precision, whose types need a later opset than it reads."""
+    ceiling, least = opset_ceiling(runtime, version), TYPED_OPSETS.get(typed, 0)
+    if ceiling is None or least <= ceiling:
+        return None
+    return f"TensorRT {version} reads ONNX up to opset {ceiling}, and a graph in {typed} has opset {least} or later"
+
+
+def opset_ceiling(runtime: str, version: str | None) -> int | None:
+    """Return the highest ONNX opset that a version of a runtime reads, where that is known."""
+    numbers = version_numbers(version)
+    if runtime != "tensorrt" or not numbers:
         return None
     if numbers[0] < 10:
         return 17
@@ -127,6 +150,9 @@ def _check_precisions(recipe: Recipe, target: Target, at: Key) -> Found:
             yield (*at, "precision", position), f"{precision} is named twice"
             continue
         reasons = [why for gpu in target.gpus if (why := refusal(target.runtime, gpu, precision, target.version))]
+        typed = typed_precision(recipe, target.runtime, options_of(recipe, target), target.version, precision)
+        unread = typed_refusal(target.runtime, target.version, typed)
+        reasons += [unread] if unread is not None else []
         if reasons and own:
             yield (*at, "precision", position), reasons[0]
         elif reasons:
@@ -143,7 +169,7 @@ def _check_candidates(recipe: Recipe, target: Target, at: Key) -> Found:
 
 
 def _check_opset(recipe: Recipe, target: Target, at: Key) -> Found:
-    ceiling = opset_ceiling(target)
+    ceiling = opset_ceiling(target.runtime, target.version)
     default = 18 if recipe.source.framework in ("torch", "paddle") else None
     opset = recipe.export.opset or default
     if ceiling is not None and opset is not None and opset > ceiling:

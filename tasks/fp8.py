@@ -17,7 +17,6 @@ from onnx import TensorProto, numpy_helper
 from tasks.graphs import array_of, fresh_names
 
 LARGEST: Final = 448.0
-LEAST_OPSET: Final = 19
 
 
 def as_fp8(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], known: set[str]) -> onnx.ModelProto:

@@ -15,10 +15,11 @@ from typing import Any, Final
 import onnx
 
 from artifacts.refs import ONNX, ONNX_DATA
+from recipes.targets import TYPED_OPSETS
 from tasks import halves, quantize
 from tasks.dynamic import quantize_dynamic
 from tasks.errors import BackendError
-from tasks.fp8 import LEAST_OPSET, as_fp8
+from tasks.fp8 import as_fp8
 from tasks.graphs import (
     hoist_constants,
     matching_nodes,
@@ -31,11 +32,8 @@ from tasks.stage import StageRequest, StageResult
 from tasks.structure import structure_digest
 
 KEEP: Final = "keep.json"
-# bfloat16 reached Conv, pooling and GridSample in ONNX opset 22; TensorRT-RTX parses it.
-_BF16_OPSET: Final = 22
+# What came with bfloat16 in Conv, pooling and GridSample (opset 22); TensorRT-RTX parses it.
 _BF16_IR: Final = 10
-# QuantizeLinear and DequantizeLinear take halves, and have half scales, from there on.
-_PAIRS_OPSET: Final = 19
 
 
 def run(request: StageRequest) -> StageResult:
@@ -73,8 +71,8 @@ def run(request: StageRequest) -> StageResult:
     pairs = precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")
     if pairs:
         fp8 = precision.startswith("fp8")
-        if precision != "int8":
-            model = _raised(model, LEAST_OPSET if fp8 else _PAIRS_OPSET, precision)
+        if precision in TYPED_OPSETS:
+            model = _raised(model, TYPED_OPSETS[precision], precision)
         ranges = quantize.read_ranges(inputs["ranges.json"])
         known = {name for node in model.graph.node for name in node.output}
         quantizable = sum(node.op_type in quantize.OPERATORS for node in model.graph.node)
@@ -87,7 +85,7 @@ def run(request: StageRequest) -> StageResult:
     if precision not in ("int8", "fp8", "int8-dynamic"):
         half: halves.Half = "bf16" if precision == "bf16" else "fp16"
         if half == "bf16":
-            model = _raised(model, _BF16_OPSET, precision)
+            model = _raised(model, TYPED_OPSETS[precision], precision)
             model.ir_version = max(model.ir_version, _BF16_IR)
         name_nodes(model)
         typed = halves.to_half(model, half, keep, native=params["io"] == "native", quantized=pairs)

@@ -28,7 +28,12 @@ RECIPE = {
     "source": {"framework": "onnx", "model": {"file": "finder.onnx"}},
     "inputs": {"x": {"shape": ["batch", 4]}},
     "profiles": {"online": {"batch": [1, 4, 8]}},
-    "targets": [{"runtime": "tensorrt-rtx", "gpus": ["sm89", "sm120"], "fallback": "onnx"}, {"runtime": "onnxruntime"}],
+    "targets": [
+        {"runtime": "tensorrt-rtx", "gpus": ["sm89", "sm120"], "fallback": "onnx"},
+        {"runtime": "onnxruntime"},
+        # Not installed anywhere that tests run, so that the opset it reads at most is all that is known of it.
+        {"runtime": "tensorrt", "gpus": ["sm80"], "version": "8.6.1.6"},
+    ],
 }
 
 
@@ -60,6 +65,7 @@ def test_the_target_alone_fails_with_the_node_its_place_and_what_to_do(built, ca
         ("tensorrt-rtx", "sm89", "failed"),
         ("tensorrt-rtx", "sm120", "failed"),
         ("onnxruntime", "cpu", "cached"),
+        ("tensorrt", "sm80", "failed"),
         ("onnxruntime", "fallback", "cached"),
     ]
     assert planned.status == 1
@@ -68,7 +74,17 @@ def test_the_target_alone_fails_with_the_node_its_place_and_what_to_do(built, ca
     said = capsys.readouterr().out
     assert said.count("  NonZero 'head/nonzero' (node 1 of 2, makes found): ") == 1
     assert "    next: the size of its output depends on values: use a mask" in said
-    assert f"in place of what failed, the fallback is served: {planned.engines[3].publish.facts['path']}" in said
+    assert f"in place of what failed, the fallback is served: {planned.engines[4].publish.facts['path']}" in said
+
+
+def test_a_version_that_is_not_here_is_judged_by_the_opset_that_it_reads(built):
+    ran, planned, _session, _folder = built
+    assert "check:tensorrt:8.6.1.6" in ran
+    why = planned.engines[3].why.splitlines()
+    assert why[0] == "tensorrt 8.6.1.6 does not read the model: reads opset 17 at most, this is 18"
+    (advice,) = why[1:]
+    assert advice.startswith("    next: export with opset 17 or lower (export.opset; ")
+    assert advice.endswith("no operator of the graph changed since")
 
 
 def test_the_fallback_is_verified_published_and_served_only_where_no_engine_fits(built, tmp_path: Path):

@@ -838,6 +838,55 @@ def test_an_operator_that_a_target_refuses_fails_that_target_alone_with_the_node
     assert set(ran) >= ORT
 
 
+@pytest.mark.parametrize(("kind", "gives_way"), [("no kernel", True), ("unsupported operator", True), ("crash", False)])
+def test_a_precision_that_the_compiler_refuses_gives_way_to_the_next(kind, gives_way):
+    world, made = World(), recipe(lambda d: d["targets"].pop())
+    while (planned := world.plan(made)).ready:
+        for step in planned.ready:
+            if step.id == "compile:tensorrt-rtx:sm89:int8":
+                world.failures[step.action.key] = f"{kind}: said the compiler\nand more"
+            else:
+                world.records[step.stage, step.action.key] = world.run(step)
+    first, other = planned.engines[0], next(one for one in planned.engines if (one.gpu, one.asked) == ("sm120", "int8"))
+    assert (other.given, other.state) == ("int8", "cached")
+    assert (first.given, first.state) == (("fp16", "cached") if gives_way else ("int8", "failed"))
+    assert planned.status == (0 if gives_way else 1)
+    if gives_way:
+        assert [trial.verdict.passed for trial in first.trials] == [False, True]
+        assert first.publish.action.params["tried"] == [
+            {"precision": "int8", "reasons": [f"{kind}: said the compiler"]}
+        ]
+
+
+def test_the_last_precision_that_the_compiler_refuses_fails_the_target():
+    world, made = World(), recipe(lambda d: (d["targets"].pop(), d["precision"].update(build=["int8"], fallback={})))
+    while (planned := world.plan(made)).ready:
+        for step in planned.ready:
+            if step.stage == "compile":
+                world.failures[step.action.key] = "no kernel: said the compiler"
+            else:
+                world.records[step.stage, step.action.key] = world.run(step)
+    assert {engine.state for engine in planned.engines} == {"failed"}
+    assert planned.status == 1
+
+
+def test_a_typed_graph_that_an_installed_version_does_not_parse_gives_way_before_it_is_made():
+    host = replace(HOST, runtimes={"tensorrt": "10.1.0.27"}, gpus=())
+    made = recipe(
+        lambda d: (
+            d.update(targets=[{"runtime": "tensorrt", "gpus": ["sm89"]}]),
+            d["precision"].update(build=["bf16"], fallback={"bf16": ["fp16"]}),
+        )
+    )
+    ran, planned = World(host=host).build(made)
+    assert "type:bf16" not in ran
+    assert "type:fp16" in ran
+    (engine,) = planned.engines
+    assert engine.trials[0].verdict.reasons == (
+        "TensorRT 10.1.0.27 reads ONNX up to opset 20, and a graph in bf16 has opset 22 or later",
+    )
+
+
 def test_a_long_table_of_refused_nodes_is_cut_and_says_so():
     many = {**UNREAD, "nodes": UNREAD["nodes"] * 25}
     _ran, planned = World(facts={"check": many}).build(recipe())

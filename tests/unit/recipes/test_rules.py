@@ -302,9 +302,31 @@ def test_fp8_begins_with_ada_and_tensorrt_10(precision):
 
 def test_opset_ceilings(tmp_path):
     def ceiling(**fields):
-        return opset_ceiling(recipe(tmp_path, lambda d: target(d, **fields)).targets[0])
+        asked = recipe(tmp_path, lambda d: target(d, **fields)).targets[0]
+        return opset_ceiling(asked.runtime, asked.version)
 
     assert ceiling(version="8.6.0") == 17
     assert ceiling(version="10.1.0.27") == 20
     assert ceiling(version="10.16.1.11") is None
     assert ceiling() is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "version", "typing", "refused"),
+    [
+        ("bf16", "10.1.0.27", "strong", True),
+        ("bf16", "10.1.0.27", "weak", False),  # the compiler gets the fp32 graph
+        ("bf16", "10.2.0.19", "strong", False),
+        ("fp16", "10.1.0.27", "strong", False),
+        ("int8-fp16", "10.1.0.27", "strong", False),  # opset 19 of 20
+    ],
+)
+def test_a_typed_graph_whose_opset_a_version_does_not_read_is_told_before_anything_runs(
+    tmp_path, precision, version, typing, refused
+):
+    def change(d):
+        target(d, version=version, precision=[precision], build={"typing": typing})
+
+    said = "TensorRT 10.1.0.27 reads ONNX up to opset 20, and a graph in bf16 has opset 22 or later"
+    faults = [fault for fault in found(tmp_path, change) if "a graph in" in fault]
+    assert faults == ([f"targets[0].precision[0]: {said}"] if refused else [])
