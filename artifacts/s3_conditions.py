@@ -5,6 +5,9 @@ and `rclone serve s3` 1.75.2; moto 5.2.5 honours both, as Amazon S3 is documente
 to prevent object overwrites with conditional writes"). So each condition is tried out once for each
 endpoint and bucket of a process, on an object of its own under `tmp/`. Where it is ignored, a write
 is refused, unless `ENGINERY_S3_LOCKS` names a folder that all writers of the store share.
+
+Ceph's radosgw 16.2 compares the ETag of `If-Match`, with its quotes, with one that has none, so that it refuses every write:
+what is refused although the object is still of this version is sent without quotes, which RFC 9110 (8.8.3) does not know.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ _CONFLICT: Final = ("ConditionalRequestConflict", "409")
 _UNKNOWN: Final = ("NotImplemented", "501")
 
 _found: dict[tuple[str, str, Condition], bool] = {}
+# Endpoints that want ETags without their quotes.
+_without_quotes: Final[set[str]] = set()
 _finding: Final = threading.Lock()
 
 
@@ -74,15 +79,21 @@ class ConditionalWriter:
     def _put(self, key: str, data: bytes, condition: Condition, value: str) -> bool:
         from botocore.exceptions import ClientError
 
-        writer = uuid.uuid4().hex
+        writer, endpoint = uuid.uuid4().hex, self.place.endpoint
         for attempt in range(TRIES):
+            sent = value.strip('"') if condition == "IfMatch" and endpoint in _without_quotes else value
             try:
-                self._put_if(key, data, condition, value, writer)
+                self._put_if(key, data, condition, sent, writer)
             except ClientError as err:
                 code = error_code(err)
                 if code in _REFUSED or is_absent(code):
                     # botocore sends a request again whose answer was lost; then what is in the way may be our own.
-                    return bool(err.response["ResponseMetadata"]["RetryAttempts"]) and self._wrote(key, writer)
+                    if err.response["ResponseMetadata"]["RetryAttempts"] and self._wrote(key, writer):
+                        return True
+                    if condition == "IfMatch" and sent == value and self._etag(key) == value:
+                        _without_quotes.add(endpoint)
+                        continue
+                    return False
                 # Two conditional writes at once: S3 asks for another try.
                 if code not in _CONFLICT or attempt + 1 == TRIES:
                     raise

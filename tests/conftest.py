@@ -59,7 +59,8 @@ def careless_s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield endpoint
 
 
-def _point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lead this process, and its children, to an S3 server by the usual AWS variables; return its address."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "ENGINERY_S3_ADDRESSING", "ENGINERY_S3_LOCKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in s3_environment(endpoint).items():
@@ -70,13 +71,13 @@ def _point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def s3_environ(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Point this process, and its children, at the S3 server by the usual AWS variables; return its address."""
-    return _point_at(s3_endpoint, monkeypatch)
+    return point_at(s3_endpoint, monkeypatch)
 
 
 @pytest.fixture
 def careless_s3_store_uri(careless_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty store in the S3 that ignores conditional writes; the environment leads boto3 to it."""
-    _point_at(careless_s3_endpoint, monkeypatch)
+    point_at(careless_s3_endpoint, monkeypatch)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 

@@ -98,6 +98,8 @@ class Faults:
     stalls: int = 0  # requests that are not answered before `over` is set
     drops: float = 0.0  # seconds between two bytes of every answer's body; 0: it comes at once
     over: Event = field(default_factory=Event)
+    # As Ceph's radosgw 16.2: a write over an ETag in quotes is refused, one without them is taken for what it says.
+    refuses_quotes: bool = False
     dropped_headers: frozenset[str] = frozenset()  # for every request
     requests: list[str] = field(default_factory=list)  # what came, as "METHOD /path"
 
@@ -137,6 +139,8 @@ class _Proxy(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         answer = rules.answers.popleft() if rules.answers else None
+        if rules.refuses_quotes and self.headers.get("If-Match", "").startswith('"'):
+            answer = (412, "PreconditionFailed")
         answer = next((said for part, said in rules.refused.items() if part in f"{self.command} {self.path}"), answer)
         if answer is not None:
             status, code = answer
@@ -145,6 +149,8 @@ class _Proxy(BaseHTTPRequestHandler):
             return
         upstream = http.client.HTTPConnection(self.upstream)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in rules.dropped_headers}
+        if rules.refuses_quotes and "If-Match" in headers:
+            headers["If-Match"] = f'"{headers["If-Match"]}"'
         upstream.request(self.command, self.path, body, headers)
         response = upstream.getresponse()
         content = response.read()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ceph import radosgw_server
 from tests.servers import S3_PAGE, careless_s3_server, s3_environment, s3_server
 
 
@@ -33,4 +34,12 @@ def rclone_with_bucket(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
     """Run rclone's S3 server, which ignores conditional writes, over a new folder, with a bucket; yield as `s3_with_bucket`."""
     (folder / bucket).mkdir(parents=True)
     with careless_s3_server(folder) as endpoint:
+        yield s3_environment(endpoint)
+
+
+@contextmanager
+def radosgw_with_bucket(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Run Ceph's S3 server (`tests.ceph`) with all that it holds in a new folder, with a bucket; yield as `s3_with_bucket`."""
+    with radosgw_server(folder) as endpoint:
+        make_bucket(endpoint, bucket)
         yield s3_environment(endpoint)

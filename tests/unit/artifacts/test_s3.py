@@ -148,6 +148,19 @@ def test_whether_conditions_are_honoured_is_asked_once(store: Store, faults: Fau
     assert [found.path for found in store.list("")] == ["a", "b"]
 
 
+def test_a_service_that_wants_versions_without_quotes_gets_them(store: Store, faults: Faults) -> None:
+    faults.refuses_quotes = True
+    store.write("a", b"0", if_absent=True)
+    first = store.read_versioned("a")[1]
+    assert store.write("a", b"1", if_version=first)
+    assert not store.write("a", b"2", if_version=first)
+    second = store.read_versioned("a")[1]
+    faults.requests.clear()
+    assert store.write("a", b"3", if_version=second)
+    assert [line.split()[0] for line in faults.requests] == ["PUT"]  # what it wants is known
+    assert store.read("a") == b"3"
+
+
 def test_two_conditional_writes_at_once_are_tried_again(store: Store, faults: Faults) -> None:
     store.write("warm", b"", if_absent=True)
     faults.answers.extend([(409, "ConditionalRequestConflict")] * 2)
