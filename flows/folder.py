@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.deployments import arun_deployment
+from prefect.runtime import flow_run as this_run
 
 from recipes.errors import RecipeError
 from recipes.pools import portable_host
@@ -15,6 +17,7 @@ from tasks.fleet import is_stale
 from tasks.forms import Jobs, StoreAddress, form
 from tasks.freshness import Freshness
 from tasks.parameters import recipes_in, worker_session
+from tasks.server import Line
 from tasks.toolchain import probe_host
 
 
@@ -31,18 +34,22 @@ async def build_folder(
 
     The builds go on after this flow has ended. A recipe that cannot be planned is asked for too: its run tells why.
     """
-    asked = []
+    asked, line = [], Line(get_run_logger().warning)
     for path in recipes_in(Path(folder)):
         if not await _has_work(str(path), store, jobs):
             asked.append({"recipe": str(path), "flow_run": None})
             continue
-        run = await arun_deployment(
+        once = f"{this_run.get_id()} {path}" if this_run.get_id() else None
+        asking = partial(
+            arun_deployment,
             "build/recipe",
             parameters={"recipe": str(path), "store": store, "jobs": jobs},
             timeout=0,
             as_subflow=False,
             work_queue_name=queue,
+            idempotency_key=once,
         )
+        run = await line.ask(asking)
         asked.append({"recipe": str(path), "flow_run": str(run.id)})
     return asked
 

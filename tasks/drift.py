@@ -8,7 +8,6 @@ a host needs none of the packages that only portable stages use.
 from __future__ import annotations
 
 import datetime as dt
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ from recipes.plan import EnginePlan
 from recipes.planner import plan
 from recipes.pools import has_pool
 from tasks.git import in_checkout
+from tasks.latest import read_latest
 from tasks.publish import is_published
-from tasks.session import latest_path
 from tasks.toolchain import BACKENDS, probe_host, version
 
 Warn = Callable[[str], None]
@@ -234,7 +233,7 @@ def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn, *, pools:
     """Plan a recipe for both hosts; records are looked up once."""
     loaded = load(path)
     files = gather(loaded)
-    latest = _latest(store, loaded.recipe.name)
+    latest = read_latest(store, loaded.recipe.name)
     recorded = _recorded(latest)
     cache, known = ActionCache(store, warn), dict[tuple[str, str], ActionRecord | None]()
 
@@ -264,7 +263,7 @@ def missing_versions(store: Store, recipe: str) -> dict[str, str | None]:
 
     With them a host plans portable stages as whoever made them did, and finds them made.
     """
-    recorded = _recorded(_latest(store, recipe))
+    recorded = _recorded(read_latest(store, recipe))
     return {package: found for package, found in recorded.items() if version(package) is None}
 
 
@@ -276,15 +275,6 @@ def _recorded(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             if isinstance(found, str) and package not in _NO_PACKAGES:
                 recorded.setdefault(package, found)
     return recorded
-
-
-def _latest(store: Store, recipe: str) -> dict[str, dict[str, Any]]:
-    try:
-        document = json.loads(store.read(latest_path(recipe)))
-    except (NotFoundError, ValueError, RecursionError):
-        return {}
-    steps = document.items() if isinstance(document, dict) else ()
-    return {step: one for step, one in steps if isinstance(one, dict) and isinstance(one.get("params"), dict)}
 
 
 def _why(engine: EnginePlan) -> str:

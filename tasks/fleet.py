@@ -9,7 +9,6 @@ its place in the pool, and another is asked for. Should the lost one live after 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,7 +29,7 @@ from artifacts.host import Host
 from recipes.plan import EnginePlan, Plan
 from recipes.pools import choose_pool, host_queue, pools_of
 from tasks.freshness import Freshness
-from tasks.server import asked
+from tasks.server import Line
 
 TEMPLATE: Final = "compile/target"
 POLL_SECONDS: Final = 2.0
@@ -64,8 +63,9 @@ async def compile_on_pools(
     `parameters` are those of the flow `compile` besides `target`. Of targets that are fresh nothing is asked; those without
     a live worker are asked for and not waited for. With `host` all of it is that host's to do, and nobody else's.
     """
+    line = Line(get_run_logger().warning)
     async with get_client() as client:
-        pools = await _pools_of(client, engines, host)
+        pools = await line.ask(partial(_pools_of, client, engines, host))
         asking = {**parameters, "host": host.name} if host is not None else parameters
         asked, wanted = [], []
         for (runtime, gpu), pool in pools.items():
@@ -73,7 +73,7 @@ async def compile_on_pools(
             if host is None and pool is not None and await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
                 asked.append(Asked(target, pool, "cached", "fresh for every host of the pool that was seen lately"))
             else:
-                wanted.append(_compile(client, target, pool, asking))
+                wanted.append(_compile(client, line, target, pool, asking))
         return [*asked, *await asyncio.gather(*wanted)]
 
 
@@ -83,7 +83,7 @@ async def is_stale(planned: Plan, freshness: Freshness) -> bool:
     if planned.ready or not waiting:
         return bool(planned.ready)
     async with get_client() as client:
-        pools = await _pools_of(client, waiting)
+        pools = await Line(get_run_logger().warning).ask(partial(_pools_of, client, waiting))
     for (runtime, gpu), pool in pools.items():
         if pool is None or not await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
             return True
@@ -105,15 +105,17 @@ async def _pools_of(
     }
 
 
-async def _compile(client: PrefectClient, target: str, pool: str | None, parameters: Mapping[str, Any]) -> Asked:
+async def _compile(
+    client: PrefectClient, line: Line, target: str, pool: str | None, parameters: Mapping[str, Any]
+) -> Asked:
     if pool is None:
         return Asked(target, None, "waiting", "no work pool for it: start a worker (docs/fleet.md)")
-    deployment = await _deployment(client, pool)
+    deployment = await line.ask(partial(_deployment, client, pool))
     log = get_run_logger()
     queue = host_queue(parameters["host"]) if "host" in parameters else None
     for attempt in range(_TRIES):
-        run = await _run(client, deployment, target, pool, parameters, queue)
-        run = await _ended(client, run, pool, queue)
+        run = await line.ask(partial(_run, client, deployment, target, pool, parameters, queue))
+        run = await _ended(client, line, run, pool, queue)
         state = run.state
         if state is not None and state.is_scheduled():
             log.warning("%s waits for a worker of the pool %s", target, pool)
@@ -133,7 +135,7 @@ async def _compile(client: PrefectClient, target: str, pool: str | None, paramet
 async def _run(
     client: PrefectClient, deployment: UUID, target: str, pool: str, parameters: Mapping[str, Any], queue: str | None
 ) -> FlowRun:
-    """Return the unfinished run for this recipe, target and store, or ask for one."""
+    """Return the unfinished run for this recipe, target and store, or ask for one; who did not hear the answer finds it so."""
     wanted = {**parameters, "target": target}
     where = FlowRunFilter.model_validate(
         {"deployment_id": {"any_": [str(deployment)]}, "state": {"type": {"any_": list(_UNFINISHED)}}}
@@ -152,28 +154,21 @@ async def _run(
     )
 
 
-async def _ended(client: PrefectClient, run: FlowRun, pool: str, queue: str | None) -> FlowRun:
+async def _ended(client: PrefectClient, line: Line, run: FlowRun, pool: str, queue: str | None) -> FlowRun:
     """Wait until a run has ended, its worker is lost, or none is there to take it; while the server was away, none could be heard."""
-    outages: list[str] = []
-    back = float("-inf")
     while True:
-        run = await asked(partial(client.read_flow_run, run.id), warn=outages.append)
+        run = await line.ask(partial(client.read_flow_run, run.id))
         if run.state is not None and run.state.is_final():
             return run
         begun = _begun(run)
         away = partial(_is_lost, client, run, pool) if begun else partial(_nobody_listens, client, pool, queue)
-        lost = await asked(away, warn=outages.append)
-        if outages:
-            get_run_logger().warning("%s", outages.pop())
-            outages.clear()
-            back = time.monotonic()
-        if lost and time.monotonic() - back > _HEARD_SECONDS:
+        if await line.ask(away) and line.steady(_HEARD_SECONDS):
             if not begun:
                 return run
             crashed: Any = Crashed(
                 message=f"the worker {run.labels.get('prefect.worker.name')} is not heard of any more"
             )
-            await client.set_flow_run_state(run.id, crashed, force=True)
+            await line.ask(partial(client.set_flow_run_state, run.id, crashed, force=True))
         else:
             await asyncio.sleep(POLL_SECONDS)
 

@@ -7,7 +7,6 @@ and the Prefect task that shows it) runs once.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
@@ -16,12 +15,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from artifacts.cache import ActionCache
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, UnavailableError
 from artifacts.host import Host
-from artifacts.keys import canonical_json
 from artifacts.leases import Lease, leased
 from artifacts.observed import ObservedStore, Sight
 from artifacts.records import ActionRecord
@@ -35,6 +33,7 @@ from recipes.planner import plan
 from recipes.schema import duration_seconds, size_bytes
 from recipes.steps import Step
 from tasks.errors import BackendError, StageCancelledError, TaskError
+from tasks.latest import Preimages, keep_latest, latest_path, read_latest
 from tasks.patience import patiently
 from tasks.progress import Listener, Progress
 from tasks.publish import is_published, other_store, publish_engines
@@ -52,11 +51,6 @@ T = TypeVar("T")
 DEFAULT_JOBS: Final = 2
 _RERUNS: Final = 3
 _SAID: Final = 4000  # how much of what steps said is kept for who comes later
-
-
-def latest_path(recipe: str) -> str:
-    """Return where a store keeps the preimages of a recipe's last build: only a hint, to explain misses with."""
-    return f"cache/latest/{recipe}.json"
 
 
 @dataclass(frozen=True)
@@ -255,10 +249,9 @@ class BuildSession:
         """Keep the preimages of this build, so that the next plan can say what changed."""
         steps = {step.id: step.action.preimage() for step in planned.steps if step.record is not None and step.action}
         if steps:
-            document = {**self._previous, **steps}
-            if document != self._previous:
-                data = canonical_json(document)
-                self._patiently(lambda: self.store.write(latest_path(self.recipe_name), data))
+            kept = self._previous
+            if {**kept, **steps} != kept:
+                self._patiently(lambda: keep_latest(self.store, self.recipe_name, steps))
 
     def _run(self, step: Step, planned: Plan, future: Future[tuple[ActionRecord, bool]]) -> None:
         key = step.action.key if step.action is not None else ""
@@ -456,19 +449,8 @@ class BuildSession:
             self.warn(message)
 
     @cached_property
-    def _previous(self) -> Mapping[str, Mapping[str, Any]]:
-        """Read the last build's preimages; what is damaged explains nothing, and harms nothing."""
-        try:
-            document = json.loads(self.store.read(latest_path(self.recipe_name)))
-            canonical_json(document)
-        except (NotFoundError, ValueError, RecursionError):
-            return {}
-        steps = document.items() if isinstance(document, dict) else ()
-        return {
-            step: preimage
-            for step, preimage in steps
-            if isinstance(preimage, dict) and isinstance(preimage.get("params"), dict)
-        }
+    def _previous(self) -> Preimages:
+        return read_latest(self.store, self.recipe_name)
 
 
 def open_session(

@@ -24,7 +24,8 @@ from artifacts.hosts import read_host
 from artifacts.rollouts import rollouts
 from artifacts.store import open_store
 from tasks.toolchain import version
-from tests.integration.fleet import Fleet, kill, stages, started_fleet, until
+from tests.integration.building import copy_digits
+from tests.integration.fleet import Fleet, git, kill, stages, started_fleet, two_pools, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
@@ -170,6 +171,7 @@ def test_cancelling_ends_the_compiler_and_frees_what_it_held(fleet: Fleet):
     fleet.commit(export={"opset": 20})
     name = "compile digits.yaml tensorrt-rtx:sm89"
     worker = fleet.processes["sm89"]
+    left = _held(fleet)  # a lease of who was killed before, until it is dead
     for alone in (True, False):
         before, asked = len(fleet.runs(name)), ask(fleet)
         compilers = until(partial(held_stages, worker))
@@ -179,7 +181,7 @@ def test_cancelling_ends_the_compiler_and_frees_what_it_held(fleet: Fleet):
         assert ended(fleet, compilation)["state_type"] == "CANCELLED"
         whole = ended(fleet, asked)
         assert whole["state_type"] == ("FAILED" if alone else "CANCELLED"), whole["state"]
-        until(lambda: not _held(fleet), 60, lambda: str(_held(fleet)))  # long before a claim is old
+        until(lambda: _held(fleet) <= left, 60, lambda: str(_held(fleet) - left))  # long before a claim is old
         assert not stages(worker)
     assert ended(fleet, ask(fleet))["state_name"] == "Completed"
 
@@ -206,6 +208,11 @@ def test_a_build_finishes_and_publishes_though_the_server_is_killed(fleet: Fleet
 def test_a_person_comes_before_the_night(fleet: Fleet):
     """A worker that takes one run at a time takes what was asked for last, since that was a person."""
     kill(fleet.processes["portable"])
+    fleet.commit(description="what a person has changed")
+    copy_digits(fleet.folder / "another", lambda document: (two_pools(document), document.update(name="night")))
+    shutil.copyfile(fleet.folder / "another" / "digits.yaml", fleet.models / "night.yaml")
+    git(fleet.models, "add", "-A")
+    git(fleet.models, "commit", "-qm", "a recipe that nobody has built")
     nights = [ask(fleet, "build/folder", folder=".") for _night in range(2)]
     person = ask(fleet)
     fleet.worker("portable", "one-at-a-time", "--limit", "1")
@@ -215,10 +222,12 @@ def test_a_person_comes_before_the_night(fleet: Fleet):
     assert {night["work_queue_name"] for night in later} == {"nightly"}
     assert all(night["created"] < first["created"] for night in later)
     assert all(night["start_time"] > first["end_time"] for night in later)
-    # What the night asks for waits in the night's queue as well.
-    builds_of_the_night = fleet.server.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 2})
-    assert {run["work_queue_name"] for run in builds_of_the_night} == {"nightly"}
-    assert {run["parameters"]["recipe"] for run in builds_of_the_night} == {"digits.yaml"}
+    # What the night asks for waits in the night's queue as well, on the pools of the GPUs too.
+    (asked,) = fleet.runs("build night.yaml") or until(lambda: fleet.runs("build night.yaml"))
+    assert ended(fleet, asked["id"])["state_name"] == "Completed"
+    asked_by_night = [asked, *fleet.runs("compile night.yaml tensorrt-rtx:sm89")]
+    assert [run["work_queue_name"] for run in asked_by_night] == ["nightly", "nightly"]
+    assert {run["work_queue_name"] for run in fleet.runs("compile digits.yaml tensorrt-rtx:sm89")} == {"default"}
     kill(fleet.processes["one-at-a-time"])
     fleet.worker("portable", "portable")
 
@@ -257,11 +266,11 @@ def _gone(processes: list[psutil.Process]) -> bool:
     return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
 
 
-def _held(fleet: Fleet) -> list[str]:
+def _held(fleet: Fleet) -> set[str]:
     """Return what a build holds in the store, and who is not said to have freed it: claims and leases."""
     store = open_store(fleet.store)
     claims = [json.loads(store.read(info.path)) for info in store.list("claims/")]
-    return [claim["name"] for claim in claims if claim["holder"]] + [info.path for info in store.list("leases/")]
+    return {claim["name"] for claim in claims if claim["holder"]} | {info.path for info in store.list("leases/")}
 
 
 def builds(fleet: Fleet) -> set[EngineId]:

@@ -14,8 +14,9 @@ from artifacts.keys import Action
 from artifacts.refs import digest_bytes
 from recipes.steps import Step
 from tasks.drive import drive
+from tasks.latest import latest_path
 from tasks.patience import delays, patiently
-from tasks.session import latest_path, open_session
+from tasks.session import open_session
 
 RECIPE = """
 enginery: 1
