@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,15 +15,17 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
 
+from tasks.toolchain import version
 from tests.integration.building import ROOT, copy_digits, environment
 from tests.integration.test_prefect import QUIET, Server
-from tests.servers import s3_environment, s3_server
+from tests.servers import Faults, bad_network, s3_environment, s3_server
 
 T = TypeVar("T")
 BUCKET = "fleet"
@@ -37,6 +40,7 @@ class Fleet:
     database: str
     port: int
     ends: ExitStack
+    faults: Faults  # of the network between the fleet and its store
     processes: dict[str, psutil.Popen] = field(default_factory=dict)
 
     @property
@@ -147,7 +151,9 @@ def stages(process: psutil.Popen) -> list[psutil.Process]:
 def started_fleet(folder: Path) -> Iterator[Fleet]:
     """Start the server and the store, and make the repository; workers and deployments are the caller's."""
     with ExitStack() as ends:
-        aws = s3_environment(ends.enter_context(s3_server()))
+        endpoint = ends.enter_context(s3_server())
+        between, faults = ends.enter_context(bad_network(endpoint))
+        aws = s3_environment(endpoint)
         patch = ends.enter_context(pytest.MonkeyPatch.context())
         for name, value in aws.items():
             patch.setenv(name, value)
@@ -157,18 +163,49 @@ def started_fleet(folder: Path) -> Iterator[Fleet]:
         database = ends.enter_context(postgres())
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        env = {**environment(), **QUIET, **aws, "ENGINERY_STORE": f"s3://{BUCKET}/store"}
+        env = {**environment(), **QUIET, **s3_environment(between), "ENGINERY_STORE": f"s3://{BUCKET}/store"}
         env |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_HOME": str(folder / "prefect")}
         env |= {"ENGINERY_REPOSITORY": str(folder / "models")}
         env |= {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_WORKER_HEARTBEAT_SECONDS": "5"}
         env |= {"ENGINERY_CLAIM_SECONDS": "10"}
-        fleet = Fleet(folder, env, database, port, ends)
+        fleet = Fleet(folder, env, database, port, ends, faults)
         fleet.models.mkdir()
         shutil.copyfile(ROOT / "prefect.yaml", fleet.models / "prefect.yaml")
         git(fleet.models, "init", "-q")
         fleet.commit()
         fleet.start_server()
         yield fleet
+
+
+def rebuild_began(server: Server) -> float:
+    """Return when the first rebuild began, by its own state on the server; 0 while there is none."""
+    runs = server.ask("flow_runs/filter", {"flows": {"name": {"any_": ["rebuild"]}}, "limit": 5})
+    starts = [run["start_time"] for run in runs if run["start_time"]]
+    return min((datetime.fromisoformat(start.replace("Z", "+00:00")).timestamp() for start in starts), default=0.0)
+
+
+def most_seconds() -> float:
+    """Return in how many seconds after a change the first rebuild has to begin: 60, and longer where others use the processors."""
+    return 60.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def write_figures(what: str, began: float) -> None:
+    """Add a measured time to the file that ENGINERY_FLEET_FIGURES names, if it does."""
+    if file := os.environ.get("ENGINERY_FLEET_FIGURES"):
+        path = Path(file)
+        figures = json.loads(path.read_text()) if path.exists() else []
+        figures.append(
+            {
+                "what": f"seconds {what}",
+                "first_rebuild_began": round(began, 1),
+                "load_average_1min_for_each_cpu": round(os.getloadavg()[0] / (os.cpu_count() or 1), 1),
+                "cpus": os.cpu_count(),
+                "command": f"ENGINERY_FLEET_FIGURES=FILE python -m pytest -m long {os.environ['PYTEST_CURRENT_TEST'].partition('::')[0]}",
+                "versions": {name: version(name) for name in ("enginery", "prefect", "tensorrt_rtx")},
+                "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+        )
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _answers(address: str) -> bool:
@@ -216,7 +253,9 @@ def postgres() -> Iterator[str]:
         try:
             ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
             until(lambda: subprocess.run(ready, check=False, capture_output=True).returncode == 0, 120)
-            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
+            where = ["-h", "127.0.0.1", "-p", str(port), "-U", "prefect"]
+            subprocess.run([str(programs / "createdb"), *where, "prefect"], check=True, capture_output=True)
+            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
         finally:
             kill(process)
     finally:

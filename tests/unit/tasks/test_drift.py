@@ -176,6 +176,29 @@ def test_the_second_host_waits_for_the_canary_and_takes_over_when_it_vanishes(wa
     assert read_rollout(store, name).members["one"].left == ""
 
 
+def test_a_canary_that_comes_back_with_another_card_is_out_and_what_it_cannot_build_any_more_is_told(tmp_path):
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    head = recipe.read_text().partition("targets:")[0]
+    recipe.write_text(f"{head}driver: exact\ntargets: [{{runtime: tensorrt, gpus: [sm90]}}]\n")
+    one = Host("one", "linux", "x86_64", "570.1", "12.8", (H100,), {"tensorrt": "10.16.1.11"})
+    two = replace(one, name="two")
+    simulate_build(recipe, store, tmp_path, one)
+    for host in (one, two):
+        look(store, [recipe], host=host)
+    one, two = replace(one, driver="580.2"), replace(two, driver="580.2")
+    (name,) = look(store, [recipe], host=one).due
+    assert look(store, [recipe], host=two).due == {}
+
+    card = replace(H100, name="L4", compute_capability="sm89", uuid="GPU-9")
+    back = look(store, [recipe], host=replace(one, gpus=(card,)))
+    assert back.to_json()["changes"] == [f"gpu H100 sm90 {H100.uuid} -> L4 sm89 GPU-9"]
+    assert (back.judgement.stale, len(back.judgement.lost), back.due) == ((), 1, {})
+    assert read_rollout(store, name).members["one"].left == "it has changed again"
+    assert set(look(store, [recipe], host=two).due) == {name}  # nobody waits for a card that is gone
+    assert read_rollout(store, name).canary == "two"
+    assert look(store, [recipe], host=replace(one, gpus=(card,))).to_json()["changes"] == []
+
+
 def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
     recipes, store = watched
     look(store, recipes, host=HERE)
