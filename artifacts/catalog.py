@@ -36,6 +36,7 @@ from artifacts.publications import (
     mark_document,
     mark_of,
     mark_path,
+    next_name,
     publication_document,
     publication_name,
     publication_path,
@@ -73,6 +74,14 @@ class EngineId:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What became visible together: the manifests that count, in the order that was asked for, and the publication's name."""
+
+    manifests: list[bytes]
+    name: str
+
+
+@dataclass(frozen=True)
 class EngineCatalog:
     """The published engines of a store. `warn` is told, in one sentence, of what had to be passed over.
 
@@ -85,12 +94,12 @@ class EngineCatalog:
 
     def publish(self, manifest: Manifest, signer: Signer | None = None) -> bytes:
         """Make stored blobs an engine, as `publish_together` does; return the manifest that counts."""
-        return self.publish_together([manifest], signer)[0]
+        return self.publish_together([manifest], signer).manifests[0]
 
     def publish_together(
         self, manifests: Sequence[Manifest], signer: Signer | None = None, without: Mapping[str, str] | None = None
-    ) -> list[bytes]:
-        """Make stored blobs engines of one recipe that are visible all at once; return the manifests that count.
+    ) -> Published:
+        """Make stored blobs engines of one recipe that are visible all at once; return what counts.
 
         Of each the files first, its signature, its mark, its manifest; then, in one write, the publication. Of two that
         publish the same build the first wins; a damaged manifest is replaced. `without` says for people which targets were
@@ -112,23 +121,25 @@ class EngineCatalog:
                 if signer is not None:
                     signatures[engine] = self.sign(manifest, data, signer)
 
-            winners = self._make_visible(made, without or {}, sign)
-            for (engine, manifest, data), winner in zip(made, winners, strict=True):
+            published = self._make_visible(made, without or {}, sign)
+            for (engine, manifest, data), winner in zip(made, published.manifests, strict=True):
                 if winner != data:
                     # What only this manifest names, which will never be there.
                     own = manifest.files.keys() - self.read_manifest(engine, winner).files.keys()
                     for path in (*(f"{engine.path}/{name}" for name in own), *filter(None, [signatures.get(engine)])):
                         self.store.delete(path)
-        return winners
+        return published
 
     def _make_visible(
         self,
         made: Sequence[tuple[EngineId, Manifest, bytes]],
         without: Mapping[str, str],
         sign: Callable[[EngineId, Manifest, bytes], None],
-    ) -> list[bytes]:
-        """Do all that is left when the files of engines are there; return the manifests that count."""
+    ) -> Published:
+        """Do all that is left when the files of engines are there; return what counts."""
         publication = publication_name(manifest.provenance.key for _engine, manifest, _data in made)
+        while self._is_of_others(publication, [engine for engine, _manifest, _data in made]):
+            publication = next_name(publication)
         winners: dict[str, bytes] = {}
         for engine, manifest, data in made:
             sign(engine, manifest, data)
@@ -139,7 +150,12 @@ class EngineCatalog:
         digests = {name: digest_bytes(data) for name, data in winners.items()}
         path = publication_path(made[0][0].recipe, publication)
         self.store.write(path, publication_document(digests, without))
-        return list(winners.values())
+        return Published(list(winners.values()), publication)
+
+    def _is_of_others(self, publication: str, engines: Sequence[EngineId]) -> bool:
+        """Tell whether a publication is complete though engines that are to be part of it are not visible."""
+        there = self.store.info(publication_path(engines[0].recipe, publication)) is not None
+        return there and not all(self.is_visible(engine) for engine in engines)
 
     def is_visible(self, engine: EngineId) -> bool:
         """Tell whether an engine has a manifest, and a publication that is complete where it is marked. Raises StoreError."""
@@ -187,22 +203,26 @@ class EngineCatalog:
     ) -> list[bytes]:
         """Publish engines of one recipe in another store too, all at once and as they are; return the manifests that count there.
 
-        Their bytes are checked on the way. Raises NotFoundError, StoreError and IntegrityError.
+        Their bytes are checked on the way; files that are there in their size are not sent again. Raises NotFoundError,
+        StoreError and IntegrityError; nothing is visible there then that was not before.
         """
         names = [str(engine) for engine in engines]
         stored = [(engine, self.manifest_bytes(engine)) for engine in engines]
         sent = [(engine, self.read_manifest(engine, data), data) for engine, data in stored]
         with leased(other.store, f"publish {', '.join(names)}", names):
             for engine, manifest, _data in sent:
+                paths = {f"{engine.path}/{name}": (name, entry) for name, entry in manifest.files.items()}
+                there = {path: info.size for path, info in other.store.infos(paths).items()}
                 # The receiver's scratch, so that a folder links the files instead of copying them once more.
                 with other.store.scratch() as folder:
-                    for name, entry in manifest.files.items():
-                        (folder / name).parent.mkdir(exist_ok=True)  # a part's own
-                        self.fetch(engine, name, entry, folder / name)
-                        other.store.put_file(f"{engine.path}/{name}", folder / name, entry.ref)
+                    for path, (name, entry) in paths.items():
+                        if there.get(path) != entry.size:
+                            (folder / name).parent.mkdir(exist_ok=True)  # a part's own
+                            self.fetch(engine, name, entry, folder / name)
+                            other.store.put_file(path, folder / name, entry.ref)
             return other._make_visible(
                 sent, without or {}, lambda engine, _manifest, data: self._send_signatures(engine, data, other)
-            )
+            ).manifests
 
     def _send_signatures(self, engine: EngineId, data: bytes, other: EngineCatalog) -> None:
         for signature in self.signatures(engine, data).values():
@@ -322,9 +342,11 @@ class EngineCatalog:
         return read_host(self.store, host_path(name))[0].host
 
     def _listed(self, recipe: str | None) -> dict[EngineId, list[str]]:
-        """Return every engine that has a manifest, with the paths of what was executed later; one listing, unsorted."""
+        """Return every engine that has a manifest, with the paths of what was executed later; two listings, unsorted."""
         engines, attested = set[EngineId](), dict[EngineId, list[str]]()
         marks = dict[EngineId, list[str]]()
+        # Before the engines: of one that is complete by now, all are there when these are listed, which takes its time.
+        done = completed(self.store, recipe)
         for info in self.store.list("engines/" if recipe is None else f"engines/{recipe}/"):
             parts = info.path.split("/")
             if len(parts) == 5 and parts[4] == MANIFEST_NAME:
@@ -333,8 +355,6 @@ class EngineCatalog:
                 attested.setdefault(EngineId(*parts[1:4]), []).append(info.path)
             elif (mark := mark_of(info.path)) is not None:
                 marks.setdefault(EngineId(*parts[1:4]), []).append(publication_path(parts[1], mark))
-        # After the engines: where one of a publication was seen, all that are visible with it are.
-        done = completed(self.store, recipe) if engines & marks.keys() else frozenset[str]()
         visible = (engine for engine in engines if engine not in marks or not done.isdisjoint(marks[engine]))
         return {engine: attested.get(engine, []) for engine in visible}
 

@@ -1,13 +1,16 @@
 """Copies what a store holds into another, in the order in which it may be seen: blobs, records, engines, channels.
 
-What is there already, in its size, is not sent again, so that a mirror that was killed goes on where it was. Documents
+What is there already, in its size, is not sent again, so that a mirror that was killed goes on where it was. Engines that
+were published together become visible together at the other end as well: all that is to be sent of a publication, or, where one
+of it is damaged, nothing. Documents
 arrive byte for byte, and signatures with them: a policy that holds at one end holds at the other. A channel that is behind
 moves on; one that went another way since is left as it is, and named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,6 +21,7 @@ from artifacts.channels import Channel, channel_path, channels_of, read_channel
 from artifacts.errors import IntegrityError, NotFoundError, TrustError
 from artifacts.leases import leased
 from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.publications import completed, mark_of, publication_path, read_publication
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes, is_digest
 from artifacts.store import Store
@@ -59,16 +63,16 @@ class Mirror:
         """Copy, and return what was done. Raises StoreError; what was copied until then stays, and is whole."""
         # Engines are chosen first, so that everything they name goes before them.
         engines = self._engines()
-        with leased(self.target, "mirror", [str(engine) for engine, _manifest in engines]):
-            for record in self._records([manifest for _engine, manifest in engines]):
+        with leased(self.target, "mirror", [str(engine) for engine in engines]):
+            for record in self._records([manifest for manifest in engines.values() if manifest is not None]):
                 self._send_record(record)
             if self._whole:
                 for info in self.source.list(_BLOBS):
                     digest = info.path.rpartition("/")[2]
                     if is_digest(digest):
                         self._send_file(info.path, ArtifactRef(digest, info.size, BYTES))
-            for engine, manifest in engines:
-                self._send_engine(engine, manifest)
+            for group, publications in self._together(engines):
+                self._send_engines({engine: engines[engine] for engine in group}, publications)
             for channel in self._channels():
                 self._send_channel(channel)
             if self._whole:
@@ -90,8 +94,9 @@ class Mirror:
         for recipe in recipes:
             yield from channels_of(self.source, recipe, self.channel)
 
-    def _engines(self) -> list[tuple[EngineId, Manifest]]:
-        catalog, found = EngineCatalog(self.source, self.warn), []
+    def _engines(self) -> dict[EngineId, Manifest | None]:
+        """Return the engines that are to be sent; None stands for a manifest that cannot be read."""
+        catalog, found = EngineCatalog(self.source, self.warn), dict[EngineId, Manifest | None]()
         named = None
         if self.channel is not None:
             heads = [channel.head.move for channel in self._channels()]
@@ -99,10 +104,35 @@ class Mirror:
         for engine in catalog.engines(self.recipe):
             if named is None or engine in named:
                 try:
-                    found.append((engine, catalog.manifest(engine)))
-                except (IntegrityError, NotFoundError) as err:
+                    found[engine] = catalog.manifest(engine)
+                except NotFoundError:
+                    continue  # removed since it was listed
+                except IntegrityError as err:
+                    found[engine] = None
                     self._leave(str(err))
         return found
+
+    def _together(self, engines: Collection[EngineId]) -> list[tuple[list[EngineId], set[str]]]:
+        """Return engines in groups of which each was published together, and by which publications, as marks tell."""
+        prefix = "" if self.recipe is None else f"{self.recipe}/"
+        done = completed(self.source, self.recipe)
+        groups: dict[EngineId, tuple[list[EngineId], set[str]]] = {engine: ([engine], set()) for engine in engines}
+        first: dict[str, EngineId] = {}
+        for info in self.source.list(f"engines/{prefix}"):
+            mark = mark_of(info.path)
+            if mark is None:
+                continue
+            engine = EngineId(*info.path.split("/")[1:4])
+            publication = publication_path(engine.recipe, mark)
+            if engine not in groups or publication not in done:
+                continue
+            one, other = groups[first.setdefault(publication, engine)], groups[engine]
+            one[1].add(publication)
+            if one is not other:
+                one[0].extend(other[0])
+                one[1].update(other[1])
+                groups |= dict.fromkeys(other[0], one)
+        return list({id(group): group for group in groups.values()}.values())
 
     def _records(self, manifests: list[Manifest]) -> list[str]:
         if self._whole:
@@ -138,19 +168,44 @@ class Mirror:
             return
         self._count(ref.size)
 
-    def _send_engine(self, engine: EngineId, manifest: Manifest) -> None:
+    def _send_engines(self, group: Mapping[EngineId, Manifest | None], publications: Collection[str]) -> None:
+        """Send engines that were published together: all of them, or nothing where one cannot be."""
         here, there = EngineCatalog(self.source, self.warn), EngineCatalog(self.target, self.warn)
-        try:
-            data = here.manifest_bytes(engine)
-            if not self._has(engine, manifest, data):
-                (there_now,) = here.send([engine], there)
-                if there_now != data:
-                    self._leave(f"{engine}: {self.target.uri} has another manifest of this build, which stays")
-                    return
-                self._count(manifest.size)
-        except IntegrityError as err:
-            self._leave(str(err))
+        whole = {engine: manifest for engine, manifest in group.items() if manifest is not None}
+        if len(whole) < len(group):  # which is told
+            if whole:
+                self._hold("an engine's manifest is damaged", group)
             return
+        try:
+            sent = {engine: here.manifest_bytes(engine) for engine in whole}
+            missing = [engine for engine, data in sent.items() if not self._has(engine, whole[engine], data)]
+            if missing:
+                now = dict(zip(sent, here.send(list(sent), there, self._without(publications)), strict=True))
+                for engine in missing:
+                    if now[engine] == sent[engine]:
+                        self._count(whole[engine].size)
+                    else:
+                        self._leave(f"{engine}: {self.target.uri} has another manifest of this build, which stays")
+                sent = {engine: data for engine, data in sent.items() if now[engine] == data}
+        except (IntegrityError, NotFoundError) as err:
+            self._hold(str(err), group)
+            return
+        for engine, data in sent.items():
+            self._send_findings(engine, whole[engine], data)
+
+    def _hold(self, why: str, group: Collection[EngineId]) -> None:
+        names = ", ".join(map(str, group))
+        also = f"; {names} were published together, and none of them is sent" if len(group) > 1 else ""
+        self._leave(f"{why}{also}; mend it in {self.source.uri} (enginery verify --deep), and mirror again")
+
+    def _without(self, publications: Collection[str]) -> Mapping[str, str]:
+        """Return what a publication is without, for people; nothing where there are several, or it cannot be read."""
+        if len(publications) == 1:
+            with suppress(IntegrityError, NotFoundError):
+                return read_publication(self.source.read(*publications)).without
+        return {}
+
+    def _send_findings(self, engine: EngineId, manifest: Manifest, data: bytes) -> None:
         # Signatures before what they are over, so that nobody meets an attestation that is not vouched for yet.
         for folder in (SIGNATURES, FOLDER):
             for info in self.source.list(f"{engine.path}/{folder}/"):
@@ -185,8 +240,8 @@ class Mirror:
         except NotFoundError:
             return False
         infos = self.target.infos([f"{engine.path}/{name}" for name in manifest.files])
-        return {path.rpartition("/")[2]: info.size for path, info in infos.items()} == {
-            name: entry.size for name, entry in manifest.files.items()
+        return {path: info.size for path, info in infos.items()} == {
+            f"{engine.path}/{name}": entry.size for name, entry in manifest.files.items()
         }
 
     def _send_channel(self, channel: Channel) -> None:

@@ -5,7 +5,9 @@ engines/<recipe>/<target>/<build>/publications/<name> the mark, written before t
 
 An engine with marks is one only where the publication of one of them is there; without any (older stores) its manifest alone
 makes it one. A name follows from the actions that are published together, so that two builders of the same make one
-publication, and one that was killed is completed under its name. Only that the document is there counts, and
+publication, and one that was killed is completed under its name. Where a publication of that name is there already, of
+engines that were removed since, the next name is taken: by the old one the first engine would be visible before the last.
+Only that the document is there counts, and
 it needs no condition: who writes over it writes the same. See docs/adr/0009-publications.md.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from artifacts.errors import IntegrityError
@@ -25,9 +28,22 @@ PUBLICATION_SCHEMA: Final = 1
 _DIGITS: Final = 16
 
 
+@dataclass(frozen=True)
+class Publication:
+    """What was published together: engines with the digests of their manifests, and what was not built, and why."""
+
+    engines: Mapping[str, str]
+    without: Mapping[str, str] = field(default_factory=dict)
+
+
 def publication_name(keys: Iterable[str]) -> str:
     """Return the name of what the publish actions of these keys make together."""
     return digest_bytes(canonical_json(sorted(keys)))[:_DIGITS]
+
+
+def next_name(name: str) -> str:
+    """Return the name that is taken where another publication has this one."""
+    return publication_name([name])
 
 
 def publication_path(recipe: str, name: str) -> str:
@@ -64,15 +80,17 @@ def publication_document(engines: Mapping[str, str], without: Mapping[str, str])
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def read_publication(data: bytes) -> dict[str, str]:
-    """Return the engines of a publication, with the digests of their manifests. Raises IntegrityError."""
+def read_publication(data: bytes) -> Publication:
+    """Return what a publication says. Raises IntegrityError."""
     try:
         document = json.loads(data)
-        engines, schema = document["engines"], document["schema"]
-    except (ValueError, TypeError, KeyError, RecursionError) as err:
+        engines, without, schema = document["engines"], document.get("without", {}), document["schema"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
         raise IntegrityError(f"not a publication: {err}") from err
-    if schema != PUBLICATION_SCHEMA or not isinstance(engines, dict):
+    if schema != PUBLICATION_SCHEMA or not isinstance(engines, dict) or not isinstance(without, dict):
         raise IntegrityError(f"not a publication of schema {PUBLICATION_SCHEMA}: schema {schema!r}")
     if not all(isinstance(digest, str) for digest in engines.values()):
         raise IntegrityError("not a publication: an engine without the digest of its manifest")
-    return engines
+    if not all(isinstance(why, str) for why in without.values()):
+        raise IntegrityError("not a publication: a target that it is without, and no reason")
+    return Publication(engines, without)

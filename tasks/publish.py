@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from artifacts.cache import ActionCache, record_path
 from artifacts.errors import NotFoundError
 from artifacts.host import Host
-from artifacts.publications import mark_path, publication_name, publication_path
+from artifacts.publications import mark_path, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refs import ArtifactRef, digest_bytes
 from artifacts.store import Store, open_store
@@ -61,14 +61,14 @@ def publish_engines(
         _with_provenance(engine_manifest(step, engine, steps, recipe, host, now, built), store)
         for step, engine in engines.values()
     ]
-    stored = catalog.publish_together(manifests, signer_from_environment(), without)
+    published = catalog.publish_together(manifests, signer_from_environment(), without)
     names = [EngineId.of(manifest.identity) for manifest in manifests]
     (to,) = {None if step.action is None else step.action.params["to"] for step, _engine in engines.values()}
     other = other_store(to, recipe.path)
     if other is not None and other.uri != store.uri:
         catalog.send(names, EngineCatalog(other), without)
     records = {}
-    for (key, (step, _engine)), engine, data in zip(engines.items(), names, stored, strict=True):
+    for (key, (step, _engine)), engine, data in zip(engines.items(), names, published.manifests, strict=True):
         if step.action is None:
             raise ValueError(f"{step.id}: its inputs are not known yet")
         _forget_if_gone(step.stage, key, store)
@@ -80,7 +80,7 @@ def publish_engines(
                 "build": engine.build,
                 "to": to,
                 "manifest": digest_bytes(data),
-                "publication": publication_name(engines),
+                "publication": published.name,
                 "files": {name: entry.size for name, entry in catalog.read_manifest(engine, data).files.items()},
             },
             seconds=time.perf_counter() - begin,

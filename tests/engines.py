@@ -33,6 +33,15 @@ def manifest_document(changes: dict[str, Any] | None = None) -> dict[str, Any]:
     return document
 
 
+def parts_document(*names: str) -> dict[str, Any]:
+    """Return what makes of the golden manifest one of an engine of several graphs: values by dotted path, but for `files`."""
+    document = manifest_document()
+    own = ("inputs", "outputs", "profiles", "precision", "calibration", "verification")
+    described = {field: document[field] for field in own}
+    parts = {name: {"plan": f"{name}/model.plan", **described} for name in names}
+    return {"schema": 2, "plan": "", "inputs": {}, "outputs": {}, "profiles": [], "calibration": None, "parts": parts}
+
+
 def make_manifest(changes: dict[str, Any] | None = None) -> Manifest:
     return Manifest.from_bytes(json.dumps(manifest_document(changes)).encode())
 

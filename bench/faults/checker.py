@@ -22,6 +22,7 @@ from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import Channel, read_channel
 from artifacts.errors import IntegrityError, NotFoundError, StoreError, TrustError
 from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.publications import Publication, mark_path, publication_path, read_publication
 from artifacts.records import ActionRecord
 from artifacts.refs import digest_bytes, is_digest
 from artifacts.signing import hint_of
@@ -35,6 +36,7 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "manifest": "Every visible manifest can be read, and names the folder in which it lies.",
     "files": "Every file that a visible manifest names is there, with the size and SHA-256 that it states.",
     "signature": "Every signature of a visible manifest holds, for the keys that are known here.",
+    "together": "Of what was published together all is visible or nothing: what bears a publication's mark has its manifest.",
     "attestation": "Every attestation can be read, and is about the engine beside which it lies.",
     "channel": "Every channel can be read: its moves are its own, count up by one, each names the one before it.",
     "head": "Every channel names a published engine, and the very manifest that was promoted.",
@@ -50,7 +52,6 @@ INVARIANTS: Final[Mapping[str, str]] = {
 }
 # What is JSON and says nothing that anybody relies on unchecked.
 _HINTS: Final = (
-    "publications/",
     "cache/latest/",
     "cache/refit/",
     "hosts/",
@@ -124,6 +125,8 @@ class _Checker:
         self.channels: dict[str, tuple[str, ...]] = {}
         self.records: set[str] = set()
         self.publications: dict[str, str] = {}
+        self.together: dict[str, Publication] = {}
+        self.marks: list[tuple[EngineId, str]] = []
 
     def check(self) -> Report:
         for info in list(self.store.list("")):
@@ -132,6 +135,8 @@ class _Checker:
             if info.path.endswith(_TEMPORARY):
                 self._violation("names", f"{info.path} is a temporary name")
             look(info.path)
+        for path, publication in self.together.items():
+            self._together(path, publication)
         # The record of a publication whose engine is gone is a miss, and is removed before the engine is published anew.
         self.records -= {path for path, engine in self.publications.items() if engine not in self.manifests}
         self.report.state = State(self.manifests, self.channels, frozenset(self.records))
@@ -146,9 +151,11 @@ class _Checker:
             case ["engines", _, _, _, "signatures", _]:
                 return "signature", _nothing
             case ["engines", _, _, _, "publications", _]:
-                return "mark", _nothing
-            case ["engines", _, _, _, "fallback", *_]:
+                return "mark", self._mark
+            case ["engines", _, _, _, _, _]:  # of a part
                 return "engine file", _nothing
+            case ["publications", _, _]:
+                return "publication", self._publication
             case ["channels", _, _, _]:
                 return "channel", self._channel
             case ["cache", "blobs", "sha256", start, name] if is_digest(name) and name.startswith(start):
@@ -182,6 +189,37 @@ class _Checker:
                     self._violation("files", f"{file} has {len(found)} bytes of {digest_bytes(found)[:12]}")
             self._signatures(engine, manifest, data)
         return None
+
+    def _mark(self, path: str) -> None:
+        parts = path.split("/")
+        self.marks.append((EngineId(*parts[1:4]), publication_path(parts[1], parts[5])))
+
+    def _publication(self, path: str) -> None:
+        with suppress(NotFoundError):  # removed since it was listed
+            try:
+                self.together[path] = read_publication(self.store.read(path))
+            except IntegrityError as err:
+                self._violation("together", f"{path}: {err}")
+
+    def _together(self, path: str, publication: Publication) -> None:
+        name = path.rpartition("/")[2].removesuffix(".json")
+        named = {EngineId(*engine.split("/")) for engine in publication.engines if engine.count("/") == 2}
+        for engine in sorted(named | {engine for engine, of in self.marks if of == path}):
+            manifest = f"{engine.path}/{MANIFEST_NAME}"
+            if self.store.info(manifest) is not None:
+                continue
+            # A collector takes the mark first, and then the manifest; a publisher writes it last.
+            mark = mark_path(str(engine), name)
+            there = self.store.info(mark) is not None and self.store.info(path) is not None
+            if (there and self.store.info(manifest) is None and self.store.info(mark) is not None) or (
+                not self.collected and self._named_still(path, engine)
+            ):
+                self._violation("together", f"{path} is there, and the manifest of its {engine} is not")
+
+    def _named_still(self, path: str, engine: EngineId) -> bool:
+        with suppress(NotFoundError):
+            return str(engine) in read_publication(self.store.read(path)).engines
+        return False
 
     def _signatures(self, engine: EngineId, manifest: Manifest, data: bytes) -> None:
         for fingerprint, signature in self.catalog.signatures(engine, data).items():

@@ -2,7 +2,8 @@
 
     python -m bench.faults.crowd RESULT.json [--seconds 200] [--members 8] [--seed N] [--stores folder,s3] [--no-builds]
 
-Each member publishes engines (the same ones as others, and its own), promotes, rolls back, pins, keeps records, pulls, follows
+Each member publishes engines (the same ones as others, and its own; alone and several together, watching that these become visible at
+once), promotes, rolls back, pins, keeps records, pulls, follows
 a channel, builds a tiny recipe with its real stages, and collects garbage with no grace, in an order drawn from a seed. Meanwhile
 the store is checked again and again (`bench.faults.checker`); at the end, what every member was told is compared with what is there.
 Whoever holds a lease may be refused nothing; others may be refused what a collector took (REFUSALS), in words.
@@ -14,10 +15,12 @@ import argparse
 import multiprocessing
 import random
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from artifacts import garbage, leases
-from artifacts.catalog import EngineCatalog
+from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
 from artifacts.errors import ArtifactError, StoreError
 from artifacts.leases import leased
@@ -41,7 +44,7 @@ from enginery.moving import Mover
 MEMBERS: Final = 8
 # How often a member does what; builds, which take seconds, are left to two of them.
 _SHARES: Final[Mapping[str, int]] = {
-    "publish": 8, "promote": 6, "rollback": 2, "pin": 1, "keep": 4, "pull": 3, "follow": 3, "listed": 2, "collect": 2,
+    "publish": 8, "group": 4, "promote": 6, "rollback": 2, "pin": 1, "keep": 4, "pull": 3, "follow": 3, "listed": 2, "collect": 2,
 }  # fmt: skip
 _BUILDERS: Final = 2
 _BUILD_SHARE: Final = 3
@@ -49,6 +52,7 @@ _NEW: Final = 6
 _MOST_PINS: Final = 4
 _PAGE: Final = 1000
 _PAUSE_SECONDS: Final = 1.0
+_WATCH_SECONDS: Final = 0.002
 # S3 tells times in whole seconds.
 _FRESH_SECONDS: Final = 2.0
 # Who may be refused, with which errors: an engine that nothing names may be gone, and a rollback have nothing to go back to.
@@ -70,6 +74,20 @@ class Told:
     why: str
     value: Any = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Engines that a member published together, with the digests of their manifests, and which of them were seen, one after the other."""
+
+    digests: Mapping[str, str]
+    states: list[frozenset[str]]
+
+    def apart(self) -> list[frozenset[str]]:
+        """Return every state in which some of what was not there before was seen, and not all; all at the end."""
+        first, *rest = self.states
+        whole = frozenset(self.digests)
+        return [state for state in rest if state not in (first, whole)] or ([rest[-1]] if rest[-1] != whole else [])
 
 
 @dataclass
@@ -95,6 +113,31 @@ class _Held(Place):
     def store(self) -> Store:
         """The store."""
         return open_store(self.uri)
+
+
+@contextmanager
+def watching(store: Store, names: Collection[EngineId]) -> Iterator[list[frozenset[str]]]:
+    """Look again and again which of these engines a reader sees, and gather what was seen: at first, in between, at last."""
+    catalog, states, done = EngineCatalog(store), list[frozenset[str]](), threading.Event()
+
+    def look() -> None:
+        listed = catalog.engines(next(iter(names)).recipe)
+        states.append(frozenset(str(name) for name in listed if name in names))
+
+    def go_on() -> None:
+        while not done.wait(_WATCH_SECONDS):
+            with suppress(StoreError):  # of no concern here: others look for what may be refused
+                look()
+
+    look()
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield states
+    finally:
+        done.set()
+        thread.join()
+    look()
 
 
 class Member:
@@ -130,6 +173,17 @@ class Member:
         # As a build does, whose lease begins before its first blob.
         with leased(self.place.store, "crowd") as lease:
             return world.publish(self.place, RECIPES[0], number, f"builder {self.chance.randrange(3)}", lease)
+
+    def _group(self, number: int, _why: str) -> Grouped:
+        names = world.group(RECIPES[1], number)
+        # Named, so that none is collected meanwhile: what is seen to appear appears by a publication.
+        with (
+            leased(self.place.store, "crowd", [str(name) for name in names]) as lease,
+            watching(self.place.store, names) as states,
+        ):
+            writer = f"builder {self.chance.randrange(3)}"
+            digests = world.publish_group(self.place, RECIPES[1], number, writer, lease)
+        return Grouped(digests, states)
 
     def _mover(self, why: str) -> Mover:
         return Mover(EngineCatalog(self.place.store), self.name, why, self.place.signer, self.place.judge)
@@ -180,6 +234,16 @@ def contradictions(store: Store, told: Iterable[Told], report: Report) -> list[t
                 )
             elif reasons[one.why] > 1:
                 found.append(("told", f"{one.why}: a {one.name} is {reasons[one.why]} times in the history"))
+        elif one.name == "group" and one.value is not None:
+            for name, digest in one.value.digests.items():
+                digests.setdefault(f"engines/{name}/manifest.json", set()).add(digest)
+            found += [
+                (
+                    "together",
+                    f"{one.why}: of {len(one.value.digests)} engines that it published were seen {sorted(state)}",
+                )
+                for state in one.value.apart()
+            ]
         elif one.name == "publish" and one.value is not None:
             digests.setdefault(f"{engine(RECIPES[0], one.number).path}/manifest.json", set()).add(one.value)
         elif one.name == "pin" and one.value is not None:
@@ -193,7 +257,7 @@ def contradictions(store: Store, told: Iterable[Told], report: Report) -> list[t
     found += [
         ("published", f"{path} is no manifest that a publisher was told of")
         for path, digest in report.state.manifests.items()
-        if path.startswith(f"engines/{RECIPES[0]}/") and digest not in digests.get(path, ())
+        if path.split("/")[1] in RECIPES and digest not in digests.get(path, ())
     ]
     if moves:
         head = f"{engine(RECIPES[0], int(moves[-1].build[-6:])).path}/manifest.json"

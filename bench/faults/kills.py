@@ -36,6 +36,7 @@ from bench.faults.world import (
     Actors,
     Place,
     engine,
+    group,
     make_place,
     manifest_of,
     write_json,
@@ -108,11 +109,29 @@ class Round:
 
 
 def _kill_publish(world: Round, tally: Tally) -> None:
+    if world.chance.random() < 0.5:
+        _kill_publish_group(world, tally)
+        return
     name = engine(RECIPES[0], world.new_engine())
     action = Action("publish", (name.recipe, int(name.build[-6:])))
     digest = world.kill_and_complete(action, tally)
     if world.before.manifests.get(f"{name.path}/manifest.json") != digest:
         tally.violations.append(f"{name} is not what its publisher was told")
+
+
+def _kill_publish_group(world: Round, tally: Tally) -> None:
+    number = world.new_engine()
+    names, action = group(RECIPES[1], number), Action("publish_group", (RECIPES[1], number))
+    world.kill(action, tally)
+    seen = EngineCatalog(world.store).engines(RECIPES[1])
+    if 0 < sum(name in seen for name in names) < len(names):
+        tally.violations.append(f"together: of {names} only some are visible: {seen}")
+    world.look(tally, "after publish_group was killed")
+    digests, _seconds = world.actors.complete(action, world.place)
+    world.look(tally, "after publish_group was run again")
+    found = {str(name): world.before.manifests.get(f"{name.path}/manifest.json") for name in names}
+    if found != digests or not {*names} <= {*EngineCatalog(world.store).engines(RECIPES[1])}:
+        tally.violations.append(f"{names} are not what their publisher was told")
 
 
 def _kill_promote(world: Round, tally: Tally) -> None:
@@ -192,10 +211,10 @@ def _kill_gc(world: Round, tally: Tally) -> None:
 def _forget_half(world: Round) -> None:
     """Remove all engines, then half of the records, so that there is more to build and to kill."""
     store = world.store
-    for prefix in ("engines/", "cache/actions/"):
+    for prefix in ("publications/", "engines/", "cache/actions/"):
         # Manifests first, as a collector does.
         for info in sorted(store.list(prefix), key=lambda info: not info.path.endswith("/manifest.json")):
-            if prefix == "engines/" or world.chance.random() < 0.5:
+            if prefix != "cache/actions/" or world.chance.random() < 0.5:
                 store.delete(info.path)
     world.before = check(store, known=world.known).state
 

@@ -36,11 +36,12 @@ from artifacts.store import Store, open_store
 from artifacts.trust import Trust, TrustPolicy
 from enginery import client
 from enginery.moving import Mover
-from tests.engines import make_manifest
+from tests.engines import make_manifest, parts_document
 
 RECIPES: Final = ("digits", "swin")
 TARGET: Final = "tensorrt-rtx-1.7.1.116-sm89"
 CHANNEL: Final = "production"
+GROUP: Final = ("tensorrt-rtx-1.7.1.116-sm80", "tensorrt-rtx-1.7.1.116-sm86", "onnxruntime-1.31.1-cpu")
 PLAN_BYTES: Final = 200_000
 PRELOADED: Final = ("bench.faults.world", "boto3", "model_signing.signing", "model_signing.verifying", "onnx")
 _MEASURED: Final = {
@@ -104,17 +105,41 @@ def engine(recipe: str, number: int) -> EngineId:
     return EngineId(recipe, TARGET, f"fp16-{number:06d}")
 
 
+def group(recipe: str, number: int) -> list[EngineId]:
+    """Return the names of engines that are published together: one with parts, a plain one, a fallback."""
+    return [EngineId(recipe, target, f"fp16-{number:06d}") for target in GROUP]
+
+
 def publish(place: Place, recipe: str, number: int, writer: str = "", lease: Lease | None = None) -> str:
     """Publish an engine of five files, one of them shared by all of its recipe; return its manifest's digest.
 
     `writer` is who says to have built it: two of different names publish different manifests of one action.
     """
     store, name = place.store, engine(recipe, number)
+    manifest = _made(store, name, {}, writer, lease)
+    return digest_bytes(EngineCatalog(store).publish(manifest, place.signer))
+
+
+def publish_group(
+    place: Place, recipe: str, number: int, writer: str = "", lease: Lease | None = None
+) -> dict[str, str]:
+    """Publish an engine with parts, a plain one and a fallback together; return their manifests' digests by engine."""
+    store, names = place.store, group(recipe, number)
+    fallback = {"schema": 3, "fallback": {"kind": "onnx", "instead_of": ["tensorrt-rtx:sm89"]}}
+    changes: tuple[dict[str, Any], ...] = (parts_document("decoder", "encoder"), {}, fallback)
+    manifests = [_made(store, name, change, writer, lease) for name, change in zip(names, changes, strict=True)]
+    published = EngineCatalog(store).publish_together(manifests, place.signer, {"tensorrt-1-sm75": "it waits"})
+    return {str(name): digest_bytes(data) for name, data in zip(names, published.manifests, strict=True)}
+
+
+def _made(store: Store, name: EngineId, kind: Mapping[str, Any], writer: str, lease: Lease | None) -> Manifest:
+    """Store an engine's blobs, and return the manifest that is to be published."""
     cache = ActionCache(store, lease=lambda: lease)
+    plans = [f"{part}/model.plan" for part in kind.get("parts", ())] or ["model.plan"]
     contents = {
-        "model.plan": digest_bytes(f"{name}".encode()).encode() * (PLAN_BYTES // 64),
+        **{plan: digest_bytes(f"{name} {plan}".encode()).encode() * (PLAN_BYTES // 64) for plan in plans},
         "report.html": f"<p>{name}</p>".encode(),
-        "shared.bin": f"all of {recipe} have this".encode() * 1000,
+        "shared.bin": f"all of {name.recipe} have this".encode() * 1000,
         "fallback.onnx": f"the fallback of {name}".encode() * 50,
         "labels.txt": b"one\ntwo\n",
     }
@@ -122,10 +147,11 @@ def publish(place: Place, recipe: str, number: int, writer: str = "", lease: Lea
     with store.scratch() as folder, os_faults(str(folder)):
         for file, data in contents.items():
             ref = ArtifactRef(digest_bytes(data), len(data), ENGINE_PLAN)
-            (folder / file).write_bytes(data)
-            cache.put_blob(folder / file, ref)
+            (folder / ref.digest).write_bytes(data)
+            cache.put_blob(folder / ref.digest, ref)
             files[file] = ref.to_json()
     changes = {
+        **kind,
         "identity.recipe": name.recipe,
         "identity.target": name.target,
         "identity.build": name.build,
@@ -134,8 +160,7 @@ def publish(place: Place, recipe: str, number: int, writer: str = "", lease: Lea
         "provenance.key": digest_bytes(str(name).encode()),
         "provenance.host.name": writer or "builder",
     }
-    data = EngineCatalog(store).publish(make_manifest(changes), place.signer)
-    return digest_bytes(data)
+    return make_manifest(changes)
 
 
 def promote(place: Place, recipe: str, number: int) -> str:
@@ -207,6 +232,7 @@ def keep(place: Place, number: int, lease: Lease | None = None) -> bool:
 
 ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "publish": publish,
+    "publish_group": publish_group,
     "promote": promote,
     "rollback": rollback,
     "pull": pull,

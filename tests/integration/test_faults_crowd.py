@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from bench.faults.checker import Report, State
-from bench.faults.crowd import Told, contradictions, crowd
+from bench.faults.crowd import Grouped, Told, contradictions, crowd
 from bench.faults.kills import STORES, places_of
 from bench.faults.world import RECIPES, Place, engine, make_place, promote, publish
 
@@ -45,6 +45,14 @@ UNTRUE = {
     "an engine of other bytes": (Told("publish", 1, "why", "0" * 64), "published"),
     "a pin of what is gone": (Told("pin", 2, "why", "digits/x/fp16-000002"), "pinned"),
     "a record that is a miss": (Told("keep", 1, "why", value=False), "used"),
+    "engines that appeared one by one": (
+        Told("group", 1, "why", Grouped(dict.fromkeys("ab", "0" * 64), [frozenset(), frozenset("a"), frozenset("ab")])),
+        "together",
+    ),
+    "engines of which one never appeared": (
+        Told("group", 1, "why", Grouped(dict.fromkeys("ab", "0" * 64), [frozenset(), frozenset("a")])),
+        "together",
+    ),
     "a publication that was refused": (Told("publish", 1, "why", error="NotFoundError: a blob"), "used"),
     "a collection that was refused": (Told("collect", 1, "why", error="StoreError: somebody"), "used"),
 }

@@ -38,7 +38,7 @@ def test_a_build_into_s3_is_cached_listed_resolved_and_pulled(tmp_path: Path, s3
     assert {f"engines/{name}" for name in listed} == {engine["path"] for engine in again["engines"]}
     store = open_store(s3_store_uri)
     (publication,) = store.list("publications/digits/")  # one for the whole build
-    assert read_publication(store.read(publication.path)).keys() == listed.keys()
+    assert read_publication(store.read(publication.path)).engines.keys() == listed.keys()
     on_gpu = ["--gpu", "sm89", "--runtime", f"tensorrt-rtx=={_version(again, 'tensorrt-rtx')}"]
     best = ask("resolve", "digits", *on_gpu, "--shape", "image=64x1x8x8")["best"]["engine"]
     assert listed[best]["gpus"] == ["sm89"]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.catalog import EngineCatalog
 from artifacts.channels import channel_path
 from artifacts.folder import FolderStore
+from artifacts.publications import publication_document
 from artifacts.store import Store
 from bench.faults.checker import INVARIANTS, check, lost
-from bench.faults.world import CHANNEL, TARGET, Action, Place, engine, make_place
+from bench.faults.world import CHANNEL, TARGET, Action, Place, engine, group, make_place
 from tests.simulated_builds import simulate_build, write_recipe
 from tests.unit.artifacts.test_attestation import attestation
 
@@ -88,6 +90,12 @@ def attest_wrongly(store: Store) -> None:
     store.write(f"{TWO}/verification/{document.name}", document.to_bytes())
 
 
+def publish_before_the_engines(store: Store) -> None:
+    path = "engines/digits/elsewhere/fp16-000009"
+    store.write(f"{path}/publications/{'0' * 16}", b"a mark")
+    store.write(f"publications/digits/{'0' * 16}.json", publication_document({}, {}))
+
+
 HARMS: dict[str, tuple[str, Callable[[Store], object]]] = {
     "a name out of place": ("names", lambda store: store.write("engines/stray", b"")),
     "a temporary name": ("names", lambda store: store.write(f"{ONE}/x.part", b"")),
@@ -106,6 +114,9 @@ HARMS: dict[str, tuple[str, Callable[[Store], object]]] = {
         ],
     ),
     "a move changed": ("signature", change_last_move),
+    "an engine of a publication gone": ("together", lambda store: store.delete(f"{ONE}/manifest.json")),
+    "a publication before its engines": ("together", publish_before_the_engines),
+    "a publication cut short": ("together", edit_first("publications/", b"}", b"")),
     "an attestation elsewhere": ("attestation", attest_wrongly),
     "a channel of no JSON": ("channel", lambda store: store.write(HEAD, b"no")),
     "a chain without its first move": ("channel", drop_first_move),
@@ -156,6 +167,15 @@ def test_every_invariant_is_written_down():
 def test_a_record_whose_blobs_were_collected_is_a_miss_and_no_violation(place: Place):
     drop_blobs_of_a_record(place.store)
     check(place.store, place.judge, collected=True).require_sound()
+
+
+def test_an_engine_of_a_publication_that_was_collected_is_no_violation(place: Place):
+    Action("publish_group", ("swin", 7)).run(place)
+    check(place.store, place.judge).require_sound()
+    EngineCatalog(place.store).unmark(group("swin", 7)[0])
+    place.store.delete(f"{group('swin', 7)[0].path}/manifest.json")
+    check(place.store, place.judge, collected=True).require_sound()
+    assert {name for name, _words in check(place.store, place.judge).violations} == {"together"}
 
 
 def test_what_was_there_and_is_gone_is_lost(place: Place):

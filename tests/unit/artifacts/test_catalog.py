@@ -141,6 +141,50 @@ def test_one_that_was_visible_stays_so_while_it_is_published_again(catalog, make
     assert catalog.manifests() == [manifest]
 
 
+class Interrupted(FolderStore):
+    """A folder in which something happens after the first engine's file was listed."""
+
+    def __init__(self, root, happens):
+        super().__init__(root)
+        self.happens = happens
+
+    def list(self, prefix):
+        for info in super().list(prefix):
+            yield info
+            if prefix.startswith("engines/") and self.happens is not None:
+                happens, self.happens = self.happens, None
+                happens()
+
+
+def test_who_lists_while_a_group_is_published_sees_none_of_it_or_all(catalog, make):
+    catalog.publish(make(target=SM80, build="fp16-before"))
+    group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
+    # The folder of the first is listed before it is published, that of the second afterwards.
+    reader = EngineCatalog(Interrupted(catalog.store.root, lambda: catalog.publish_together(group)))
+    assert [engine.build for engine in reader.engines()] == ["fp16-before"]
+    assert len(reader.engines()) == 3
+
+
+def test_a_publication_that_was_left_of_engines_that_were_removed_shows_none_early(catalog, make):
+    group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
+    first = catalog.publish_together(group).name
+    for one in group:  # as a collector that dies before it comes to the publication
+        engine = EngineId.of(one.identity)
+        catalog.unmark(engine)
+        catalog.store.delete(f"{engine.path}/manifest.json")
+    assert [info.path for info in catalog.store.list("publications/")] == [f"publications/digits/{first}.json"]
+    for left in range(8):
+        dying = EngineCatalog(Dying(catalog.store.root, left))
+        if left < 7:
+            with pytest.raises(StoreError, match="as if killed"):
+                dying.publish_together(group)
+        else:
+            assert dying.publish_together(group).name != first
+        assert len(catalog.engines()) == (2 if left == 7 else 0)
+    # What is complete is published again under either name, and stays as it is.
+    assert catalog.publish_together(group).name == first
+
+
 def test_sending_a_group_dies_and_shows_nothing_of_it(catalog, make, tmp_path):
     group = [make(target=target, content=target.encode()) for target in (SM80, SM89)]
     catalog.publish_together(group)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,24 @@ class Shop:
         )
 
     def engine(self, build: str, created: str = "2026-01-01T00:00:00Z", recipe: str = "digits") -> EngineId:
-        compiled, shared = self.record("compile", f"{recipe} {build}"), self.record("export", recipe)
+        return self.engines([TARGET], build, created, recipe)[0]
+
+    def engines(
+        self, targets: Sequence[str], build: str, created: str = "2026-01-01T00:00:00Z", recipe: str = "digits"
+    ) -> list[EngineId]:
+        """Publish engines of several targets together; return their names."""
+        manifests = [self.manifest(target, build, created, recipe) for target in targets]
+        self.catalog.publish_together(manifests, without={"tensorrt-1-sm75": "waits"} if len(targets) > 1 else None)
+        return [EngineId.of(manifest.identity) for manifest in manifests]
+
+    def manifest(self, target: str, build: str, created: str, recipe: str) -> Manifest:
+        of = f"{recipe} {build}{'' if target == TARGET else f' {target}'}"
+        compiled, shared = self.record("compile", of), self.record("export", recipe)
         manifest = make_manifest(
             {
-                "identity": {"recipe": recipe, "target": TARGET, "build": build, "created": created},
+                "identity": {"recipe": recipe, "target": target, "build": build, "created": created},
                 "files": {"model.plan": compiled.outputs["out"].to_json()},
-                "provenance.key": digest_bytes(f"publish {recipe} {build}".encode()),
+                "provenance.key": digest_bytes(f"publish {of}".encode()),
             }
         )
         step = manifest.provenance.steps[0]
@@ -73,8 +86,7 @@ class Shop:
             for made in (shared, compiled)
         )
         manifest = manifest.model_copy(update={"provenance": manifest.provenance.model_copy(update={"steps": steps})})
-        self.catalog.publish(Manifest.from_bytes(manifest.to_bytes()))
-        return EngineId.of(manifest.identity)
+        return Manifest.from_bytes(manifest.to_bytes())
 
     def promote(self, engine: EngineId, channel: str = "production", when: str = "2026-01-01T00:00:00Z") -> None:
         fields = {"action": "promote", "build": engine.build, "manifest": "0" * 64, "by": "me", "time": when}

@@ -14,8 +14,11 @@ from artifacts.channels import channel_path, move_channel, read_channel
 from artifacts.deep import DeepCheck
 from artifacts.errors import StoreError
 from artifacts.mirror import Mirror
+from artifacts.publications import read_publication
 from artifacts.refs import digest_bytes
 from artifacts.store import Store, open_store
+from bench.faults import world
+from bench.faults.world import make_place
 from enginery.__main__ import command_line
 from tests.keys import make_key, trust
 from tests.unit.artifacts.test_collector import Shop
@@ -118,9 +121,64 @@ def test_a_mirror_that_dies_at_any_write_shows_nothing_half_and_goes_on(tmp_path
         assert contents(target) == contents(shop.store)
 
 
+TARGETS = ("tensorrt-1-sm80", "tensorrt-1-sm90")
+
+
+def test_what_was_published_together_is_visible_together_in_a_mirror_that_dies_at_any_write(tmp_path: Path) -> None:
+    shop = AnyShop(open_store(str(tmp_path / "source")))
+    group = shop.engines(TARGETS, "fp16-a")
+    (publication,) = (info.path for info in shop.store.list("publications/"))
+    whole = Dying(open_store(str(tmp_path / "whole")), 1000)
+    Mirror(shop.store, whole).run()
+    assert read_publication(whole.read(publication)).without == {"tensorrt-1-sm75": "waits"}
+    for writes in range(len(whole.order)):
+        target = open_store(str(tmp_path / f"target-{writes}"))
+        with pytest.raises(StoreError, match="killed"):
+            Mirror(shop.store, Dying(target, writes)).run()
+        assert EngineCatalog(target).engines() in ([], group)
+    # And then a mirror that goes on where the last one stopped.
+    assert whole.order[-1] == publication
+    assert EngineCatalog(target).engines() == []
+    Mirror(shop.store, target).run()
+    assert EngineCatalog(target).engines() == group
+    assert contents(target) == contents(shop.store)
+
+
+@pytest.mark.parametrize("damaged", ["model.plan", "manifest.json"])
+def test_where_one_of_a_publication_is_damaged_none_of_it_is_sent(tmp_path: Path, damaged: str) -> None:
+    shop, target = AnyShop(open_store(str(tmp_path / "source"))), open_store(str(tmp_path / "target"))
+    group, other = shop.engines(TARGETS, "fp16-a"), shop.engine("fp16-b")
+    right = harm(shop.store, f"{group[1].path}/{damaged}")
+    done = Mirror(shop.store, target).run()
+    assert EngineCatalog(target).engines() == [other]
+    assert str(group[0]) in done.left[-1]
+    assert "enginery verify --deep" in done.left[-1]
+    shop.store.write(f"{group[1].path}/{damaged}", right)
+    assert Mirror(shop.store, target).run().left == []
+    assert EngineCatalog(target).engines() == sorted([*group, other])
+
+
+def test_an_engine_with_parts_is_sent_once(tmp_path: Path) -> None:
+    place = make_place(tmp_path, str(tmp_path / "source"), signed=False)
+    names = world.publish_group(place, "swin", 1).keys()
+    target = open_store(str(tmp_path / "target"))
+    assert Mirror(place.store, target).run().objects > len(names)
+    assert {str(engine) for engine in EngineCatalog(target).engines()} == names
+    assert Mirror(place.store, target).run().objects == 0
+
+
 @pytest.mark.parametrize("source", ["folder"], indirect=True)
 @pytest.mark.parametrize("target", ["folder"], indirect=True)
 class TestSelections:
+    def test_of_a_publication_those_that_a_channel_names_are_together(self, source: AnyShop, target: Store) -> None:
+        first, second = source.engines(TARGETS, "fp16-c")
+        source.promote_truly(second)
+        assert Mirror(source.store, target, channel="production").run().left == []
+        assert EngineCatalog(target).engines() == [second]
+        Mirror(source.store, target).run()
+        assert {first, second} <= {*EngineCatalog(target).engines()}
+        assert Mirror(source.store, target).run().objects == 0
+
     def test_by_recipe_and_by_channel(self, source: AnyShop, target: Store, tmp_path: Path) -> None:
         source.engine("fp16-c")
         Mirror(source.store, target, channel="production").run()
