@@ -21,9 +21,10 @@ import yaml
 
 from artifacts.catalog import EngineCatalog
 from artifacts.store import open_store
+from recipes.plan import Plan
 from recipes.steps import Step
 from tasks.drive import drive
-from tasks.session import Outcome, open_session
+from tasks.session import BuildSession, Outcome, open_session
 
 ROOT = Path(__file__).resolve().parents[1]
 GPUS = {
@@ -45,17 +46,23 @@ def targets() -> list[dict[str, Any]]:
     ] + [{"runtime": "onnxruntime", "gpus": ["cpu"], "precision": ["int8", "int8-fp16", "int8-dynamic", "fp16"]}]
 
 
-def measure(folder: Path, change: dict[str, Any]) -> list[dict[str, Any]]:
-    shutil.copytree(ROOT / "recipes" / "digits", folder / "digits", ignore=shutil.ignore_patterns("__pycache__"))
-    document = yaml.safe_load((ROOT / "recipes" / "digits-onnx.yaml").read_text()) | {"targets": targets()} | change
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
-    session = open_session(folder / "recipe.yaml", open_store(str(folder / "store")))
+def built(session: BuildSession) -> Plan:
+    """Build a recipe and return its last plan."""
 
     async def run(step: Step, planned: Any) -> Outcome:
         return await asyncio.to_thread(session.ensure, step, planned)
 
     planned = asyncio.run(drive(session, run))
     session.finish(planned)
+    return planned
+
+
+def measure(folder: Path, change: dict[str, Any]) -> list[dict[str, Any]]:
+    shutil.copytree(ROOT / "recipes" / "digits", folder / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    document = yaml.safe_load((ROOT / "recipes" / "digits-onnx.yaml").read_text()) | {"targets": targets()} | change
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
+    session = open_session(folder / "recipe.yaml", open_store(str(folder / "store")))
+    planned = built(session)
     manifests = {
         (one.compatibility.runtime, one.compatibility.gpus[0], one.precision.asked): one
         for one in EngineCatalog(session.store).manifests()

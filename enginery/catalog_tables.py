@@ -195,6 +195,29 @@ def print_ranges(reports: Mapping[str, Mapping[str, Any]]) -> None:
             ratios = (_figure(row[name], ".1f") for name in ("snr_db", "snr_minmax_db", "snr_fp8_db"))
             add_row(table, *ratios, f"{row['clipped']:.3%}", *spans, row["tensor"], ", ".join(row["nodes"]))
         print_table(out, table)
+        if report.get("weights"):  # reports of earlier releases have none
+            print_weights(report["weights"])
+
+
+def print_weights(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what a low precision costs each weight, the worst first: of the whole tensor, and of its worst channel."""
+    out = console()
+    out.print(f"{len(rows)} weights", markup=False)
+    table = plain_table(out, "SNR dB", "fp8", "worst channel", "clipped", "range", "shape", "weight", "taken by")
+    for row in rows:
+        worst, several = row["worst_channel"], row["channels"] > 1
+        channel = f"{_figure(worst['snr_db'], '.1f')} ({worst['channel']} of {row['channels']})" if worst else ""
+        add_row(
+            table,
+            *(_figure(row.get(name), ".1f") for name in ("snr_db", "snr_fp8_db")),
+            channel if several else "",
+            f"{row['clipped']:.3%}",
+            f"{row['range'][0]:.4g} .. {row['range'][1]:.4g}",
+            " x ".join(map(str, row["shape"])),
+            row["tensor"],
+            ", ".join(row["nodes"]),
+        )
+    print_table(out, table)
 
 
 def _worst_text(worst: WorstTensor | None) -> str:

@@ -1,4 +1,4 @@
-"""The command inspect: what an ONNX file holds, and which targets can read it."""
+"""The command inspect: what an ONNX file holds, and which targets can read it; what an engine's precision cost it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,31 @@ def register(app: typer.Typer) -> None:
 
 @explains_errors
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, its external data beside it.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL.onnx", help="An ONNX file, its external data beside it; or an engine's folder or plan."
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show what an ONNX file holds, and which targets can read it: every refused node, where it is, and what to do.
 
     TensorRT-RTX's parser and ONNX Runtime are asked where they are installed, each in a process of its own. TensorRT releases
     are judged by the opset that they read at most: 8.6 and 10.0 to 10.1; of later ones that is not known. Nothing is compiled.
+    Of a graph with Q/DQ pairs, and of an engine that was pulled (its folder, or a file in it), also what each range and weight costs.
 
     Example: enginery inspect recipes/digits/digits.onnx
     """
+    manifest = (model if model.is_dir() else model.parent) / "manifest.json"
+    if model.suffix != ".onnx" and manifest.is_file():
+        from enginery.engine_reports import engine_report, print_engine_report
+
+        document = engine_report(manifest)
+        print_json(document) if as_json else print_engine_report(document)
+        return
     if not model.is_file():
-        stop(WRONG, f"{model}: no such file; name an ONNX file")
+        stop(WRONG, f"{model}: no such file; name an ONNX file, or the folder of an engine")
     document = inspected(model)
     if as_json:
         print_json(document)
@@ -110,6 +123,15 @@ def _print(document: dict[str, Any]) -> None:
         support.add_row(entry["target"], entry["state"], entry["by"], why)
     print_rows(support)
     _print_nodes(document["support"], say)
+    pairs = document.get("quantized")
+    if pairs is not None:
+        from enginery.catalog_tables import print_weights
+
+        ranges = Rows(("quantised tensor", "type", "range"))
+        for row in pairs["activations"]:
+            ranges.add_row(row["tensor"], row["type"], f"{row['range'][0]:.4g} .. {row['range'][1]:.4g}")
+        print_rows(ranges)
+        print_weights(pairs["weights"])
 
 
 def _print_nodes(support: list[dict[str, Any]], say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "export": 3,
     "explain": 1,
     "simplify": 2,
-    "calibrate": 3,
+    "calibrate": 4,
     "outliers": 1,
     "sensitivity": 1,
     "check": 1,

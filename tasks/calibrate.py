@@ -30,6 +30,7 @@ from tasks.graphs import hoist_constants
 from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
 from tasks.quantize import activations, zero_range
 from tasks.stage import StageRequest, StageResult
+from tasks.weight_report import weights_to_be
 
 RANGES: Final = "ranges.json"
 REPORT: Final = "calibration.json"
@@ -44,8 +45,8 @@ def run(request: StageRequest) -> StageResult:
     """Run "model.onnx" on "dataset.safetensors" and write "ranges.json": {tensor: [low, high]}, sorted, float32 bounds.
 
     With params["held_out"], samples that `tasks.datasets.held_out` names are left out. The tensors are what Conv, ConvTranspose, MatMul and Gemm take (`quantize.activations`): typing puts pairs nowhere
-    else. "calibration.json" beside it says what each range costs: {"method", "samples", "tensors": [...]}, the worst first
-    (`tasks.calibration_report`). With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead
+    else. "calibration.json" beside it says what each range costs: {"method", "samples", "tensors": [...], "weights": [...]}, the
+    worst first (`tasks.calibration_report`, `tasks.weight_report`). With params["runtime"] tensorrt, TensorRT calibrates on a GPU instead
     (`tasks.engines.trt_calibrate`). Facts: tensors, samples, method, constant (tensors that were zero on all data), worst
     (of the report: tensor, clipped, snr_db). Raises BackendError("bad data")
     for NaN, infinity, and inputs that the data set lacks; by its kind where ONNX Runtime fails.
@@ -80,7 +81,7 @@ def run(request: StageRequest) -> StageResult:
         "constant": constant,
         "worst": {name: rows[0][name] for name in ("tensor", "clipped", "snr_db")} if rows else None,
     }
-    document = {"method": params["method"], "samples": facts["samples"], "tensors": rows}
+    document = {"method": params["method"], "samples": facts["samples"], "tensors": rows, "weights": observed.weights}
     (request.output_dir / REPORT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
     return StageResult({RANGES: JSON, REPORT: JSON}, facts)
 
@@ -94,6 +95,7 @@ class _Observed:
         model = load_graph(inputs[GRAPH])
         hoist_constants(model)
         self.names = activations(model)
+        self.weights = weights_to_be(model)
         self.readers = {name: [node.name for node in model.graph.node if name in node.input] for name in self.names}
         known = {value.name for value in model.graph.input}
         # What is an input of the graph needs no run to be observed.

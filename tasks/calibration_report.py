@@ -86,10 +86,12 @@ def _int8(values: Array, bound: float) -> Array:
 
 def _e4m3(values: Array, bound: float) -> Array:
     scale = bound / LARGEST
-    if not scale > 0:
-        return np.zeros_like(values)
-    scaled = (values / scale).clip(-LARGEST, LARGEST)
-    # Three bits of mantissa; exponents end at -6, below which steps stay 2^-9.
-    steps = np.exp2(np.floor(np.log2(np.maximum(np.abs(scaled), 2.0**-6))) - 3)
-    rounded: Array = np.rint(scaled / steps) * steps * scale
+    return to_e4m3(values / scale) * scale if scale > 0 else np.zeros_like(values)
+
+
+def to_e4m3(values: Array) -> Array:
+    """Round float64 values to e4m3, saturating: three bits of mantissa; exponents end at -6, below which steps stay 2^-9."""
+    inside = values.clip(-LARGEST, LARGEST)
+    steps = np.exp2(np.floor(np.log2(np.maximum(np.abs(inside), 2.0**-6))) - 3)
+    rounded: Array = np.rint(inside / steps) * steps
     return rounded

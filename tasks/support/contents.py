@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
-from tasks.onnx_files import GRAPH, graph_inputs, graphs_of, load_graph, opset_of, tensors_of, value_facts
+from tasks.onnx_files import GRAPH, graph_inputs, graphs_of, opset_of, tensors_of, value_facts
+from tasks.onnx_weights import load_streamed
 from tasks.stage import StageRequest, StageResult
 from tasks.support.nodes import located, operator_name, refusal
+from tasks.weight_report import stated_ranges, stated_weights
 
 _CEILINGS: Final[Mapping[str, int | None]] = {"8.6": 17, "10.0, 10.1": 20, "10.2 and later": None}
 
 
 def run(request: StageRequest) -> StageResult:
-    """Describe `model.onnx`; facts only. Raises BackendError("bad data") where it is no whole ONNX file."""
+    """Describe `model.onnx`; facts only: of a graph with Q/DQ pairs also what each costs ("quantized"). Raises BackendError("bad data") where it is no whole ONNX file."""
     import onnx
 
     path = request.inputs[GRAPH]
-    model = load_graph(path, weights=False)
+    model = load_streamed(path)
     inputs = {value.name: _facts(value) for value in graph_inputs(model)}
     outputs = {value.name: _facts(value) for value in model.graph.output}
     functions = [node for function in model.functions for node in function.node]
@@ -35,6 +38,7 @@ def run(request: StageRequest) -> StageResult:
         for entry in tensor.external_data
         if entry.key == "location"
     }
+    pairs = {"activations": stated_ranges(model), "weights": stated_weights(model)}
     facts = {
         "opset": opset_of(model),
         "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
@@ -47,10 +51,11 @@ def run(request: StageRequest) -> StageResult:
         "parameters": sum(math.prod(tensor.dims) for graph in graphs_of(model) for tensor in graph.initializer),
         "size": {
             "graph_bytes": path.stat().st_size,
-            "external_bytes": sum(path.parent.joinpath(name).stat().st_size for name in files),
-            "external_files": sorted(files),
+            "external_bytes": sum(Path(name).stat().st_size for name in files),
+            "external_files": sorted(str(Path(name).relative_to(path.parent)) for name in files),
         },
         "support": _by_ceiling(model),
+        **({"quantized": pairs} if any(pairs.values()) else {}),
     }
     return StageResult({}, facts)
 

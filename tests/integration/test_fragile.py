@@ -11,7 +11,9 @@ import onnx
 import pytest
 import yaml
 
+from artifacts.errors import IntegrityError
 from artifacts.manifest import Manifest
+from enginery.engine_reports import engine_report, print_engine_report
 from enginery.tables import print_build
 from tasks.report import report
 from tests.integration.building import build
@@ -109,6 +111,20 @@ def test_a_fragile_model_is_rescued_by_fallback_and_by_kept_layers(tmp_path: Pat
     assert [group["kept"] for group in layers["groups"]] == [True, False, False, False]
     assert layers["groups"][0]["relative_l2"] > 5 * layers["groups"][1]["relative_l2"]
     assert [(one["kept_groups"], one["passed"]) for one in layers["tried"]] == [(0, False), (1, True)]
+
+    where = next(path for path in store.glob("engines/**/manifest.json") if "int8-fp16" in str(path))
+    document = engine_report(where)
+    assert (document["given"], set(document["kept"])) == ("int8-fp16", {"square", "shrink", "ruined"})
+    weights = {row["tensor"]: row for row in document["reports"][""]["weights"]}
+    assert weights.keys() == {"w1", "w2", "w3", "w4"}
+    assert all(row["channels"] == row["shape"][1] and 20 < row["snr_db"] < 60 for row in weights.values())
+    print_engine_report(document)
+    said = capsys.readouterr().out
+    assert "3 nodes kept high" in said
+    assert "4 weights" in said
+    (where.parent / "calibration.json").unlink()
+    with pytest.raises(IntegrityError, match="pull the engine again"):
+        engine_report(where)
 
 
 def _manifests(store: Path):

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tasks import precision
 from tasks.errors import BackendError
 from tasks.onnx_files import save_graph
 from tasks.support import contents, parser_query, session_query
@@ -80,6 +81,22 @@ def test_external_data_counts_and_operators_in_branches_too(tmp_path: Path):
     told = facts(contents.run, tmp_path / "stage", BRANCHED)
     assert told["operators"]["Bernoulli"] == 1
     assert told["outputs"]["y"]["shape"] is None
+
+
+def test_a_graph_with_pairs_tells_what_each_range_and_weight_costs(tmp_path: Path):
+    assert "quantized" not in facts(contents.run, tmp_path, cnn())
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text('{"x": [0.0, 1.0], "r1": [0.0, 2.0], "f": [0.0, 3.0]}')
+    asked = {"precision": "int8", "keep": [], "io": "float32"}
+    _result, made = stage(precision.run, tmp_path, asked, model_onnx=cnn(), ranges_json=ranges)
+    told = facts(contents.run, tmp_path / "typed", made / "model.onnx")["quantized"]
+    assert {row["tensor"]: round(row["range"][1], 1) for row in told["activations"]} == {"x": 1.0, "r1": 2.0, "f": 3.0}
+    assert {(row["type"], row["channels"], row["clipped"]) for row in told["weights"]} == {
+        ("int8", 8, 0.0),
+        ("int8", 16, 0.0),
+        ("int8", 10, 0.0),
+    }
+    assert all(30 < row["snr_db"] < 60 for row in told["weights"])
 
 
 @pytest.mark.parametrize(
