@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class FileTrace:
     """Files by path, with their SHA-256; folders of samples, with `images` and the digest of all; where files were looked for.
 
-    Paths are absolute, but for their links, which are followed again.
+    Paths are absolute and as they were opened: their links, and what is above those, are followed again.
     """
 
     files: dict[str, str] = field(default_factory=dict)
@@ -42,12 +42,15 @@ class FileTrace:
             return False
 
     def below(self, folder: str) -> FileTrace:
-        """Return the trace with paths relative to a folder, so that it can be looked at where the folder lies elsewhere."""
-        return self._moved(lambda path: os.path.relpath(path, folder))
+        """Return the trace with paths relative to a recipe's folder, so that it can be looked at where the folder lies elsewhere."""
+        inside = f"{folder}/"
+        return self._moved(
+            lambda path: path.removeprefix(inside) if path.startswith(inside) else os.path.relpath(path, folder)
+        )
 
     def above(self, folder: str) -> FileTrace:
-        """Return a trace that is relative with paths below this folder."""
-        return self._moved(lambda path: os.path.normpath(os.path.join(folder, path)))  # noqa: PTH118  of hundreds
+        """Return a trace that is relative with paths below this folder; links on the way to what is above lead elsewhere."""
+        return self._moved(lambda path: f"{folder}/{path}")
 
     @property
     def leaves(self) -> bool:
@@ -75,9 +78,14 @@ class FileTrace:
 
 def trace_of(loaded: LoadedRecipe, files: RecipeFiles) -> FileTrace | None:
     """Return what `load` and `gather` read and looked for, or None where that cannot be told (globs, unknown kinds)."""
-    trace = FileTrace({os.path.abspath(path): digest for path, digest in loaded.digests.items()})  # noqa: PTH100  links stay
+    trace = FileTrace({_absolute(path): digest for path, digest in loaded.digests.items()})
     known = all(_added(getattr(files, entry.name), trace) for entry in fields(files))
     return trace if known else None
+
+
+def _absolute(path: str | Path) -> str:
+    # Not abspath, by which `link/../file` would be another file than the one that is opened.
+    return os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118  of thousands
 
 
 def _added(value: object, trace: FileTrace) -> bool:
@@ -86,19 +94,19 @@ def _added(value: object, trace: FileTrace) -> bool:
 
     if isinstance(value, LocalFile):
         if "://" not in value.address:  # what lies elsewhere is known by the digest that the recipe states
-            trace.files[os.path.abspath(value.address)] = value.digest  # noqa: PTH100
+            trace.files[_absolute(value.address)] = value.digest
         return True
     if isinstance(value, CodeBundle):
         if value.looked_for is None or value.globs:
             return False
         for name, path in value.members.items():
-            trace.files[os.path.abspath(path)] = value.digests[name]  # noqa: PTH100
-        trace.looked_for.update({os.path.abspath(path): found for path, found in value.looked_for.items()})  # noqa: PTH100
+            trace.files[_absolute(path)] = value.digests[name]
+        trace.looked_for.update({_absolute(path): found for path, found in value.looked_for.items()})
         return True
     if isinstance(value, DatasetFiles):
         if value.code is not None:
             return _added(value.code, trace)
-        data = os.path.abspath(value.path)  # noqa: PTH100
+        data = _absolute(value.path)
         if value.format in ("images", "arrays"):
             trace.folders[data] = (value.format == "images", value.digest)
         else:

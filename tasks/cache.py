@@ -23,6 +23,7 @@ from recipes.steps import Step
 from tasks.drive import drive
 from tasks.patience import delays
 from tasks.progress import Progress
+from tasks.remembered import leave_plan
 from tasks.report import report
 from tasks.server import wait_for_server
 from tasks.session import BuildSession, Outcome
@@ -49,6 +50,8 @@ async def run_session(session: BuildSession) -> dict[str, Any]:
     if session.retries:  # on a worker, where nobody waits at the prompt
         await wait_for_server(get_run_logger().warning)
     await leave_report(document, session.store, get_run_logger().log)
+    if planned.fresh and not session.cancelled:
+        await asyncio.to_thread(leave_plan, session)
     return document
 
 

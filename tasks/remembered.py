@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.errors import ArtifactError
+from artifacts.host import Host
 from artifacts.observed import Sight
 from artifacts.refs import digest_bytes
 from artifacts.store import ObjectInfo, Store, open_store
 from recipes.digests import Digests, cache_path
+from recipes.errors import RecipeError
 from recipes.traces import FileTrace, trace_of
 from tasks.shared_plans import CODE, SharedPlans
 from tasks.toolchain import probe_host, version
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from tasks.session import BuildSession
 
 MAX_PLANS: Final = 20_000
-_LAYOUT: Final = 2
+_LAYOUT: Final = 3
 # What changed so shortly before it was looked at may change again without a trace (Git calls that racy). A folder tells
 # fractions of seconds by this machine's clock; S3 tells seconds, by its own.
 _RACY_FOLDER_S: Final = 2.0
@@ -71,6 +73,20 @@ class Remembered:
         }
 
 
+def leave_plan(session: BuildSession) -> None:
+    """Leave in the store the plan of a recipe that was just built, from what is there now. Raises nothing.
+
+    In a folder store that takes until what was built there is two seconds old, and another build; in S3 versions tell at once.
+    """
+    memory, again = PlanMemory(session.store, session.selection.targets, session.host), session.anew()
+    try:
+        planned = again.plan()
+    except (ArtifactError, RecipeError):
+        return
+    memory.keep([(again, planned)], latest=True)
+    memory.share()
+
+
 def plans_folder() -> Path | None:
     """Return where fresh plans are remembered, or None where there is no place for them."""
     path = cache_path()
@@ -79,10 +95,11 @@ def plans_folder() -> Path | None:
 
 @dataclass
 class PlanMemory:
-    """The fresh plans of one store, for these targets (none: all that the recipes have). Make one before planning."""
+    """The fresh plans of one store, for these targets (none: all that the recipes have), on one host. Make one before planning."""
 
     store: Store
     targets: tuple[str, ...] = ()
+    host: Host = field(default_factory=probe_host)
     folder: Path | None = field(default_factory=plans_folder)
     began: float = field(default_factory=time.time)
     most: int = MAX_PLANS
@@ -182,7 +199,12 @@ class PlanMemory:
         from tasks.report import plan_report
 
         trace = trace_of(session.loaded, session.files)
-        if trace is None or self.folder is None or session.selection.targets != self.targets:
+        if (
+            trace is None
+            or self.folder is None
+            or session.selection.targets != self.targets
+            or session.host != self.host
+        ):
             return
         entry = {
             "made_by": self._made_by,
@@ -222,12 +244,12 @@ class PlanMemory:
 
     @cached_property
     def _shared(self) -> SharedPlans:
-        return SharedPlans(self.store, self.targets, self.warn)
+        return SharedPlans(self.store, self.targets, self.host, self.warn)
 
     @cached_property
     def _made_by(self) -> dict[str, Any]:
         """Return what besides files and objects decides a plan: the host, and the code that plans."""
-        return {"layout": _LAYOUT, "host": json.loads(json.dumps(probe_host().to_json())), "code": _code()}
+        return {"layout": _LAYOUT, "host": json.loads(json.dumps(self.host.to_json())), "code": _code()}
 
     def _stamps(self, uri: str, paths: Collection[str]) -> dict[str, Stamp] | None:
         """Return what is there of these objects, or None where the store cannot be asked."""

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
@@ -144,6 +144,10 @@ class BuildSession:
     def versions_read(self) -> dict[str, str | None]:
         """Return the versions of packages that this session's plans asked for."""
         return dict(self._versions)
+
+    def anew(self) -> BuildSession:
+        """Return a session of the same recipe that knows nothing yet: its plans are made from what the store has now."""
+        return replace(self, outcomes={}, listen=lambda _progress: None)
 
     @contextmanager
     def leased(self) -> Iterator[None]:

@@ -24,8 +24,9 @@ import psutil
 import pytest
 
 from artifacts.store import open_store
+from tasks.remembered import PlanMemory
 from tasks.session import open_session
-from tests.integration.building import ROOT, copy_digits, edit_recipe, enginery, environment, one_engine
+from tests.integration.building import ROOT, copy_digits, enginery, environment, one_engine
 from tests.servers import bad_network
 
 pytestmark = pytest.mark.slow
@@ -103,6 +104,12 @@ def _healthy(address: str) -> bool:
         return False
 
 
+def later(document: dict[str, Any]) -> None:
+    """Change what `one_engine` leaves, as an edit that is merged later."""
+    one_engine(document)
+    document["export"]["opset"] = 20
+
+
 def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_path: Path):
     recipe = copy_digits(tmp_path, one_engine)
     steps = _build(tmp_path, server.env)
@@ -122,7 +129,7 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
         assert float(first["progress-export"]["data"]) == 100.0
     assert re.search(r"\| \d\.\de-\d\d \|", first["engines-digits"]["data"])  # nothing was built before
 
-    edit_recipe(lambda document: document["export"].update(opset=20))(tmp_path)
+    copy_digits(tmp_path, later)
     steps = _build(tmp_path, server.env)
     flow, shown = server.last_run()
     second = server.artifacts(flow)
@@ -140,7 +147,8 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
     assert {name for name, (state, _message) in shown.items() if state == "Completed"} == set(steps) - kept
     assert len(steps) > len(kept)
 
-    # The flow on its own, as a worker or a script runs it.
+    # The flow on its own, as a worker or a script runs it; it leaves its plan for other machines.
+    shutil.rmtree(tmp_path / "store" / "cache" / "plans", ignore_errors=True)
     code = "import asyncio; from flows.build import build; print(asyncio.run(build('digits.yaml', store='store')))"
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -155,6 +163,8 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
     flow, shown = server.last_run()
     assert flow["state"]["type"] == "COMPLETED"
     assert {name: state for name, (state, _message) in shown.items()} == dict.fromkeys(steps, "Cached")
+    memory = PlanMemory(open_store(str(tmp_path / "store")), folder=None)
+    assert memory.recall([copy_digits(tmp_path / "checkout", later)])
 
 
 def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_path: Path):

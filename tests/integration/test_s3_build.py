@@ -11,6 +11,8 @@ import pytest
 from artifacts.publications import read_publication
 from artifacts.refs import digest_file
 from artifacts.store import open_store
+from tasks.remembered import PlanMemory, leave_plan
+from tasks.report import plan_report
 from tests.integration.building import build, copy_digits, enginery, fewer_engines
 
 pytestmark = pytest.mark.slow
@@ -18,10 +20,14 @@ pytestmark = pytest.mark.slow
 
 def test_a_build_into_s3_is_cached_listed_resolved_and_pulled(tmp_path: Path, s3_store_uri: str):
     recipe = copy_digits(tmp_path, fewer_engines)
-    ran, planned, _session = build(recipe, s3_store_uri)
+    ran, planned, session = build(recipe, s3_store_uri)
     assert {"fetch:weights", "export", "compile:tensorrt-rtx:sm89:int8", "publish:onnxruntime:cpu:fp32"} <= ran
     assert planned.fresh
     assert planned.status == 0
+    leave_plan(session)  # as flows do: the next machine need not read every record
+    checkout = PlanMemory(open_store(s3_store_uri), folder=None)
+    (known,) = checkout.recall([copy_digits(tmp_path / "checkout", fewer_engines)]).values()
+    assert (known.report, known.is_latest) == (plan_report(session.anew().plan()), True)
 
     def ask(*arguments: str) -> Any:
         result = enginery(*arguments, "--store", s3_store_uri, "--json", cwd=tmp_path)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifacts import fresh_plans
 from artifacts.folder import FolderStore
@@ -22,7 +25,7 @@ from tasks import shared_plans
 from tasks.remembered import PlanMemory, plans_folder
 from tasks.report import plan_report
 from tasks.session import BuildSession, open_session
-from tasks.toolchain import version
+from tasks.toolchain import probe_host, version
 from tests.simulated_builds import simulate_build, write_recipe
 
 CODE = """
@@ -315,29 +318,95 @@ def test_no_plan_of_another_machine_is_given_back_after_a_change(house: Path, ch
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_recipe_that_names_files_elsewhere_is_known_where_it_lay(house: Path, tmp_path: Path):
+def test_a_recipe_behind_a_link_that_names_files_above_is_known_where_it_lay(house: Path, tmp_path: Path):
     (house / "recipes" / "base.inc").rename(house / "base.inc")
     recipe_of(house).write_text(recipe_of(house).read_text().replace("base.inc", "../base.inc"))
+    link = tmp_path / "link"
+    link.symlink_to(house)
+    shared(link)
+    assert recalled(link)
+    (tmp_path / "another").symlink_to(house)
+    assert not recalled(tmp_path / "another")
     shared(house)
-    assert recalled(house)
-    assert not recalled(Path(shutil.copytree(house, tmp_path / "elsewhere")))
+    assert recalled(Path(shutil.copytree(house, tmp_path / "elsewhere")))
+
+
+def moved(file: str, to: str) -> Callable[[Path], object]:
+    return lambda house: (house / file).rename(house / to) if (house / file).exists() else None
+
+
+# What may happen to a checkout whose recipe includes ../shared/base.inc, which lies beside where links lead.
+EVENTS: dict[str, Callable[[Path], object]] = {
+    "another base": lambda house: (house / "shared" / "base.inc").write_text("description: other\n"),
+    "no base": moved("shared/base.inc", "shared/gone.inc"),
+    "the base again": moved("shared/gone.inc", "shared/base.inc"),
+    "another graph": lambda house: (house / "recipes" / "m.onnx").write_bytes(b"the graph of x"),
+    "the graph again": lambda house: (house / "recipes" / "m.onnx").write_bytes(b"the graph of m"),
+    "a link to the recipes": lambda house: (
+        (house / "deep" / "recipes").exists() or moved("recipes", "deep/recipes")(house),
+        (house / "recipes").exists() or (house / "recipes").symlink_to("deep/recipes"),
+    ),
+    "a base for the link": lambda house: (
+        (house / "deep" / "shared").exists() or shutil.copytree(house / "shared", house / "deep" / "shared")
+    ),
+    "another base for the link": lambda house: (
+        EVENTS["a base for the link"](house),
+        (house / "deep" / "shared" / "base.inc").write_text("description: of the link\n"),
+    ),
+    "a file nobody reads": lambda house: (house / "recipes" / "notes").write_text("x"),
+}
+
+
+def checkout(house: Path, folder: Path) -> Path:
+    """Make a checkout of the recipe, whose base lies in a folder beside its own."""
+    for name in ("deep", "shared"):
+        (folder / name).mkdir(parents=True)
+    shutil.copytree(house / "recipes", folder / "recipes")
+    (folder / "recipes" / "base.inc").rename(folder / "shared" / "base.inc")
+    path = folder / "recipes" / "m.yaml"
+    path.write_text(path.read_text().replace("base.inc", "../shared/base.inc"))
+    return folder
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_whatever_happens_in_another_checkout_a_plan_that_is_given_back_is_the_plan(house: Path, tmp_path: Path):
+    store = FolderStore(house / "store")
+    memory = PlanMemory(store)
+    session = open_session(recipe_of(checkout(house, tmp_path / "first")), store)
+    memory.keep([(session, session.plan())], latest=True)
+    memory.share()
+    outcomes = set()
+
+    @given(st.lists(st.sampled_from(sorted(EVENTS)), max_size=4))
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    def after(events: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            recipe = recipe_of(checkout(house, Path(name, "second")))
+            for event in events:
+                EVENTS[event](Path(name, "second"))
+            found = PlanMemory(store).recall([recipe])
+            outcomes.add((bool(events), bool(found)))
+            if found:
+                planned = open_session(recipe, store).plan()
+                assert planned.fresh
+                assert found[recipe].report == plan_report(planned)
+
+    after()
+    assert outcomes == {(False, True), (True, True), (True, False)}
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_another_host_or_code_or_version_is_another_plan(house: Path, monkeypatch: pytest.MonkeyPatch):
     shared(house)
-    here = shared_plans.probe_host()
+    here = probe_host()
     for other, same in (
         (replace(here, name="another", cpu="another"), True),  # nothing was timed
         (replace(here, gpus=(Gpu("T4", "uuid", "sm75", 1),)), False),
         (replace(here, driver="580.1"), False),
         (replace(here, runtimes={**here.runtimes, "tensorrt-rtx": "9.9.9.9"}), False),
     ):
-        monkeypatch.setattr(shared_plans, "probe_host", lambda host=other: host)
-        assert recalled(house) == same, other
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(house / "nothing"))
-    assert recalled(house)
+        memory = PlanMemory(FolderStore(house / "store"), host=other)
+        assert bool(memory.recall([recipe_of(house)])) == same, other
     monkeypatch.setattr(shared_plans, "version", lambda package: "0.0.1" if package == "onnx" else version(package))
     assert not recalled(house)
 
