@@ -57,6 +57,7 @@ class Gpu:
 class Host:
     """A machine: operating system, architecture, driver, GPUs, and the full version of every installed runtime.
 
+    `frameworks` are those of sources, which serve a source model where no engine fits: `torch`, `paddle`.
     `cpu` is the processor's model and how many of its threads this process may use: what times on it depend on.
     """
 
@@ -68,6 +69,7 @@ class Host:
     gpus: tuple[Gpu, ...] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)
     cpu: str | None = None
+    frameworks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def driver_branch(self) -> str | None:
@@ -87,9 +89,7 @@ class Host:
         for name in ("name", "os", "arch"):
             if not isinstance(value[name], str):
                 raise TypeError(f"{name} is not a string")
-        runtimes = value.get("runtimes", {})
-        if not isinstance(runtimes, dict) or not all(isinstance(found, str) for found in runtimes.values()):
-            raise TypeError("runtimes are not names with versions")
+        runtimes, frameworks = (_versions(value, name) for name in ("runtimes", "frameworks"))
         gpus = tuple(_gpu_from_json(gpu) for gpu in value.get("gpus", ()))
         return cls(
             value["name"],
@@ -98,8 +98,9 @@ class Host:
             value.get("driver"),
             value.get("cuda"),
             gpus,
-            dict(runtimes),
+            runtimes,
             value.get("cpu"),
+            frameworks,
         )
 
     def gpu(self, compute_capability: str) -> Gpu | None:
@@ -109,6 +110,13 @@ class Host:
     def has_gpu(self, compute_capability: str) -> bool:
         """Tell whether a GPU of this compute capability is here; every host has `cpu`."""
         return compute_capability == "cpu" or any(gpu.compute_capability == compute_capability for gpu in self.gpus)
+
+
+def _versions(value: Mapping[str, Any], name: str) -> dict[str, str]:
+    found = value.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(version, str) for version in found.values()):
+        raise TypeError(f"{name} are not names with versions")
+    return dict(found)
 
 
 def _gpu_from_json(value: Mapping[str, Any]) -> Gpu:

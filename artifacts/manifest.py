@@ -22,6 +22,7 @@ from artifacts.store import is_relative_path
 MANIFEST_SCHEMA: Final = 1
 PARTS_SCHEMA: Final = 2
 FALLBACK_SCHEMA: Final = 3
+EXPORTED_PROGRAM: Final = "exported program"
 MANIFEST_NAME: Final = "manifest.json"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,126}$")]
@@ -440,11 +441,23 @@ class ProviderFacts(Part):
     options: dict[str, str]
 
 
+class SavedFacts(Part):
+    """A source model that was saved: its form, and the order of what it takes and gives."""
+
+    form: str = Field(
+        description="exported program (torch.export), TorchScript (scripted or traced), Paddle inference model (.json, .pdmodel), ONNX."
+    )
+    inputs: tuple[str, ...] = Field(description="Names, in the order in which it takes them.")
+    outputs: tuple[str, ...] = Field(description="Names, in the order in which it gives them.")
+    refused: tuple[str, ...] = Field(default=(), description="Forms that are wanted more, and why it is not of those.")
+
+
 class FallbackFacts(Part):
     """What is served where the engine of a target cannot be built, and how."""
 
     kind: str = Field(
-        description="onnx: an ONNX graph for ONNX Runtime of the version that verified it, or a later one."
+        description="onnx: an ONNX graph for ONNX Runtime of the version that verified it, or a later one. source: the model as "
+        "its own framework runs it, without the code that made it."
     )
     instead_of: tuple[str, ...] = Field(description="Targets of the recipe that asked for it: tensorrt-rtx:sm89.")
     providers: dict[str, tuple[ProviderFacts, ...]] = Field(
@@ -452,9 +465,14 @@ class FallbackFacts(Part):
         description="By part (empty name: the only graph): providers, the most wanted first; those that a host lacks are left out.",
     )
 
+    saved: dict[str, SavedFacts] = Field(
+        default_factory=dict, description="Of the kind source, by part (empty name: the only graph): in which form."
+    )
+
     def of_part(self, name: str) -> FallbackFacts:
         """Return what is said of one part, as of an only graph."""
-        return self.model_copy(update={"providers": {"": self.providers.get(name, ())}})
+        saved = {"": self.saved[name]} if name in self.saved else {}
+        return self.model_copy(update={"providers": {"": self.providers.get(name, ())}, "saved": saved})
 
 
 class PartFacts(Part):
@@ -566,6 +584,8 @@ class Manifest(Part):
             ):
                 if not found[name]:
                     del found[name]
+        if self.fallback is not None and not self.fallback.saved:
+            del document["fallback"]["saved"]
         optional = {name for name, part in type(self).model_fields.items() if not part.is_required()}
         return {name: part for name, part in document.items() if part not in (None, {}) or name not in optional}
 

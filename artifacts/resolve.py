@@ -4,8 +4,9 @@ An engine is refused with a reason for each rule that it breaks. Among those tha
 on a GPU before on the CPU; of the newest source (code, weights) of those; the fastest that was measured on this device
 (by name: "NVIDIA L4"), before those that were not; executed before not executed; asked for in the precision that the newest recipe
 wants most; newest; by name. What is within `AS_FAST` of the fastest is as fast: measures of one engine differ by as much.
-A fallback is offered only where no engine fits. It is an ONNX graph, which needs neither the system
-that published it nor the very version of ONNX Runtime: that one, or a later one.
+A fallback is offered only where no engine fits. It needs neither the system that published it nor the very version of
+what runs it: that one, or a later one; of an exported program of PyTorch's, which promises nothing between releases, a later
+one of the same release (2.13).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from artifacts.host import DEVICE_FACTS, Gpu, Host
-from artifacts.manifest import BenchmarkFacts, Compatibility, Manifest, Profile
+from artifacts.manifest import EXPORTED_PROGRAM, BenchmarkFacts, Compatibility, FallbackFacts, Manifest, Profile
 from artifacts.timings import mean_ms
 
 CPU = "cpu"
@@ -31,7 +32,7 @@ class Request:
     `cpu` where engines for the CPU are welcome; `shapes` maps inputs to the sizes that one profile must cover (an
     input that is not named may have any); `channel` is a channel's name, whose builds `resolve` is given. `devices` are
     the GPUs themselves, where they are known: engines that are bound to the device they were built on are compared with
-    those; without any they are offered by compute capability alone.
+    those; without any they are offered by compute capability alone. `frameworks` run source models: torch, paddle.
     """
 
     runtimes: Mapping[str, str]
@@ -43,6 +44,7 @@ class Request:
     channel: str | None = None
     precision: str | None = None
     devices: Sequence[Gpu] = ()
+    frameworks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_host(
@@ -55,7 +57,18 @@ class Request:
     ) -> Request:
         """Ask for what a host may load: any of its runtimes, on any of its GPUs or its CPU."""
         gpus = (*dict.fromkeys(gpu.compute_capability for gpu in host.gpus), CPU)
-        return cls(host.runtimes, gpus, host.os, host.arch, host.driver, shapes or {}, channel, precision, host.gpus)
+        return cls(
+            host.runtimes,
+            gpus,
+            host.os,
+            host.arch,
+            host.driver,
+            shapes or {},
+            channel,
+            precision,
+            host.gpus,
+            host.frameworks,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,11 +127,13 @@ def refusals(manifest: Manifest, request: Request, channels: Mapping[str, str]) 
     """Return every rule that forbids an engine to whoever asks, in words; empty where it may be loaded."""
     needs, reasons = manifest.compatibility, []
     version = request.runtimes.get(needs.runtime)
+    if version is None and manifest.fallback is not None:
+        version = request.frameworks.get(needs.runtime)
     if version is None:
         there = ", ".join(sorted(request.runtimes)) or "no runtime"
         reasons.append(f"needs {needs.runtime}; there is {there}")
     elif version != needs.runtime_version and not (
-        manifest.fallback is not None and _at_least(version, needs.runtime_version)
+        manifest.fallback is not None and _reads(manifest.fallback, version, needs.runtime_version)
     ):
         reasons.append(f"needs {needs.runtime} {needs.runtime_version}; there is {version}")
     if not set(needs.gpus) & set(request.gpus):
@@ -282,6 +297,15 @@ def _age(manifest: Manifest) -> tuple[str, str]:
 
 def _position(wish: Sequence[str], precision: str) -> int:
     return wish.index(precision) if precision in wish else len(wish)
+
+
+def _reads(fallback: FallbackFacts, found: str, verified: str) -> bool:
+    """Tell whether a version reads what another one verified; what is after "+" says only what it was built for."""
+    here, there = found.partition("+")[0], verified.partition("+")[0]
+    same = _numbers(here)[:2] == _numbers(there)[:2] or all(
+        one.form != EXPORTED_PROGRAM for one in fallback.saved.values()
+    )
+    return same and _at_least(here, there)
 
 
 def _at_least(found: str | None, needed: str) -> bool:

@@ -148,15 +148,17 @@ def _host(catalog: EngineCatalog, name: str) -> Host:
 
 def _runtimes(texts: list[str]) -> dict[str, str]:
     from recipes.schema import GPUS
+    from tasks.toolchain import FRAMEWORKS
 
+    known = (*GPUS, *FRAMEWORKS)  # which serve fallbacks alone
     found: dict[str, str] = {}
     for text in texts:
         match = _RUNTIME.fullmatch(text)
         if match is None:
             hint = "an engine loads only on the very version it was made for; write tensorrt-rtx==1.7.1.116"
             raise typer.BadParameter(f"{text!r} is not NAME==VERSION ({hint})", param_hint="--runtime")
-        if match[1] not in GPUS:
-            allowed = ", ".join(GPUS)
+        if match[1] not in known:
+            allowed = ", ".join(known)
             raise typer.BadParameter(f"unknown runtime {match[1]!r} (allowed: {allowed})", param_hint="--runtime")
         found[match[1]] = match[2]
     return found

@@ -72,13 +72,19 @@ def resolution_json(recipe: str, request: Request, resolution: Resolution) -> di
 
 def fallback_words(manifest: Manifest) -> str:
     """Say that what is offered is no engine, and what it is."""
+    from artifacts.manifest import EXPORTED_PROGRAM
+
     facts = manifest.fallback
     if facts is None:
         raise ValueError(f"{manifest.identity} is an engine")
     providers = dict.fromkeys(one.name for found in facts.providers.values() for one in found)
+    forms = dict.fromkeys(one.form for one in facts.saved.values())
+    what = f"{facts.kind} ({', '.join(forms)})" if forms else facts.kind
+    release = " of the same release" if EXPORTED_PROGRAM in forms else ""
+    first = f", with the first of {', '.join(providers)} that is there" if providers else ""
     return (
-        f"no engine fits; {manifest.identity} is the fallback: {facts.kind} for {manifest.compatibility.runtime} "
-        f"{manifest.compatibility.runtime_version} or later, with the first of {', '.join(providers)} that is there"
+        f"no engine fits; {manifest.identity} is the fallback: {what} for {manifest.compatibility.runtime} "
+        f"{manifest.compatibility.runtime_version} or later{release}{first}"
     )
 
 

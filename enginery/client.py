@@ -139,7 +139,7 @@ def load(
     """Load a pulled engine into this process, and return what runs it: `load(folder)(image=array)["logits"]`.
 
     A fallback (`manifest.fallback`) is loaded with those of its execution providers that this ONNX Runtime has; what they keep
-    goes to DIR.cache beside its folder.
+    goes to DIR.cache beside its folder. A source model (`fallback.kind` "source") runs in its own framework.
     One of several parts gives them by name, all of them loaded: `load(folder)["encoder"](image=array)["states"]`.
 
     `engine` is its folder, or its plan inside of it. Before a byte of it reaches a runtime: `trust` is asked about the
@@ -237,7 +237,8 @@ def _cache(folder: Path) -> Path | None:
 def _plan_bytes(folder: Path, manifest: Manifest) -> Path | bytes:
     """Return the very bytes that match the digest; the plan's path where a runtime reads other files beside it."""
     path, entry = folder / manifest.plan, manifest.files[manifest.plan]
-    if any(other.startswith(f"{manifest.plan}.") for other in manifest.files):
+    beside = any(other.startswith(f"{manifest.plan}.") for other in manifest.files)
+    if beside or manifest.compatibility.runtime == "paddle":  # which has its weights in a file of their own
         return path
     data = path.read_bytes()
     require_match(str(path), entry.ref, digest_bytes(data), len(data))

@@ -305,7 +305,7 @@ def _sessions(
 
 
 def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> list[Fault]:
-    from recipes.fallbacks import FALLBACK, asking
+    from recipes.fallbacks import targets_of
 
     known = {
         name
@@ -313,8 +313,7 @@ def _unknown_targets(session: BuildSession, path: Path, targets: list[str]) -> l
         for gpu in spec.gpus
         for name in (spec.runtime, f"{spec.runtime}:{gpu}")
     }
-    if asking(session.loaded.recipe):
-        known |= {FALLBACK}
+    known |= {*targets_of(session.loaded.recipe)}
     return [
         Fault(
             str(path),

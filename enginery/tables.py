@@ -68,9 +68,9 @@ def print_build(document: dict[str, Any]) -> None:
         if "Traceback (most" not in why:
             for line in why.splitlines():
                 say(line)
-    spare = next((one["path"] for one in document["engines"] if one.get("fallback") and one["path"]), None)
-    if spare is not None and any(engine["state"] == "failed" for engine in document["engines"]):
-        say(f"in place of what failed, the fallback is served: {spare}")
+    if any(engine["state"] == "failed" for engine in document["engines"]):
+        for spare in (one["path"] for one in document["engines"] if one.get("fallback") and one["path"]):
+            say(f"in place of what failed, the fallback is served: {spare}")
     for step in document["steps"]:
         for warning in step.get("warnings", ()):
             say(f"warning: {step['subject']} data: {warning}")

@@ -1,61 +1,95 @@
 """Fallbacks: what is served where the engine of a target cannot be built. Verified as an engine is, and published beside them.
 
-Of the kind `onnx` is the simplified fp32 graph, for ONNX Runtime with the execution providers that the host has. One is
-published for all targets that ask for it, since its bytes do not depend on them.
+Of the kind `onnx` is the simplified fp32 graph, for ONNX Runtime with the execution providers that the host has. Of the
+kind `source` is the model itself, as its framework runs it without the recipe's code: an exported program (or TorchScript) of
+PyTorch's, an inference model of Paddle's, the author's own ONNX. That one needs no exporter to ONNX. Each is published once for
+all targets that ask for it, since its bytes do not depend on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from recipes.engine_stages import EngineStages
 from recipes.gates import judge
+from recipes.pipeline import PADDLE
 from recipes.plan import EnginePlan, Selection, Trial
 from recipes.publishing import published_fallback
 from recipes.schema import Recipe
+from recipes.steps import Step
 
-NAME: Final = "fallback"
+Kind = Literal["onnx", "source"]
 # Fallbacks are no engines of a GPU: this stands for one in the names of their target and steps.
+NAMES: Final[Mapping[Kind, str]] = {"onnx": "fallback", "source": "source"}
 RUNTIME: Final = "onnxruntime"
-FALLBACK: Final = f"{RUNTIME}:{NAME}"
 CACHE: Final = "{cache}"
 
 
-def asking(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the targets that ask for a fallback, as runtime and GPU, in the recipe's order."""
+def asking(recipe: Recipe, kind: Kind) -> list[tuple[str, str]]:
+    """Return the targets that ask for a kind of fallback, as runtime and GPU, in the recipe's order."""
     return [
         (target.runtime, gpu)
         for target in recipe.targets
-        if (target.fallback or (recipe.fallback if target.runtime != RUNTIME else None)) not in (None, "none")
+        if (target.fallback or (recipe.fallback if target.runtime != RUNTIME else None)) == kind
         for gpu in target.gpus
     ]
+
+
+def runtime_of(recipe: Recipe, kind: Kind) -> str:
+    """Return what serves a fallback: ONNX Runtime, or the source's own framework."""
+    framework = recipe.source.framework
+    return RUNTIME if kind == "onnx" or framework == "onnx" else framework
+
+
+def targets_of(recipe: Recipe) -> list[str]:
+    """Return the names by which --target chooses fallbacks: onnxruntime:fallback, torch:source."""
+    return [f"{runtime_of(recipe, kind)}:{NAMES[kind]}" for kind in get_args(Kind) if asking(recipe, kind)]
 
 
 def fallbacks(
     whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Recipe, chosen: Selection
 ) -> list[EnginePlan]:
-    """Plan the fallback, where a chosen target asks for one."""
-    asked = asking(recipe)
-    if not any(chosen.includes(runtime, gpu) for runtime, gpu in (*asked, *([(RUNTIME, NAME)] if asked else []))):
-        return []
-    version = whole.host.runtimes.get(RUNTIME, "")
-    base = EnginePlan(f"{RUNTIME}-{version}-{NAME}", RUNTIME, version, NAME, "fp32", None, "run", fallback="onnx")
-    stated = {
-        "kind": "onnx",
+    """Plan each kind of fallback that a chosen target asks for."""
+    found = []
+    for kind in get_args(Kind):
+        asked, own = asking(recipe, kind), (runtime_of(recipe, kind), NAMES[kind])
+        if any(chosen.includes(runtime, gpu) for runtime, gpu in (*asked, *([own] if asked else []))):
+            found.append(_planned(whole, parts, recipe, kind))
+    return found
+
+
+def _planned(whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Recipe, kind: Kind) -> EnginePlan:
+    asked, runtime, name = asking(recipe, kind), runtime_of(recipe, kind), NAMES[kind]
+    version = _version(whole, runtime)
+    target = "-".join(filter(None, (runtime, version, name)))
+    base = EnginePlan(target, runtime, version, name, "fp32", None, "run", fallback=kind)
+    if not version:
+        return replace(base, state="waiting", why=f"needs a host with {runtime}; it is not installed here")
+    verified = _verified if kind == "onnx" else _verified_source
+    graphs = parts or {"": whole}
+    made = {name: verified(stages, base) for name, stages in graphs.items()}
+    reasons = [f"{name}: {one.why}" if name else one.why for name, one in made.items() if one.state == "failed"]
+    if reasons:
+        trials = tuple(trial for one in made.values() for trial in one.trials)
+        return replace(base, state="failed", why="; ".join(reasons), trials=trials)
+    engine = replace(base, given="fp32", parts=made) if parts else made[""]
+    stated: dict[str, Any] = {
+        "kind": kind,
         "instead_of": [f"{runtime}:{gpu}" for runtime, gpu in asked],
         "gpus": ["cpu", *dict.fromkeys(gpu for _runtime, gpu in asked if gpu != "cpu")],
     }
-    if not version:
-        return [replace(base, state="waiting", why=f"needs a host with {RUNTIME}; it is not installed here")]
-    made = {name: _verified(stages, base) for name, stages in (parts or {"": whole}).items()}
-    reasons = [f"{name}: {one.why}" if name else one.why for name, one in made.items() if one.state == "failed"]
-    if reasons:
-        return [replace(base, state="failed", why="; ".join(reasons))]
-    engine = replace(base, given="fp32", parts=made) if parts else made[""]
-    providers = {name: providers_of(stages.pipeline.profiles) for name, stages in (parts or {"": whole}).items()}
-    return [published_fallback(whole, parts, engine, {**stated, "providers": providers})]
+    if runtime == RUNTIME:
+        stated["providers"] = {name: providers_of(stages.pipeline.profiles) for name, stages in graphs.items()}
+    return published_fallback(whole, parts, engine, stated)
+
+
+def _version(stages: EngineStages, runtime: str) -> str:
+    if runtime == RUNTIME:
+        return stages.host.runtimes.get(RUNTIME, "")
+    packages = {"torch": ("torch",), "paddle": PADDLE}[runtime]
+    return next((found for package in packages if (found := stages.pipeline.version(package)) is not None), "")
 
 
 def _verified(stages: EngineStages, base: EnginePlan) -> EnginePlan:
@@ -63,14 +97,25 @@ def _verified(stages: EngineStages, base: EnginePlan) -> EnginePlan:
     pipeline = stages.pipeline
     typed = pipeline.typed("fp32")
     graph = pipeline.verify(pipeline.id("verify", "fp32"), "graph", typed)
-    served = pipeline.verify(pipeline.id("verify", NAME), NAME, typed)
+    served = pipeline.verify(pipeline.id("verify", NAMES["onnx"]), "fallback", typed)
     engine = replace(base, given="fp32", typed="fp32", compile=typed, verify=graph, engine_verify=served)
-    for step in (graph, served):
+    return _judged(stages, engine, (graph, served))
+
+
+def _verified_source(stages: EngineStages, base: EnginePlan) -> EnginePlan:
+    """Describe saving the source up to the verdict on what its framework makes of the files alone."""
+    saved, served = stages.pipeline.save, stages.pipeline.verify_saved(base.runtime)
+    engine = replace(base, given="fp32", typed="fp32", compile=saved, verify=served, engine_verify=served)
+    return _judged(stages, engine, (served,))
+
+
+def _judged(stages: EngineStages, engine: EnginePlan, steps: Sequence[Step]) -> EnginePlan:
+    for step in steps:
         if step.facts is None:
             continue
         if step.facts.get("plugin"):
             return replace(engine, state="failed", why=f"ONNX Runtime cannot serve the model: {step.facts['reason']}")
-        verdict = judge(step.facts, pipeline.recipe.acceptance, "fp32")
+        verdict = judge(step.facts, stages.pipeline.recipe.acceptance, "fp32")
         if not verdict.passed:
             why = f"the fallback fails its gates: {', '.join(verdict.reasons)}"
             return replace(engine, state="failed", why=why, trials=(Trial("fp32", verdict),))

@@ -35,7 +35,8 @@ DEFAULT_OPSET: Final = 18
 EVALUATION_BATCH: Final = 32
 RANDOM_CASES: Final = 3
 # The package of CPUs and that of GPUs: whichever is installed makes the model.
-_PADDLE: Final = ("paddlepaddle", "paddlepaddle-gpu")
+PADDLE: Final = ("paddlepaddle", "paddlepaddle-gpu")
+_FRAMEWORKS: Final[Mapping[str, tuple[str, ...]]] = {"onnx": ("onnxruntime",), "paddle": PADDLE, "torch": ("torch",)}
 Version = Callable[[str], str | None]
 
 
@@ -168,7 +169,7 @@ class Pipeline:
                 "opset": export.opset or DEFAULT_OPSET,
                 "trace": trace_shapes(self.recipe),
             }
-            toolchain = self._source_toolchain(*_PADDLE, "paddle2onnx", "onnx")
+            toolchain = self._source_toolchain(*PADDLE, "paddle2onnx", "onnx")
             return self.steps.add(
                 "export", params=params, inputs=self._source_files, toolchain=toolchain, gates=self.data
             )
@@ -196,6 +197,31 @@ class Pipeline:
             params={**export.action.params, "cases": parity_cases(self.recipe)},
             inputs=[*self._source_files, *graph_files(export, folder="graph")],
             toolchain=export.action.toolchain,
+        )
+
+    @cached_property
+    def save(self) -> Step:
+        """Keep the source as its framework runs it without the recipe's code; it needs no ONNX, and so no exporter."""
+        onnx = isinstance(self.recipe.source, OnnxSource)
+        cases = {"trace": trace_shapes(self.recipe), "cases": parity_cases(self.recipe)}
+        return self.steps.add(
+            self.id("save"),
+            params=self._source_params() | ({} if onnx else cases),
+            inputs=self._source_files,
+            toolchain=self._source_toolchain("onnx") if onnx else self._reference_toolchain(),
+            gates=self.data,
+        )
+
+    def verify_saved(self, executor: str) -> Step:
+        """Measure what `save` made as `verify` does a graph: its framework runs it, in a process without the recipe's model."""
+        params, own = self._measure("fallback")
+        framework = _FRAMEWORKS[self.recipe.source.framework]
+        return self.steps.add(
+            self.id("verify", "source"),
+            params={**params, "executor": executor},
+            inputs=[*saved_files(self.save), self.reference, *self.labelled],
+            toolchain=self.versions(*framework, "numpy") | own,
+            measured={"saved": self.save.facts},
         )
 
     @cached_property
@@ -270,8 +296,7 @@ class Pipeline:
         return largest
 
     def _reference_toolchain(self) -> dict[str, Any]:
-        frameworks = {"onnx": ("onnxruntime",), "paddle": _PADDLE, "torch": ("torch",)}
-        return self._source_toolchain(*frameworks[self.recipe.source.framework], "numpy")
+        return self._source_toolchain(*_FRAMEWORKS[self.recipe.source.framework], "numpy")
 
     @cached_property
     def simplify(self) -> Step:
@@ -501,6 +526,11 @@ class Pipeline:
             inputs += [replace(output, folder="source") for output in self._source_files]
             toolchain |= self._source_toolchain("torch")
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain, gates=[gate])
+
+
+def saved_files(step: Step) -> list[Output]:
+    """Return the files of a saved source model, which names them when it has run: one, or a graph and its weights."""
+    return [Output(step, name) for name in (sorted(step.record.outputs) if step.record is not None else ("model",))]
 
 
 def graph_files(step: Step, name: str = "model.onnx", folder: str = "") -> list[Output]:

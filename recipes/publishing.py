@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from recipes.engine_stages import EngineStages
 from recipes.gates import metric_gate, parity_bounds
+from recipes.pipeline import saved_files
 from recipes.plan import EnginePlan
 from recipes.schema import QUANTIZED, Target
 from recipes.steps import Output, Step
@@ -102,6 +103,10 @@ def _stated(
         "executed": False,
         "reason": f"{engine.runtime} engines for {engine.gpu} do not run on this host",
     }
+    if engine.fallback == "source":
+        no_graph = {"executed": False, "reason": "the source model is served, and no graph that was exported from it"}
+        found = {"saved": engine.compile.facts, "graph": no_graph, "engine": engine.verify.facts}
+        return params, found, saved_files(engine.compile), [engine.verify]
     measured: dict[str, Mapping[str, Any] | None] = {
         "typed": stages.pipeline.typed(engine.typed or engine.given).facts,
         "graph": engine.verify.facts,

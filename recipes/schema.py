@@ -455,7 +455,7 @@ class Target(Model):
         default=None, description="Instead of precision.build.", json_schema_extra=_or_auto
     )
     build: Options | None = Field(default=None, description="Options of the compiler that differ from build.")
-    fallback: Literal["onnx", "none"] | None = Field(
+    fallback: Literal["onnx", "source", "none"] | None = Field(
         default=None, description="Instead of the recipe's: what is served where this target's engine cannot be built."
     )
 
@@ -527,9 +527,10 @@ class Recipe(Model):
     targets: list[Target] = Field(min_length=1, description="What engines are built for.")
     build: Build = Field(default_factory=Build, description="Options and limits of the build.")
     benchmark: Benchmark | None = Field(default=None, description="Whether speed is measured; default: it is not.")
-    fallback: Literal["onnx", "none"] = Field(
+    fallback: Literal["onnx", "source", "none"] = Field(
         default="none",
-        description="What is published for targets whose engine cannot be built: the fp32 ONNX for ONNX Runtime, with its providers.",
+        description="What is published for targets whose engine cannot be built: onnx, the fp32 graph for ONNX Runtime with its "
+        "providers; source, the model as its framework runs it without the recipe's code.",
     )
     driver: Literal["ignore", "branch", "exact"] = Field(default="branch", description="Which driver changes rebuild.")
     publish: Publish = Field(default_factory=Publish, description="Where engines go.")

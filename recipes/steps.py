@@ -28,6 +28,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "reference": 1,
     "export": 3,
     "explain": 1,
+    "save": 1,
     "simplify": 2,
     "calibrate": 4,
     "outliers": 1,

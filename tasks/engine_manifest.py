@@ -94,7 +94,7 @@ def engine_manifest(
             for name, ref in step.inputs.items()
         },
         "provenance": provenance,
-        "fallback": _read(m.FallbackFacts, params["fallback"]) if engine.fallback else None,
+        "fallback": _fallback(params) if engine.fallback else None,
     }
     if engine.parts:
         whole = m.PrecisionFacts(
@@ -137,6 +137,8 @@ def _part(
     if engine.given is None:
         raise ValueError(f"{name or engine.target}: there is nothing to publish")
     recipe = part_recipe(loaded.recipe, name) if name else loaded.recipe
+    if engine.fallback == "source":
+        return _saved_part(name, engine, params, measured, recipe)
     typed = used[_typed_id(engine.typed or engine.given, name)].facts or {}
     compiled = (engine.compile.facts if engine.compile is not None else None) or {}
     exported = used[_step_id("export", name)].facts or {}
@@ -166,6 +168,40 @@ def _part(
         benchmark=_benchmark(engine.benchmark),
         refitted_from=_refitted_from(engine) if name else None,
     )
+
+
+def _saved_part(
+    name: str, engine: EnginePlan, params: Mapping[str, Any], measured: Mapping[str, Any], recipe: Recipe
+) -> m.PartFacts:
+    """Describe a source model that was saved: there is no graph, and nothing of it was lowered."""
+    own = {what: measured[f"{name}/{what}" if name else what] for what in ("graph", "engine", "saved")}
+    plan = own["saved"]["plan"]
+    return m.PartFacts(
+        plan=f"{name}/{plan}" if name else plan,
+        inputs=_tensors(params["inputs"], {}),
+        outputs=_tensors(own["engine"]["outputs"], {}),
+        profiles=tuple(_read(m.Profile, profile) for profile in params["profiles"]),
+        precision=m.PrecisionFacts(
+            asked=params["asked"],
+            given=params["given"],
+            wish=_wish(recipe, engine),
+            tried=(),
+            kept=(),
+            io="float32",
+        ),
+        calibration=None,
+        verification=_verification({**params, "measured": own}, recipe, "fp32"),
+    )
+
+
+def _fallback(params: Mapping[str, Any]) -> m.FallbackFacts:
+    """Say what stands in for which targets; of a source model also its form, as it was found when it was saved."""
+    saved = {
+        what.rpartition("/")[0]: {**facts, "refused": facts.get("refused", ())}
+        for what, facts in params["measured"].items()
+        if what.rpartition("/")[2] == "saved"
+    }
+    return _read(m.FallbackFacts, {**params["fallback"], "saved": saved})
 
 
 def _summed_up(parts: Mapping[str, m.Verification]) -> m.Verification:
@@ -211,6 +247,7 @@ def lineage(engine: EnginePlan, steps: Sequence[Step], part: str = "") -> list[S
             for ref in step.record.outputs.values():
                 makers.setdefault(ref.digest, step)
     own = (engine.compile, engine.verify, engine.engine_verify, engine.benchmark)
+    exported = engine.fallback != "source"  # which comes of the source, whatever an exporter makes of it
     names = [
         _step_id("export", part),
         _step_id("simplify", part),
@@ -218,7 +255,9 @@ def lineage(engine: EnginePlan, steps: Sequence[Step], part: str = "") -> list[S
         _step_id("verify", part, "simplify"),
         _typed_id(engine.typed or engine.given or "fp32", part),
     ]
-    waiting = [by_id[name] for name in names if name in by_id] + [by_id[step.id] for step in own if step is not None]
+    waiting = [by_id[name] for name in names if exported and name in by_id] + [
+        by_id[step.id] for step in own if step is not None
+    ]
     used: set[str] = set()
     while waiting:
         step = waiting.pop()

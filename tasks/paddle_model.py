@@ -47,6 +47,11 @@ class PaddleModel(Protocol):
         """Return the graph's own name of each of the recipe's inputs, by the recipe's name."""
 
 
+def loaded_paddle() -> Any:
+    """Return the package, imported without what it does to logging and signals."""
+    return paddle
+
+
 def load_model(request: StageRequest) -> PaddleModel:
     """Return the model of a request: a layer where it has code, else the saved graph."""
     if "code.tar" in request.inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,9 @@ from tasks.stage import StageRequest, StageResult
 REFERENCE: Final = "reference.safetensors"
 OUTPUTS: Final = "outputs.safetensors"
 HELD_OUT: Final = "held-out.safetensors"
+
+# "<case>/in/<input>": a case is "profile/corner", and names of tensors may hold slashes too.
+CASE_KEY: Final = re.compile(r"(.+?)/(in|out)/(.+)", re.DOTALL)
 
 # Runs the source: arrays by input name, and words that name the shapes for messages -> arrays by output name.
 Run = Callable[[Mapping[str, Array], str], dict[str, Array]]
@@ -40,6 +44,41 @@ def save_arrays(arrays: Mapping[str, Array], path: Path) -> None:
 
     # safetensors writes the memory of an array as it lies; ascontiguousarray would give a scalar one axis.
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, str(path))
+
+
+def described_outputs(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Describe the outputs in a parity reference as a manifest does: {"dtype", "shape"}, from their extents in all cases.
+
+    What is the same in all cases is a number; what is as large as one of the inputs' dynamic axes, in all of them, has its
+    name, of one at the same position where there is one; anything else is OUTPUT.POSITION.
+    """
+    from safetensors import safe_open
+
+    axes: dict[tuple[str, int], list[int]] = {}
+    outputs: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
+    with safe_open(str(path), framework="numpy") as reference:
+        keys = [found for key in sorted(reference.keys()) if (found := CASE_KEY.fullmatch(key)) is not None]
+        for found in keys:
+            _case, kind, name = found.groups()
+            array = reference.get_tensor(found.string)
+            if kind == "out":
+                outputs.setdefault(name, (str(array.dtype), []))[1].append(array.shape)
+                continue
+            for at, axis in enumerate(tensors[name]["shape"]):
+                if isinstance(axis, str):
+                    axes.setdefault((axis, at), []).append(array.shape[at])
+    described = {}
+    for name, (dtype, shapes) in outputs.items():
+        extents = enumerate(zip(*shapes, strict=True))
+        described[name] = {"dtype": dtype, "shape": [_axis(name, at, sizes, axes) for at, sizes in extents]}
+    return described
+
+
+def _axis(name: str, at: int, sizes: tuple[int, ...], axes: Mapping[tuple[str, int], list[int]]) -> int | str:
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    alike = sorted((position != at, axis) for (axis, position), extents in axes.items() if tuple(extents) == sizes)
+    return alike[0][1] if alike else f"{name}.{at}"
 
 
 def _parity(request: StageRequest, run: Run) -> StageResult:

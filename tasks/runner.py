@@ -45,7 +45,7 @@ class TensorSpec:
 
 
 class Execution(Protocol):
-    """What runs a plan on feeds that were checked: `tasks.engines.trt_run`, `tasks.engines.ort_run`."""
+    """What runs a plan on feeds that were checked: `tasks.engines.trt_run`, `.ort_run`, `.torch_run`, `.paddle_run`."""
 
     inputs: dict[str, str]
     outputs: list[str]
@@ -331,7 +331,7 @@ def open_runner(
 
     `plan` is a file where it has external data beside it. `device` is the index of a CUDA device (None: the first of the
     manifest's compute capability), `graphs` replays shapes that come back as CUDA graphs, `threads` bounds the threads of
-    ONNX Runtime, `host_code` lets a version-compatible plan bring code for the host, `plugins` are libraries of the engine
+    ONNX Runtime, PyTorch or Paddle, `host_code` lets a version-compatible plan bring code for the host, `plugins` are libraries of the engine
     that were checked too, `cache` is a folder that a fallback's providers may write to. Raises BackendError: "no device", "version mismatch", "missing package", "missing plugin",
     "out of memory", "bad data".
     """
@@ -343,6 +343,23 @@ def open_runner(
             return Runner(OrtRunner(plan, _profiles(manifest), threads=threads), manifest)
         providers = _providers(manifest.fallback, cache, device)
         return Runner(OrtRunner(plan, _profiles(manifest), threads=threads, providers=providers), manifest)
+    if manifest.fallback is not None:
+        from tasks.engines.saved_run import open_saved
+
+        saved = manifest.fallback.saved[""]
+        inputs = {name: manifest.inputs[name].dtype for name in saved.inputs}
+        outputs = {name: manifest.outputs[name].dtype for name in saved.outputs}
+        execution: Execution = open_saved(
+            runtime,
+            plan,
+            saved.form,
+            inputs=inputs,
+            outputs=outputs,
+            profiles=_profiles(manifest),
+            threads=threads,
+            device=device,
+        )
+        return Runner(execution, manifest)
     from tasks.engines.trt_run import PlanRunner, load_runtime
 
     trt = load_runtime(runtime)

@@ -16,6 +16,7 @@ STAGES: Final[Mapping[str, str]] = {
     "fetch": "tasks.fetch:run",
     "reference": "tasks.sources:run_reference",
     "export": "tasks.sources:run_export",
+    "save": "tasks.sources:run_save",
     "explain": "tasks.sources.explaining:run",
     "simplify": "tasks.simplify:run",
     "calibrate": "tasks.calibrate:run",

@@ -17,6 +17,9 @@ from artifacts.host import Gpu, Host
 # The runtimes that have a backend in tasks.engines, and the package whose version is theirs.
 BACKENDS: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
 
+# What runs source models, and the packages whose version is its: of CPUs and of GPUs.
+FRAMEWORKS: Final = {"torch": ("torch",), "paddle": ("paddlepaddle", "paddlepaddle-gpu")}
+
 HOST_NAME: Final = "ENGINERY_HOST"
 _ARCHITECTURES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 # Where the driver lets itself be spoken to: on a host with GPUs, on Jetson, and in WSL 2.
@@ -57,6 +60,11 @@ def probe_host() -> Host:
         gpus=gpus,
         runtimes={runtime: found for runtime, found in installed.items() if found is not None},
         cpu=cpu_name(),
+        frameworks={
+            name: found
+            for name, packages in FRAMEWORKS.items()
+            if (found := next(filter(None, map(version, packages)), None))
+        },
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +23,10 @@ from tasks.datasets import batches
 from tasks.errors import BackendError, ModelCodeError
 from tasks.metrics import Array, Distance, built_in, distance, finite
 from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
-from tasks.references import HELD_OUT
+from tasks.references import CASE_KEY, HELD_OUT, described_outputs
 from tasks.stage import StageRequest, StageResult
 
 REPORT: Final = "report.json"
-# "<case>/in/<input>": a case is "profile/corner", and names of tensors may hold slashes too.
-_KEY: Final = re.compile(r"(.+?)/(in|out)/(.+)", re.DOTALL)
 _EMULATED: Final = "fp32 kernels, every result rounded to the half type"
 _TF32: Final = "fp32 kernels, factors of Conv, MatMul and Gemm rounded to TF32"
 
@@ -66,6 +63,8 @@ def run(request: StageRequest) -> StageResult:
     facts = {"executed": True, **_facts(cases), "data": data, "metric": metric, "emulated": graph.emulated}
     if HELD_OUT in request.inputs:
         facts["data_of"] = "held-out calibration data"
+    if "saved" in params.get("measured", {}):  # whose outputs no exporter has described
+        facts["outputs"] = described_outputs(request.inputs["reference.safetensors"], params["tensors"])
     report = {
         "cases": [
             {"name": name, "outputs": {output: _measures(found) for output, found in outputs.items()}}
@@ -98,7 +97,35 @@ def _subject(request: StageRequest) -> Subject | None:
     if request.params["executor"] == "onnxruntime":
         tf32, subject = bool(request.params.get("tf32")), request.params["subject"]
         return Executable(request.inputs, engine=subject != "graph", tf32=tf32, optimised=subject == "fallback")
+    if request.params["executor"] in ("torch", "paddle"):
+        return Served(request)
     return None
+
+
+class Served:
+    """A source model that was saved, run by its framework from its files alone."""
+
+    emulated: str | None = None
+
+    def __init__(self, request: StageRequest) -> None:
+        from tasks.engines.saved_run import open_saved
+
+        saved, types = request.params["measured"]["saved"], request.params["tensors"]
+        self.outputs: list[str] = list(saved["outputs"])
+        self._types = {name: types[name]["dtype"] for name in saved["inputs"]}
+        self._runner = open_saved(
+            request.params["executor"],
+            request.inputs[saved["plan"]],
+            saved["form"],
+            inputs=self._types,
+            outputs=dict.fromkeys(self.outputs, ""),
+            profiles=(),
+        )
+
+    def __call__(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
+        """Run once; `where` names the run in errors."""
+        feeds = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._types.items()}
+        return self._runner.run(feeds, 0, {}, where)
 
 
 class Executable:
@@ -158,7 +185,7 @@ def _parity(request: StageRequest, graph: Subject, file: str) -> dict[str, dict[
     with safe_open(str(request.inputs[file]), framework="numpy") as reference:
         parts: dict[str, dict[str, dict[str, str]]] = {}
         for key in sorted(reference.keys()):
-            found_key = _KEY.fullmatch(key)
+            found_key = CASE_KEY.fullmatch(key)
             if found_key is not None:
                 case, kind, name = found_key.groups()
                 parts.setdefault(case, {"in": {}, "out": {}})[kind][name] = key

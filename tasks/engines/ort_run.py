@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from tasks.engines.host_arrays import refuse_device_array, written
 from tasks.engines.profiles import Profile
-from tasks.errors import BackendError, CallError
+from tasks.errors import BackendError
 from tasks.onnx_files import brief
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -67,9 +68,7 @@ class OrtRunner:
 
     def adopt(self, value: object, where: str) -> None:
         """Refuse what lies on a GPU; leave everything else to numpy."""
-        device = getattr(value, "__dlpack_device__", None)
-        if (device is not None and int(device()[0]) not in (1, 3)) or hasattr(value, "__cuda_array_interface__"):
-            raise CallError(f"{where} lies on a device; this engine runs on the CPU, give it on the host")
+        refuse_device_array(value, where)
 
     def run(
         self, feeds: Mapping[str, Any], profile: int, out: Mapping[str, Any], where: str = "this call"
@@ -80,16 +79,7 @@ class OrtRunner:
             values: list[Array] = self._session.run(self.outputs, dict(feeds))
         except Exception as err:  # as above
             raise _failure(err, where) from err
-        found = dict(zip(self.outputs, values, strict=True))
-        for name, target in out.items():
-            if target.shape != found[name].shape:
-                raise CallError(
-                    f"{where}: the output {name} is {list(found[name].shape)} at these inputs, `out` has "
-                    f"{list(target.shape)} for it"
-                )
-            np.copyto(target, found[name])
-            found[name] = target
-        return found
+        return written(dict(zip(self.outputs, values, strict=True)), out, where)
 
     def make_current(self) -> None:
         """Do nothing: any thread may use a session."""

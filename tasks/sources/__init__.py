@@ -1,8 +1,8 @@
 """Sources: a model as its author has it, to one fp32 ONNX graph and the outputs that it must keep.
 
 Enters: model files, and for PyTorch and PaddlePaddle the recipe's own code. Leaves: `model.onnx` (`export`), or the
-source framework's outputs as safetensors (`reference`). Each source is a module with the functions
-`export` and `reference`; it imports its framework inside of them, and no sibling.
+source framework's outputs as safetensors (`reference`), or the model as the framework runs it without that code (`save`).
+Each source is a module with the functions `export`, `reference` and `save`; it imports its framework inside of them, and no sibling.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ def run_export(request: StageRequest) -> StageResult:
 def run_reference(request: StageRequest) -> StageResult:
     """Write the source's own outputs at seeded inputs or on a data set (see `tasks.references`)."""
     return _run(request, "reference")
+
+
+def run_save(request: StageRequest) -> StageResult:
+    """Write the source as its framework loads it without the recipe's code.
+
+    Facts, as `tasks.served` reads them: `plan` (the file that is loaded), `form`, `inputs` and `outputs` (names, in the order in
+    which it takes and gives them), and `refused` (forms that are wanted more, with what was wrong).
+    """
+    return _run(request, "save")
 
 
 def _run(request: StageRequest, function: str) -> StageResult:

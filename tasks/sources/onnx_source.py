@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from artifacts.refs import ONNX
 from tasks.errors import BackendError
 from tasks.graphs import half_nodes
 from tasks.onnx_axes import compare_inputs, rename_axes
@@ -47,6 +49,26 @@ def reference(request: StageRequest) -> StageResult:
     if wanted is not None:
         _require_outputs(runner.outputs, wanted)
     return write_reference(request, run)
+
+
+def save(request: StageRequest) -> StageResult:
+    """Write the author's own file: byte for byte, or with its external data in one file beside it.
+
+    Raises BackendError("bad data") as `export` does for a file that is damaged, or whose outputs the recipe does not name.
+    """
+    path, wanted = request.inputs[GRAPH], request.params["outputs"]
+    model = load_graph(path, weights=False)
+    check_graph(path)
+    given = [value.name for value in model.graph.output]
+    outputs = given if wanted is None else list(wanted)
+    _require_outputs(given, outputs)
+    if has_external_data(model):
+        files = save_graph(load_streamed(path), request.output_dir, external=True)
+    else:
+        shutil.copyfile(path, request.output_dir / GRAPH)
+        files = {GRAPH: ONNX}
+    facts = {"plan": GRAPH, "form": "ONNX", "inputs": list(request.params["tensors"]), "outputs": outputs}
+    return StageResult(files, facts)
 
 
 def export(request: StageRequest) -> StageResult:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from artifacts.refs import BYTES
 from tasks.code import plain_words
 from tasks.errors import BackendError, ModelCodeError, TaskError
 from tasks.exporter_words import quiet
@@ -83,6 +84,25 @@ def export(request: StageRequest) -> StageResult:
     check_graph(request.output_dir / GRAPH)
     facts = graph_facts(graph)
     return StageResult(outputs, facts | ({} if model.parameters is None else {"parameters": model.parameters}))
+
+
+def save(request: StageRequest) -> StageResult:
+    """Write the two files of an inference model: traced from the layer, or the saved graph as its author gave it.
+
+    Raises ModelCodeError for the recipe's code, as `export` does.
+    """
+    with quiet("paddle"):
+        model = load_model(request)
+        _run_twice(model, request.params)
+        request.report(0.3, "saving the model")
+        graph, weights = model.save(request.output_dir)
+    facts = {
+        "plan": graph.name,
+        "form": f"Paddle inference model ({graph.suffix})",
+        "inputs": list(model.feeds()),
+        "outputs": request.params["outputs"],
+    }
+    return StageResult({graph.name: BYTES, weights.name: BYTES}, facts)
 
 
 def _outputs(model: PaddleModel, arrays: Mapping[str, Array], what: str, names: Sequence[str]) -> list[Array]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from artifacts.refs import JSON
+from artifacts.refs import BYTES, JSON
 from tasks.code import plain_words
 from tasks.errors import BackendError, TaskError
 from tasks.exporter_words import Noise, first_sentence, quiet, summary
@@ -39,6 +39,7 @@ from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 from tasks.support.nodes import PLACES, modules_of
 from tasks.torch_module import ByName, call_order, check_output_count, load_module, run_module
+from tasks.torch_program import save_program
 from tasks.tracing import Place, decisions_by_value
 
 Shapes = Mapping[str, Sequence[int]]
@@ -99,6 +100,26 @@ def export(request: StageRequest) -> StageResult:
     # The graph's own count includes what the exporter folded.
     facts = graph_facts(graph) | {"parameters": sum(parameter.numel() for parameter in job.module.parameters())}
     return StageResult(outputs, facts | ({"warnings": job.notes} if job.notes else {}))
+
+
+def save(request: StageRequest) -> StageResult:
+    """Write the module as a program that loads without its code (see `tasks.torch_program`).
+
+    Raises ModelCodeError for the recipe's code, BackendError("unsupported operator") where no form of PyTorch's holds it.
+    """
+    params = request.params
+    with quiet():
+        module = load_module(request)
+    request.report(0.2, "exporting the module")
+
+    def seeded(shapes: Shapes) -> dict[str, torch.Tensor]:
+        return _tensors(seeded_inputs(params["tensors"], shapes, SAMPLE_SEED, 0))
+
+    with quiet("torch") as noise:
+        sample, cases = seeded(params["trace"]), [(case["name"], seeded(case["shapes"])) for case in params["cases"]]
+        check_output_count(run_module(module, sample, "running the module"), params["outputs"])
+        facts = save_program(module, params["tensors"], sample, cases, request.output_dir, noise)
+    return StageResult({facts["plan"]: BYTES}, {**facts, "outputs": params["outputs"]})
 
 
 @dataclass

@@ -384,3 +384,27 @@ def test_a_fallback_is_offered_only_where_no_engine_fits():
 def test_a_fallback_takes_any_system_and_a_later_runtime(changes, fits):
     asked = request(**{"runtimes": ORT, "gpus": ("cpu",)} | changes)
     assert (best([spare()], asked) is not None) is fits
+
+
+@pytest.mark.parametrize(
+    ("form", "version", "fits"),
+    [
+        ("exported program", "2.13.0+cu126", True),
+        ("exported program", "2.13.1", True),
+        ("exported program", "2.14.0", False),
+        ("exported program", "2.12.9", False),
+        ("TorchScript (traced)", "2.14.0", True),
+        ("TorchScript (traced)", "2.12.9", False),
+    ],
+)
+def test_a_source_model_is_for_hosts_with_its_framework_of_a_version_that_reads_it(form, version, fits):
+    saved = {"": {"form": form, "inputs": ["image"], "outputs": ["logits"]}}
+    facts = {"kind": "source", "instead_of": ["tensorrt-rtx:sm89"], "saved": saved}
+    model = engine(runtime="torch", version="2.13.0+cpu", gpu="cpu", schema=3, fallback=facts)
+    host = Host("here", "linux", "x86_64", runtimes=ORT, frameworks={"torch": version})
+    answer = resolve([model], Request.of_host(host))
+    assert (answer.best is not None) is fits
+    if not fits:
+        assert answer.candidates[0].reasons == (f"needs torch 2.13.0+cpu; there is {version}",)
+    # An engine of a framework's name is none: only fallbacks are served by frameworks.
+    assert resolve([engine(runtime="torch", version=version, gpu="cpu")], Request.of_host(host)).best is None

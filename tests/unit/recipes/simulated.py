@@ -41,6 +41,7 @@ OUTPUTS = {
     "check": [],
     "explain": [],
     "verify": [],
+    "save": ["model.pt2"],
     "benchmark": [],
     "publish": [],
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.fallbacks import CACHE, asking, providers_of
+from recipes.fallbacks import CACHE, asking, providers_of, targets_of
 from tests.unit.recipes.simulated import GOOD, World, recipe
+from tests.unit.recipes.test_parts import PARTED, PARTS, parted
 
 BAD = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
 STEPS = {"type:fp32", "verify:fp32", "verify:fallback", "publish:fallback:onnx"}
@@ -16,15 +17,15 @@ def with_fallback(document):
 
 
 def test_only_targets_that_are_no_fallback_themselves_ask_by_the_recipes_word():
-    assert asking(recipe(with_fallback)) == [("tensorrt-rtx", "sm89"), ("tensorrt-rtx", "sm120")]
-    assert asking(recipe()) == []
-    assert asking(recipe(lambda d: d["targets"][1].update(fallback="onnx"))) == [("onnxruntime", "cpu")]
+    assert asking(recipe(with_fallback), "onnx") == [("tensorrt-rtx", "sm89"), ("tensorrt-rtx", "sm120")]
+    assert asking(recipe(), "onnx") == []
+    assert asking(recipe(lambda d: d["targets"][1].update(fallback="onnx")), "onnx") == [("onnxruntime", "cpu")]
 
     def but_one(document):
         with_fallback(document)
         document["targets"][0]["fallback"] = "none"
 
-    assert asking(recipe(but_one)) == []
+    assert asking(recipe(but_one), "onnx") == []
 
 
 def test_a_fallback_adds_its_steps_and_changes_no_key():
@@ -81,3 +82,81 @@ def test_tensorrt_gets_one_profile_over_all_and_a_folder_for_its_engines():
         },
     }
     assert [second["name"], third["name"]] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+SAVED = {"plan": "model.pt2", "form": "exported program", "inputs": ["image"], "outputs": ["logits"]}
+OUTPUTS = {"logits": {"dtype": "float32", "shape": ["batch", 10]}}
+
+
+def of_source(document):
+    document["fallback"] = "source"
+
+
+def world(*, versions=None, **facts):
+    given = {} if versions is None else {"versions": versions}
+    return World(**given, facts={"save": SAVED, "verify:source": {**GOOD, "outputs": OUTPUTS}} | facts)
+
+
+def test_a_source_model_comes_of_the_source_and_is_there_where_no_exporter_reads_it():
+    (export,) = [step for step in world().build(recipe(of_source))[1].steps if step.id == "export"]
+    unreadable = world()
+    unreadable.failures[export.action.key] = "unsupported operator"
+    ran, planned = unreadable.build(recipe(of_source))
+    assert "export" not in ran
+    assert [engine.state for engine in planned.engines] == [*["failed"] * 6, "cached"]
+    made = planned.engines[-1]
+    assert made.target == "torch-2.13.0-source"
+    assert made.publish.action.params["fallback"]["instead_of"] == ["tensorrt-rtx:sm89", "tensorrt-rtx:sm120"]
+    assert set(made.publish.action.inputs) == {"model.pt2"}
+    assert made.publish.action.params["measured"]["engine"]["metric"] == GOOD["metric"]
+    assert not any(step.id.startswith(("type", "simplify")) for step in planned.steps if step.record is not None)
+
+
+@pytest.mark.parametrize(("kind", "step"), [("onnx", "verify:fallback"), ("source", "verify:source")])
+def test_a_fallback_is_judged_by_the_recipes_metric(kind, step):
+    lost = {**GOOD, "outputs": OUTPUTS, "metric": {"name": "top1", "value": 0.9, "source": 0.99}}
+    ran, planned = world(**{step: lost}).build(recipe(lambda document: document.update(fallback=kind)))
+    assert f"publish:fallback:{kind}" not in ran
+    assert planned.engines[-1].state == "failed"
+    assert "top1 0.9 < floor 0.97" in planned.engines[-1].why
+    assert planned.engines[-1].trials[0].verdict.reasons
+
+
+def test_targets_may_ask_for_different_kinds_and_each_is_built_alone_by_name():
+    def both(document):
+        of_source(document)
+        document["targets"][1]["fallback"] = "onnx"
+
+    assert targets_of(recipe(both)) == ["onnxruntime:fallback", "torch:source"]
+    planned = world().plan(recipe(both))
+    assert [engine.target for engine in planned.engines[-2:]] == ["onnxruntime-1.31.1-fallback", "torch-2.13.0-source"]
+    alone = world().build(recipe(both), targets=("torch:source",))[1]
+    assert [engine.fallback for engine in alone.engines] == ["source"]
+    assert "export" not in {step.id for step in alone.steps}
+
+
+def test_it_waits_where_its_framework_is_not():
+    elsewhere = world(versions={name: found for name, found in World().versions.items() if name != "torch"})
+    made = elsewhere.plan(recipe(of_source)).engines[-1]
+    assert (made.state, made.why) == ("waiting", "needs a host with torch; it is not installed here")
+
+
+@pytest.mark.parametrize(("kind", "step"), [("onnx", "verify:{}:fallback"), ("source", "verify:{}:source")])
+def test_of_a_model_in_parts_every_part_is_published_together_or_none(kind, step):
+    def asked(document):
+        document["fallback"] = kind
+
+    saved = {f"save:{part}": {**SAVED, "plan": f"{part}.pt2"} for part in PARTS}
+    made = World(facts={"save": SAVED, "verify": {**GOOD, "outputs": OUTPUTS}, **saved})
+    order, planned = made.build(parted(asked), PARTED)
+    engine = planned.engines[-1]
+    assert (engine.fallback, engine.state, set(engine.parts)) == (kind, "cached", set(PARTS))
+    assert [one for one in order if one.startswith("publish:fallback")] == [f"publish:fallback:{kind}"]
+    file = "model.onnx" if kind == "onnx" else "model.pt2"
+    assert set(engine.publish.inputs) == {f"{part}/{file}" for part in PARTS}
+    assert set(engine.publish.action.params["parts"]) == set(PARTS)
+    bad = World(facts={"save": SAVED, "verify": {**GOOD, "outputs": OUTPUTS}, step.format("decoder"): BAD})
+    order, planned = bad.build(parted(asked), PARTED)
+    assert planned.engines[-1].state == "failed"
+    assert planned.engines[-1].why.startswith("decoder: the fallback fails its gates: ")
+    assert not any(one.startswith("publish:fallback") for one in order)
