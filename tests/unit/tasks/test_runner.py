@@ -134,7 +134,7 @@ class OnGpu:
 
 
 def test_what_lies_on_a_gpu_is_refused_by_an_engine_for_the_cpu(engine):
-    with pytest.raises(CallError, match="input x lies on a device; this engine runs on the CPU"):
+    with pytest.raises(CallError, match="input x lies on a device; this engine takes its inputs on the host"):
         engine(x=OnGpu())
 
 
