@@ -46,6 +46,10 @@ class Mover:
 
     def _promote(self, engine: EngineId, channel: str, waived: Collection[str], max_slower: float) -> SignedMove | None:
         manifest, data = self._engine(engine)
+        if not self.catalog.is_visible(engine):
+            raise ChannelError(
+                f"{engine} is not promoted to {channel}: what it is published together with is not complete; build it again"
+            )
         if self.trust is not None:
             self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
         believes = self.trust.believes if self.trust is not None else None
@@ -79,13 +83,22 @@ class Mover:
     def rollback(self, recipe: str, target: str, channel: str, *, build: str | None = None) -> SignedMove:
         """Make a channel name what it named before (or an earlier `build`), as a move of its own; return it.
 
-        Raises as `promote`; ChannelError where there is nothing to go back to.
+        Raises as `promote`; ChannelError where there is nothing to go back to, and where somebody else moved the channel at the
+        same time: of two who roll back what both see, the second would go one further back than either means.
         """
+        first: list[Move] = []
 
         def decide(found: Channel | None) -> dict[str, Any]:
             self._require_sound(found)
             if found is None:
                 raise ChannelError(f"nothing was ever promoted to {channel} of {recipe}/{target}")
+            now = found.head.move
+            first.append(now)
+            if now.id != first[0].id:
+                raise ChannelError(
+                    f"channel {channel} of {recipe}/{target} is not rolled back: at the same time {now.by} moved it to {now.build} "
+                    f"(move {now.sequence}, {now.action}); look at enginery history, and do it again if that is not right"
+                )
             goal = found.before() if build is None else _last_of(found, build)
             if goal is None:
                 what = "an earlier build" if build is None else f"{build}, other than now,"

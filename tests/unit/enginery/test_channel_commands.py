@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import read_channel
+from artifacts.errors import ChannelError
 from artifacts.folder import FolderStore
 from artifacts.manifest import Manifest
 from enginery import bench_commands, catalog_commands, channel_commands, run_commands, sign_commands
+from enginery.moving import Mover
 from tests.engines import make_engine
 from tests.keys import make_key, write_policy
 from tests.unit.artifacts.test_promotion import NOT_RUN, RAN, timed
@@ -172,6 +175,57 @@ def test_rollbacks_that_lead_nowhere(shell: Shell) -> None:
     shell.store.delete(f"{first.path}/manifest.json")
     assert "nothing at engines/digits" in shell("rollback", "digits", "--channel", "production", status=1).stderr
     assert shell.names() == ["fp16-a", "fp16-b"]
+
+
+class Overtaken(FolderStore):
+    """A folder in which somebody else is faster, once, when a channel is about to be written."""
+
+    def __init__(self, root: Path, rival: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.rival: Callable[[], object] | None = rival
+
+    def write(self, path: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> bool:
+        if path.startswith("channels/") and self.rival is not None:
+            rival, self.rival = self.rival, None
+            rival()
+        return super().write(path, data, if_absent=if_absent, if_version=if_version)
+
+
+def test_who_is_overtaken_decides_anew(shell: Shell) -> None:
+    slow, fast = (
+        shell.publish(build, benchmark=timed(one=ms).to_json()["benchmark"])
+        for build, ms in (("fp16-slow", 9.0), ("fp16-fast", 1.0))
+    )
+    rival = Mover(EngineCatalog(shell.store), "rival")
+
+    def overtaken(engine: EngineId | None) -> Mover:
+        store = Overtaken(shell.store.root, lambda: rival.promote(engine, "production") if engine else roll_back(rival))
+        return Mover(EngineCatalog(store), "me")
+
+    # What was first in an empty channel is by now slower than what is there.
+    with pytest.raises(ChannelError, match="slower than the one that it replaces"):
+        overtaken(fast).promote(slow, "production")
+    assert shell.names() == ["fp16-fast"]
+    third, fourth = shell.publish("fp16-c"), shell.publish("fp16-d")
+    overtaken(third).promote(fourth, "production")
+    assert shell.names() == ["fp16-fast", "fp16-c", "fp16-d"]
+    # Of two who roll back what both see, one does.
+    with pytest.raises(ChannelError, match=r"at the same time rival moved it to fp16-c \(move 4, rollback\)"):
+        roll_back(overtaken(None))
+    assert shell.names() == ["fp16-fast", "fp16-c", "fp16-d", "fp16-c"]
+
+
+def roll_back(mover: Mover) -> object:
+    return mover.rollback("digits", SM89, "production")
+
+
+def test_what_waits_for_its_publication_is_not_promoted(shell: Shell) -> None:
+    engine = shell.publish("fp16-a")
+    (publication,) = (info.path for info in shell.store.list("publications/"))
+    shell.store.delete(publication)
+    with pytest.raises(ChannelError, match="published together with is not complete"):
+        Mover(EngineCatalog(shell.store), "me").promote(engine, "production")
+    assert shell.names() == []
 
 
 def test_history_of_nothing_and_of_a_hostile_store(shell: Shell) -> None:
