@@ -60,12 +60,17 @@ class Drift:
 
 @dataclass(frozen=True)
 class HostRecord:
-    """What a store knows of a host."""
+    """What a store knows of a host.
+
+    `owed` is the host before the first change of which it could not rebuild everything, its card being gone: where that
+    comes back, stale is what is so since then.
+    """
 
     host: Host
     absent: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Drift, ...] = ()
     open: tuple[str, ...] = ()
+    owed: Host | None = None
 
     @property
     def known(self) -> Host:
@@ -104,14 +109,14 @@ class HostRecord:
         history = (*self.history, Drift(last + 1, now, found, before))
         return replace(self, host=host, absent=absent, history=history[-_MOST_HISTORY:])
 
-    def settled(self, drifts: Mapping[int, str | None]) -> HostRecord:
+    def settled(self, drifts: Mapping[int, str | None], owed: Host | None = None) -> HostRecord:
         """Return the record with these changes dealt with, each by the rollout that is named, or by none."""
         history = tuple(
             replace(drift, pending=False, rollout=drifts[drift.id]) if drift.id in drifts else drift
             for drift in self.history
         )
         joined = [rollout for rollout in drifts.values() if rollout is not None]
-        return replace(self, history=history, open=tuple(dict.fromkeys((*self.open, *joined))))
+        return replace(self, history=history, open=tuple(dict.fromkeys((*self.open, *joined))), owed=owed)
 
     def finished(self, rollout: str) -> HostRecord:
         """Return the record without a rollout that this host has nothing more to do in."""
@@ -130,7 +135,9 @@ class HostRecord:
             }
             for drift in self.history
         ]
-        fields = {"absent": dict(self.absent), "history": history, "open": list(self.open)}
+        fields: dict[str, Any] = {"absent": dict(self.absent), "history": history, "open": list(self.open)}
+        if self.owed is not None:
+            fields["owed"] = self.owed.to_json()
         return {"schema": _SCHEMA, **self.host.to_json(), **fields}
 
     @classmethod
@@ -152,7 +159,8 @@ class HostRecord:
             )
             for drift in value.get("history", ())
         )
-        return cls(Host.from_json(value), dict(value.get("absent", {})), history, tuple(value.get("open", ())))
+        owed = Host.from_json(value["owed"]) if value.get("owed") is not None else None
+        return cls(Host.from_json(value), dict(value.get("absent", {})), history, tuple(value.get("open", ())), owed)
 
 
 def changes(old: Host, new: Host) -> tuple[Change, ...]:

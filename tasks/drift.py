@@ -46,6 +46,11 @@ class Judgement:
     stale: tuple[Rebuild, ...]
     lost: tuple[str, ...]
 
+    def also(self, earlier: Judgement) -> Judgement:
+        """Return this with what is stale since an earlier time too."""
+        known = {one.key for one in self.stale}
+        return Judgement((*self.stale, *(one for one in earlier.stale if one.key not in known)), self.lost)
+
 
 @dataclass(frozen=True)
 class Look:
@@ -97,7 +102,13 @@ def look(
         # Also what an earlier change made stale and no rollout has finished: it is judged from before that one.
         unfinished = next(one for one in record.history if one.pending or one.rollout in record.open)
         judgement = judge(recipes, store, unfinished.before, found, warn, pools=pools)
-        joined = _join(store, found.name, unfinished.before, found, judgement) if judgement.stale else None
+        before, owed = record.owed or unfinished.before, None
+        if record.owed is not None:  # a card may be back whose engines nobody here could rebuild
+            earlier = judge(recipes, store, record.owed, found, warn, pools=pools)
+            judgement = judgement.also(earlier)
+            owed = record.owed if earlier.lost else None
+        owed = (owed or before) if judgement.lost else owed
+        joined = _join(store, found.name, before, found, judgement) if judgement.stale else None
         for other in record.open:
             if other != joined:
                 change_rollout(store, other, _leaves(other, found.name))
@@ -107,7 +118,7 @@ def look(
             kept = there
             for other in record.open:
                 kept = kept.finished(other) if kept is not None and other != joined else kept
-            return kept.settled(settled) if kept is not None else None
+            return kept.settled(settled, owed) if kept is not None else None
 
         record = change_host(store, path, settle) or record
     due = {}

@@ -197,6 +197,11 @@ def test_a_canary_that_comes_back_with_another_card_is_out_and_what_it_cannot_bu
     assert set(look(store, [recipe], host=two).due) == {name}  # nobody waits for a card that is gone
     assert read_rollout(store, name).canary == "two"
     assert look(store, [recipe], host=replace(one, gpus=(card,))).to_json()["changes"] == []
+    # The card is put back: its host is in again, behind the new canary, with what it still owes.
+    again = look(store, [recipe], host=one)
+    assert ([rebuild.target for rebuild in again.judgement.stale], again.due) == (["tensorrt:sm90"], {})
+    assert (read_rollout(store, name).canary, read_rollout(store, name).members["one"].left) == ("two", "")
+    assert read_host(store, host_path("one"))[0].owed is None
 
 
 def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
