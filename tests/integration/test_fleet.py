@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import urllib.request
@@ -289,6 +290,10 @@ def test_the_slot_of_a_gpu_outlives_its_killed_holder_by_a_minute(fleet: Fleet):
     until(lambda: "True" in fleet.said("waiter"), 200, lambda: fleet.said("waiter"))
     assert time.monotonic() - killed < 150
     waiter.wait()
+    ending = fleet.run("ending", [sys.executable, "-c", HOLDS, "1000"])
+    until(lambda: "True" in fleet.said("ending"))
+    ending.send_signal(signal.SIGINT)  # who is ended, and not killed, gives it back at once
+    ending.wait()
     last = fleet.run("last", [sys.executable, "-c", HOLDS, "0"])  # which finds what was given back
     last.wait()
     assert fleet.said("last").startswith("True")
