@@ -246,7 +246,7 @@ def test_a_person_comes_before_the_night(fleet: Fleet):
 
 
 def test_what_the_store_did_not_answer_is_tried_again_and_a_recipes_own_error_is_not(fleet: Fleet):
-    fleet.commit(export={"opset": 17})
+    fleet.commit(export={"opset": 19}, precision={"build": ["fp16"]})
     fleet.faults.refused = {"PUT /fleet/store/cache/actions/compile/": (503, "SlowDown")}
     asked = ask(fleet)
     where = {"name": {"like_": "compile:tensorrt-rtx"}, "state": {"name": {"any_": ["AwaitingRetry"]}}}
@@ -254,7 +254,7 @@ def test_what_the_store_did_not_answer_is_tried_again_and_a_recipes_own_error_is
     fleet.faults.refused = {}
     assert ended(fleet, asked)["state_name"] == "Completed"
     compilation = fleet.runs("compile digits.yaml tensorrt-rtx:sm89")[-1]
-    assert tries(fleet, compilation["id"])["compile:tensorrt-rtx:sm89:fp32"] > 1
+    assert tries(fleet, compilation["id"])["compile:tensorrt-rtx:sm89:fp16"] > 1
 
     source = yaml.safe_load((RECIPES / "digits.yaml").read_text())["source"]
     fleet.commit(source={**source, "arguments": {"no_such_word": 1}})
