@@ -131,9 +131,9 @@ class EngineStages:
             # One version is released for several major versions of CUDA, as packages of that name.
             found = [flavour for flavour in CUDA_FLAVOURS if self.pipeline.version(f"{package}_{flavour}") is not None]
             toolchain["cuda"] = ",".join(found)
-        return toolchain | (self._device(engine) if engine.runtime == "tensorrt" else {})
+        return toolchain | (self.device(engine) if engine.runtime == "tensorrt" else {})
 
-    def _device(self, engine: EnginePlan) -> dict[str, Any]:
+    def device(self, engine: EnginePlan) -> dict[str, Any]:
         """Return what of this host an engine that is compiled (or executed) on it depends on."""
         recipe = self.pipeline.recipe
         gpu = self.host.gpu(engine.gpu)
@@ -154,9 +154,9 @@ class EngineStages:
             "engine",
             engine.compile,
             plan_name=PLAN_NAMES[engine.runtime],
-            executor=self._executor(engine),
+            executor=self.executor(engine),
             plugins=self.pipeline.plugins(engine.options),
-            device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self._device(engine)},
+            device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **self.device(engine)},
             precision=precision,
         )
 
@@ -170,7 +170,7 @@ class EngineStages:
         if engine.compile is None or engine.engine_verify is None:
             return None
         gpu = self.host.gpu(engine.gpu)  # also where the engine may run on others: a time is that of one device
-        on_gpu = {**self._device(engine), "device": gpu.device() if gpu is not None else None}
+        on_gpu = {**self.device(engine), "device": gpu.device() if gpu is not None else None}
         device = on_gpu if engine.runtime == "tensorrt" else {"cpu": self.host.cpu, "os": self.host.os}
         return self.pipeline.benchmark(
             self.pipeline.id(
@@ -180,7 +180,7 @@ class EngineStages:
             ),
             self.files(engine, engine.compile),
             engine.engine_verify,
-            executor=self._executor(engine),
+            executor=self.executor(engine),
             device={RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **device},
             compare=compare,
         )
@@ -190,7 +190,7 @@ class EngineStages:
         plugins = self.pipeline.plugins(engine.options) if engine.runtime == "tensorrt" else ()
         return [*graph_files(compiled, PLAN_NAMES[engine.runtime]), *plugins]
 
-    def _executor(self, engine: EnginePlan) -> dict[str, Any]:
+    def executor(self, engine: EnginePlan) -> dict[str, Any]:
         """Return the parameters of what runs an engine itself."""
         if engine.runtime == "onnxruntime":
             return {"executor": "onnxruntime", "gpu": "cpu"}

@@ -19,6 +19,7 @@ from recipes.plan import EnginePlan, Selection, Trial
 from recipes.publishing import published_fallback
 from recipes.schema import Recipe
 from recipes.steps import Step
+from recipes.together import TogetherStages
 
 Kind = Literal["onnx", "source"]
 # Fallbacks are no engines of a GPU: this stands for one in the names of their target and steps.
@@ -49,18 +50,28 @@ def targets_of(recipe: Recipe) -> list[str]:
 
 
 def fallbacks(
-    whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Recipe, chosen: Selection
+    whole: EngineStages,
+    parts: Mapping[str, EngineStages],
+    recipe: Recipe,
+    chosen: Selection,
+    together: TogetherStages | None = None,
 ) -> list[EnginePlan]:
     """Plan each kind of fallback that a chosen target asks for."""
     found = []
     for kind in get_args(Kind):
         asked, own = asking(recipe, kind), (runtime_of(recipe, kind), NAMES[kind])
         if any(chosen.includes(runtime, gpu) for runtime, gpu in (*asked, *([own] if asked else []))):
-            found.append(_planned(whole, parts, recipe, kind))
+            found.append(_planned(whole, parts, recipe, kind, together if kind == "onnx" else None))
     return found
 
 
-def _planned(whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Recipe, kind: Kind) -> EnginePlan:
+def _planned(
+    whole: EngineStages,
+    parts: Mapping[str, EngineStages],
+    recipe: Recipe,
+    kind: Kind,
+    together: TogetherStages | None,
+) -> EnginePlan:
     asked, runtime, name = asking(recipe, kind), runtime_of(recipe, kind), NAMES[kind]
     version = _version(whole, runtime)
     target = "-".join(filter(None, (runtime, version, name)))
@@ -75,6 +86,12 @@ def _planned(whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Rec
         trials = tuple(trial for one in made.values() for trial in one.trials)
         return replace(base, state="failed", why="; ".join(reasons), trials=trials)
     engine = replace(base, given="fp32", parts=made) if parts else made[""]
+    if together is not None:
+        engine = replace(engine, together=together.measured(engine))
+        verdict = together.verdict(engine.together)
+        if verdict is not None and not verdict.passed:
+            why = f"the fallback fails its gates: {', '.join(verdict.reasons)}"
+            return replace(engine, state="failed", why=why, trials=(Trial("fp32", verdict),))
     stated: dict[str, Any] = {
         "kind": kind,
         "instead_of": [f"{runtime}:{gpu}" for runtime, gpu in asked],
@@ -82,7 +99,7 @@ def _planned(whole: EngineStages, parts: Mapping[str, EngineStages], recipe: Rec
     }
     if runtime == RUNTIME:
         stated["providers"] = {name: providers_of(stages.pipeline.profiles) for name, stages in graphs.items()}
-    return published_fallback(whole, parts, engine, stated)
+    return published_fallback(whole, parts, engine, stated, together)
 
 
 def _version(stages: EngineStages, runtime: str) -> str:

@@ -14,7 +14,7 @@ from recipes.includes import is_code_reference
 from recipes.nodes import Key, beside
 from recipes.onnx_data import NotOnnxError, external_locations, leads_out, location_fault
 from recipes.options import PINS, stated_pins, stated_plugins
-from recipes.schema import Dataset, FileReference, Metric, PaddleSource, TorchSource
+from recipes.schema import Dataset, FileReference, Metric, OnnxSource, PaddleSource, TorchSource
 
 if TYPE_CHECKING:
     from recipes.loader import LoadedRecipe
@@ -76,6 +76,7 @@ class RecipeFiles:
     plugins: Mapping[str, LocalFile] = field(default_factory=dict)
     pins: Mapping[tuple[str, str], LocalFile] = field(default_factory=dict)  # by option and digest
     parts: Mapping[str, RecipeFiles] = field(default_factory=dict)  # of each part: the shared files, and its own data
+    run: CodeBundle | None = None  # what runs all parts together
 
 
 # What the `fetch` stage reads from a folder (tasks/datasets.py): what is read has to be what is digested.
@@ -133,48 +134,58 @@ class _Gatherer:
 
     def gather(self) -> RecipeFiles:
         recipe = self.loaded.recipe
-        source = recipe.source
-        code, weights = None, None
-        model: tuple[LocalFile, ...] = ()
-        if isinstance(source, TorchSource):
-            code = self._code(("source", "model"), source.model, source.include, ("source", "include"))
-            weights = self._weights(source.weights, WEIGHTS_NAMES) if source.weights is not None else None
-        elif isinstance(source, PaddleSource):
-            if source.model is not None:
-                code = self._code(("source", "model"), source.model, source.include, ("source", "include"))
-            weights = self._weights(source.weights, PADDLE_WEIGHTS) if source.weights is not None else None
-            model = self._paddle_graph(source)
-        else:
-            model = self._model(source.model)
         plugins, pins = self._plugins(), self._pins()
-        data = self._data((), recipe.precision.calibration, recipe.acceptance.metric)
+        nothing: tuple[CodeBundle | None, LocalFile | None, tuple[LocalFile, ...]] = (None, None, ())
+        shared = nothing if recipe.has_own_sources else self._source((), recipe.source)
+        together = recipe.acceptance.together if recipe.parts else None
+        data = (
+            self._data((), "together" if together else "metric", None, together)
+            if recipe.parts
+            else self._data((), "metric", recipe.precision.calibration, recipe.acceptance.metric)
+        )
+        run = self._code(("acceptance", "together", "run"), together.run) if together is not None else None
         parts = {}
         for name, part in recipe.parts.items():
-            if code is not None and part.module is not None and isinstance(source, TorchSource):
-                self._part_module(name, part.module, source)
+            at: Key = ("parts", name)
+            source, own = (
+                (recipe.source, shared) if part.source is None else (part.source, self._source(at, part.source))
+            )
+            if own[0] is not None and part.module is not None and not isinstance(source, OnnxSource) and source.model:
+                reference = f"{source.model.rpartition(':')[0]}:{part.module}"
+                self._code((*at, "module"), reference, source.include)
             calibration = part.precision.calibration if part.precision is not None else None
             metric = part.acceptance.metric if part.acceptance is not None else None
-            own = self._data(("parts", name), calibration, metric)
-            parts[name] = RecipeFiles(code, weights, model, *own, plugins, pins)
-        return RecipeFiles(code, weights, model, *data, plugins, pins, parts)
+            parts[name] = RecipeFiles(*own, *self._data(at, "metric", calibration, metric), plugins, pins)
+        return RecipeFiles(*shared, *data, plugins, pins, parts, run)
+
+    def _source(
+        self, at: Key, source: TorchSource | PaddleSource | OnnxSource
+    ) -> tuple[CodeBundle | None, LocalFile | None, tuple[LocalFile, ...]]:
+        """Return the code, the weights and the graph of a recipe's source, or of a part's; `at` leads to who states it."""
+        at = (*at, "source")
+        if isinstance(source, OnnxSource):
+            return None, None, self._model((*at, "model", "file"), source.model)
+        code, weights = None, None
+        if source.model is not None:
+            code = self._code((*at, "model"), source.model, source.include, (*at, "include"))
+        if source.weights is not None:
+            names, framework = (PADDLE_WEIGHTS if isinstance(source, PaddleSource) else WEIGHTS_NAMES), source.framework
+            weights = self._weights((*at, "weights", "file"), source.weights, names, framework)
+        return code, weights, self._paddle_graph(at, source) if isinstance(source, PaddleSource) else ()
 
     def _data(
-        self, at: Key, calibrating: Dataset | None, measured: Metric | None
+        self, at: Key, gate: str, calibrating: Dataset | None, measured: Metric | None
     ) -> tuple[DatasetFiles | None, DatasetFiles | None, CodeBundle | None]:
         """Return the calibration data, the labelled data and the metric's code of a recipe, or of one part of it."""
         calibration = self._dataset((*at, "precision", "calibration"), calibrating)
         labelled, metric = None, None
         if measured is not None:
-            here: Key = (*at, "acceptance", "metric")
+            here: Key = (*at, "acceptance", gate)
             labelled = self._dataset((*here, "data"), measured.data)
             if is_code_reference(measured.name):
                 metric = self._code((*here, "name"), measured.name)
             self._held_out((*here, "data", "data"), calibration, labelled)
         return calibration, labelled, metric
-
-    def _part_module(self, part: str, name: str, source: TorchSource) -> None:
-        """Fault a part whose callable is not in the model's file."""
-        self._code(("parts", part, "module"), f"{source.model.rpartition(':')[0]}:{name}", source.include)
 
     def _fault(self, at: Key, what: str) -> None:
         self.faults.append(self.loaded.fault(at, what))
@@ -211,12 +222,11 @@ class _Gatherer:
             self._fault((*at[:-1], "sha256"), f"{name}: expected {stated}, found {digest}; {advice}")
         return None
 
-    def _weights(self, file: FileReference, names: Mapping[str, str]) -> LocalFile | None:
-        at: Key = ("source", "weights", "file")
+    def _weights(self, at: Key, file: FileReference, names: Mapping[str, str], framework: str) -> LocalFile | None:
         name = names.get(PurePosixPath(file.file).suffix.lower())
         if name is None:
             allowed = ", ".join(names)
-            advice = f"save the tensors with safetensors.{self.loaded.recipe.source.framework}.save_file"
+            advice = f"save the tensors with safetensors.{framework}.save_file"
             self._fault(at, f"{file.file}: weights of this kind are not read (allowed: {allowed}); {advice}")
         if file.file.startswith("s3://"):
             return LocalFile(name, file.sha256 or "", -1, file.file) if name is not None else None
@@ -225,25 +235,24 @@ class _Gatherer:
             return None
         return LocalFile(name, found[1], found[0].stat().st_size, str(found[0]))
 
-    def _paddle_graph(self, source: PaddleSource) -> tuple[LocalFile, ...]:
+    def _paddle_graph(self, at: Key, source: PaddleSource) -> tuple[LocalFile, ...]:
         """Find a saved graph and its weights, which lie beside it under its name unless the recipe says otherwise."""
         if source.graph is None:
             return ()
         beside_it = PurePosixPath(source.graph.file).with_suffix(".pdiparams").as_posix()
         params, key = (FileReference(file=beside_it), "graph") if source.params is None else (source.params, "params")
         files = []
-        for at, file, suffix in (
-            (("source", "graph", "file"), source.graph, PurePosixPath(source.graph.file).suffix),
-            (("source", key, "file"), params, ".pdiparams"),
+        for of, file, suffix in (
+            ("graph", source.graph, PurePosixPath(source.graph.file).suffix),
+            (key, params, ".pdiparams"),
         ):
             if file.file.startswith("s3://"):
                 files.append(LocalFile(f"model{suffix}", file.sha256 or "", -1, file.file))
-            elif (found := self._file(at, file.file, file.sha256)) is not None:
+            elif (found := self._file((*at, of, "file"), file.file, file.sha256)) is not None:
                 files.append(LocalFile(f"model{suffix}", found[1], found[0].stat().st_size, str(found[0])))
         return tuple(files)
 
-    def _model(self, file: FileReference) -> tuple[LocalFile, ...]:
-        at: Key = ("source", "model", "file")
+    def _model(self, at: Key, file: FileReference) -> tuple[LocalFile, ...]:
         if file.file.startswith("s3://"):  # one file: what lies beside it cannot be seen from here
             return (LocalFile("model.onnx", file.sha256 or "", -1, file.file),)
         found = self._file(at, file.file, file.sha256)

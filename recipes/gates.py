@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from recipes.schema import QUANTIZED, Acceptance, Parity, Precision
+from recipes.schema import QUANTIZED, Acceptance, Metric, Parity, Precision
 
 # Default bounds on the distance to the fp32 source. Relative L2 is |y - x| / |x| over all elements of an output.
 # fp32: NVIDIA's Polygraphy compares with rtol = atol = 1e-5, and export parity of 1e-5 is what users of OCR encoders
@@ -89,9 +89,11 @@ def parity_bounds(acceptance: Acceptance, precision: Precision) -> Parity:
 
 def metric_gate(acceptance: Acceptance) -> dict[str, Any] | None:
     """Return the bounds on the recipe's metric, as a manifest states them; None without one."""
-    metric = acceptance.metric
-    if metric is None:
-        return None
+    return None if acceptance.metric is None else gate_of(acceptance.metric)
+
+
+def gate_of(metric: Metric) -> dict[str, Any]:
+    """Return bounds on a metric as a manifest states them."""
     lower = {"ceiling": metric.ceiling, "lower_is_better": True} if metric.lower_is_better else {}
     return {"name": metric.name, "floor": metric.floor, "max_drop": metric.max_drop, **lower}
 
@@ -123,20 +125,17 @@ def judge_by(facts: Mapping[str, Any], bounds: ParityBounds, gate: MetricBounds 
         if bounded:
             reasons += [f"{reason}{where}" for reason in _out_of_bounds(parity, bounds)]
     if gate is not None:
-        metric = facts.get("metric")
-        if metric is None:
-            reasons.append(f"{gate.name} was not measured")
-        else:
-            value, source = metric["value"], metric["source"]
-            if gate.floor is not None and not _at_least(value, gate.floor):
-                reasons.append(f"{gate.name} {_number(value)} < floor {gate.floor:g}")
-            if gate.ceiling is not None and not _at_most(value, gate.ceiling):
-                reasons.append(f"{gate.name} {_number(value)} > ceiling {gate.ceiling:g}")
-            sign, side = (-1, "above") if gate.lower_is_better else (1, "below")
-            if gate.max_drop is not None and not (
-                value is not None and source is not None and _at_most(sign * (source - value), gate.max_drop)
-            ):
-                reasons.append(f"{gate.name} {_number(value)} is more than {gate.max_drop:g} {side} {_number(source)}")
+        reasons += _metric_reasons(facts.get("metric"), gate)
+    return Verdict(passed=not reasons, reasons=tuple(reasons))
+
+
+def judge_together(facts: Mapping[str, Any], gate: MetricBounds) -> Verdict:
+    """Judge what the parts of a model do together: by the metric alone, since each part has its own parity."""
+    if not facts.get("executed"):
+        return Verdict(passed=False, reasons=(f"together: not executed: {facts.get('reason', 'no reason recorded')}",))
+    reasons = [f"together: {reason}" for reason in _metric_reasons(facts.get("metric"), gate)]
+    if facts.get("non_finite"):
+        reasons.append(f"together: {facts['non_finite']} NaN or Inf in the outputs")
     return Verdict(passed=not reasons, reasons=tuple(reasons))
 
 
@@ -144,6 +143,23 @@ def telling_parity(facts: Mapping[str, Any], precision: Precision) -> Mapping[st
     """Return the parity to show for a precision: of int8 that on the labelled data, where its bounds hold (`judge`)."""
     found: Mapping[str, Any] | None = facts.get("data") if precision in QUANTIZED else None
     return found if found is not None else facts.get("parity")
+
+
+def _metric_reasons(metric: Mapping[str, Any] | None, gate: MetricBounds) -> list[str]:
+    if metric is None:
+        return [f"{gate.name} was not measured"]
+    reasons: list[str] = []
+    value, source = metric["value"], metric["source"]
+    if gate.floor is not None and not _at_least(value, gate.floor):
+        reasons.append(f"{gate.name} {_number(value)} < floor {gate.floor:g}")
+    if gate.ceiling is not None and not _at_most(value, gate.ceiling):
+        reasons.append(f"{gate.name} {_number(value)} > ceiling {gate.ceiling:g}")
+    sign, side = (-1, "above") if gate.lower_is_better else (1, "below")
+    if gate.max_drop is not None and not (
+        value is not None and source is not None and _at_most(sign * (source - value), gate.max_drop)
+    ):
+        reasons.append(f"{gate.name} {_number(value)} is more than {gate.max_drop:g} {side} {_number(source)}")
+    return reasons
 
 
 def _out_of_bounds(parity: Mapping[str, Any], bounds: ParityBounds) -> list[str]:

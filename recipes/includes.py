@@ -24,27 +24,33 @@ MAX_INCLUDE_DEPTH: Final = 8
 MAX_INCLUDES: Final = 64
 
 # Every field of the schema that holds a path; "*" stands for each item of a list, or value of a mapping.
+_SOURCE: Final[tuple[Key, ...]] = (
+    ("model",),
+    ("model", "file"),
+    ("weights", "file"),
+    ("graph", "file"),
+    ("params", "file"),
+    ("include", "*"),
+)
+_METRIC: Final[tuple[Key, ...]] = (("name",), ("data", "data"), ("data", "include", "*"))
+_CALIBRATION: Final[tuple[Key, ...]] = (
+    ("precision", "calibration", "data"),
+    ("precision", "calibration", "include", "*"),
+)
 PATH_FIELDS: Final[tuple[Key, ...]] = (
-    ("source", "model"),
-    ("source", "model", "file"),
-    ("source", "weights", "file"),
+    *(("source", *path) for path in _SOURCE),
     ("build", "plugins", "*", "file"),
     ("targets", "*", "build", "plugins", "*", "file"),
     ("build", "timing_cache", "file"),
     ("targets", "*", "build", "timing_cache", "file"),
     ("build", "layers", "file"),
     ("targets", "*", "build", "layers", "file"),
-    ("source", "include", "*"),
-    ("precision", "calibration", "data"),
-    ("precision", "calibration", "include", "*"),
-    ("acceptance", "metric", "name"),
-    ("acceptance", "metric", "data", "data"),
-    ("acceptance", "metric", "data", "include", "*"),
-    ("parts", "*", "precision", "calibration", "data"),
-    ("parts", "*", "precision", "calibration", "include", "*"),
-    ("parts", "*", "acceptance", "metric", "name"),
-    ("parts", "*", "acceptance", "metric", "data", "data"),
-    ("parts", "*", "acceptance", "metric", "data", "include", "*"),
+    *_CALIBRATION,
+    *(("acceptance", "metric", *path) for path in _METRIC),
+    *(("acceptance", "together", *path) for path in (*_METRIC, ("run",))),
+    *(("parts", "*", "source", *path) for path in _SOURCE),
+    *(("parts", "*", *path) for path in _CALIBRATION),
+    *(("parts", "*", "acceptance", "metric", *path) for path in _METRIC),
     ("publish", "to"),
 )
 _CODE: Final = re.compile(r"[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from recipes.nodes import Key
-from recipes.schema import Asked, Part, PartPrecision, Precision, PrecisionPlan, Recipe, TorchSource
+from recipes.schema import Asked, OnnxSource, PaddleSource, Part, PartPrecision, Precision, PrecisionPlan, Recipe
 
 # Folders of an engine in a store, and words that name steps of the whole.
-RESERVED: Final = ("signatures", "verification", "composition", "fallback")
+RESERVED: Final = ("signatures", "verification", "composition", "fallback", "together")
 
 
 def built_in(part: Part, asked: Precision) -> Precision:
@@ -43,10 +43,12 @@ def part_recipe(recipe: Recipe, name: str) -> Recipe:
                 **(part.acceptance.parity if part.acceptance is not None else {}),
             },
             "metric": part.acceptance.metric if part.acceptance is not None else None,
+            "together": None,
         }
     )
     changes = {
         "parts": {},
+        "source": part.source or recipe.source,
         "inputs": part.inputs,
         "outputs": part.outputs,
         "export": part.export or recipe.export,
@@ -98,12 +100,46 @@ def place_in(recipe: Recipe, name: str, path: Key) -> Key:
     return ("parts", name, *path)
 
 
+def whole_recipe(recipe: Recipe) -> Recipe | None:
+    """Return what its parts do together as a recipe of one graph, whose inputs and metric they are; None without a gate."""
+    together = recipe.acceptance.together
+    if together is None:
+        return None
+    acceptance = recipe.acceptance.model_copy(update={"metric": together, "together": None, "parity": {}})
+    return recipe.model_copy(update={"parts": {}, "inputs": together.inputs, "outputs": None, "acceptance": acceptance})
+
+
+def place_in_whole(path: Key) -> Key:
+    """Return where a recipe states what a fault of `whole_recipe` is about."""
+    return ("acceptance", "together", *(path if path[:1] == ("inputs",) else path[2:]))
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """Yield what is wrong with where parts come from: several may be made of one model, and one of a file."""
+    for name, part in recipe.parts.items():
+        source = part.source or recipe.source
+        if isinstance(source, OnnxSource) or (isinstance(source, PaddleSource) and source.graph is not None):
+            what = f"a saved graph is one part: give {name!r} a file of its own, under parts.{name}.source"
+            if part.source is None:
+                yield ("parts", name), what
+            if part.module is not None:
+                yield ("parts", name, "module"), "has no effect: a saved graph is the part itself"
+    frameworks = {(part.source or recipe.source).framework for part in recipe.parts.values()}
+    asked = {target.fallback or recipe.fallback for target in recipe.targets}
+    if "source" in asked and len(frameworks) > 1:
+        yield (
+            ("fallback",),
+            f"parts come from {', '.join(sorted(frameworks))}, which no one framework serves: write onnx",
+        )
+    if recipe.has_own_sources and recipe.source != next(iter(recipe.parts.values())).source:
+        yield ("source",), "has no effect: every part has a source of its own"
+
+
 def check_parts(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Yield what is wrong with the parts as such; each is checked as a recipe of its own besides."""
     if not recipe.parts:
         return
-    if not isinstance(recipe.source, TorchSource):
-        yield ("parts",), "a model in parts comes from torch: give each ONNX file a recipe of its own"
+    yield from _sources(recipe)
     for field in ("inputs", "outputs"):
         if getattr(recipe, field):
             yield (field,), "belongs to a part: move it to parts.NAME"
@@ -113,7 +149,8 @@ def check_parts(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             "belongs to a part, as inputs do: move it to parts.NAME.precision.calibration",
         )
     if recipe.acceptance.metric is not None:
-        yield ("acceptance", "metric"), "belongs to a part, as inputs do: move it to parts.NAME.acceptance.metric"
+        what = "belongs to a part, as inputs do: move it to parts.NAME.acceptance.metric, or judge all parts together "
+        yield ("acceptance", "metric"), f"{what}by acceptance.together"
     if len(recipe.parts) == 1:
         yield ("parts",), "one part is no reason for parts: state its inputs and outputs in the recipe itself"
     asked = {one for target in recipe.targets for one in target.precision or recipe.precision.build}
@@ -121,6 +158,9 @@ def check_parts(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         yield ("precision", "build"), "auto chooses for models of one graph: name precisions for one in parts"
     chains = {one for chain in recipe.precision.fallback.values() for one in chain}
     for name, part in recipe.parts.items():
+        if part.acceptance is not None and part.acceptance.together is not None:
+            at_together: Key = ("parts", name, "acceptance", "together")
+            yield at_together, "is for all parts: move it to acceptance.together"
         if name in RESERVED:
             yield ("parts", name), f"{name!r} is the name of something else in an engine's folder: choose another"
         for one in part.precision.build if part.precision is not None else ():

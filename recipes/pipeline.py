@@ -21,11 +21,13 @@ from recipes.schema import (
     Benchmark,
     Calibration,
     Dataset,
+    Metric,
     OnnxSource,
     Options,
     PaddleSource,
     Precision,
     Recipe,
+    Tensor,
     TorchSource,
 )
 from recipes.shapes import benchmark_cases, parity_cases, profile_shapes, random_cases, trace_shapes
@@ -50,6 +52,7 @@ class Pipeline:
     steps: Steps
     part: str = ""  # which part of the model this is, where it has any
     module: str | None = None  # what makes the part of the model: a callable beside that of the model
+    own: bool = False  # whether the part has a source of its own
     calibrated: bool = False  # whether anything that is planned reads the calibration data
     together: list[Pipeline] = field(default_factory=list)  # of all parts, where the model has any
     profiles: list[dict[str, Any]] = field(init=False)
@@ -60,9 +63,13 @@ class Pipeline:
         self.profiles = profile_shapes(self.recipe)
         self.tensors = {name: dict(tensor) for name, tensor in self.recipe.inputs.items()}
         # Without the range of seeded inputs, which only stages that draw such inputs depend on.
-        self.interface = {
-            name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in self.recipe.inputs.items()
-        }
+        self.interface = interface_of(self.recipe.inputs)
+
+    @property
+    def metric(self) -> Metric | None:
+        """What is measured on labelled data: of the graph, or of all parts together where this is of the whole."""
+        given = self.recipe.acceptance
+        return given.together if self.recipe.parts else given.metric
 
     # ---- what comes from outside -------------------------------------------------------------------------------
 
@@ -74,30 +81,34 @@ class Pipeline:
         """Return the full version of each package, None where it is not installed."""
         return {package: self.version(package) for package in sorted(packages)}
 
-    def _code(self, step_id: str, bundle: CodeBundle) -> Output:
+    def code(self, step_id: str, bundle: CodeBundle) -> Output:
+        """Bring code of the recipe."""
         params = {"kind": "code", "members": dict(bundle.digests)}
         local = (bundle, {"code.tar": bundle.digest})
         return Output(self.steps.add(step_id, params=params, local=local), "code.tar")
 
     @cached_property
-    def _source_files(self) -> list[Output]:
+    def source_files(self) -> list[Output]:
+        """Bring what the source is made of: code, weights, graphs."""
         found: list[Output] = []
         if self.files.code is not None:
-            found.append(self._code("fetch:code", self.files.code))
+            found.append(self.code(self.id("fetch", "code") if self.own else "fetch:code", self.files.code))
         # External data is named below the graph that it belongs to: its own name may be any, also that of a subject.
         named = [("weights", self.files.weights)] + [
             ("model" if file.name == "model.onnx" else f"model/{file.name}", file) for file in self.files.model
         ]
         for subject, file in named:
             if file is not None:
-                step = self.steps.add(
-                    f"fetch:{subject}", params={"kind": "file"}, local=(file, {file.name: file.digest})
-                )
+                step_id = self.id("fetch", subject) if self.own else f"fetch:{subject}"
+                step = self.steps.add(step_id, params={"kind": "file"}, local=(file, {file.name: file.digest}))
                 found.append(Output(step, file.name))
         return found
 
-    def _dataset(self, subject: str, spec: Dataset, files: DatasetFiles, label: str | None) -> Output:
-        names = sorted({*self.recipe.inputs, *([label] if label is not None else [])})
+    def dataset(self, subject: str, spec: Dataset, files: DatasetFiles, label: str | None) -> Output:
+        """Read and check a data set."""
+        together = self.recipe.acceptance.together if self.recipe.parts else None
+        tensors = self.interface if together is None else interface_of(together.inputs)
+        names = sorted({*tensors, *([label] if label is not None else [])})
         params = {
             "kind": "dataset",
             "format": files.format,
@@ -110,7 +121,7 @@ class Pipeline:
             "samples": spec.samples,
             "order": spec.order,
             "seed": spec.seed,
-            "tensors": self.interface,
+            "tensors": tensors,
         }
         name = {"npz": "data.npz", "callable": "code.tar"}.get(files.format, "data")
         toolchain = self.versions("numpy", *(("pillow",) if files.format == "images" else ()))
@@ -129,21 +140,23 @@ class Pipeline:
     def own_data(self) -> list[Step]:
         """Return those of this part."""
         found = []
-        spec, metric = self.recipe.precision.calibration, self.recipe.acceptance.metric
+        spec, metric = self.recipe.precision.calibration, self.metric
         if self.calibrated and spec is not None and self.files.calibration is not None:
             found.append(self.calibration_data(spec, self.files.calibration).step)
         if metric is not None and self.files.labelled is not None:
-            found.append(self._dataset("labelled", metric.data, self.files.labelled, metric.labels).step)
+            found.append(self.dataset("labelled", metric.data, self.files.labelled, metric.labels).step)
         return found
 
     # ---- portable stages ---------------------------------------------------------------------------------------
 
-    def _source_params(self) -> dict[str, Any]:
+    def source_params(self) -> dict[str, Any]:
+        """Return what stages that run the source are told of it."""
         source = self.recipe.source
         common = {"framework": source.framework, "tensors": self.tensors, "outputs": self.recipe.outputs}
         if isinstance(source, TorchSource | PaddleSource):
             entry = self.files.code.entry if self.files.code is not None else ""
-            part = {"part": self.part, "module": self.module} if self.part else {}
+            made = self.part and (not self.own or self.module is not None)
+            part = {"part": self.part, "module": self.module} if made else {}
             return common | {"entry": entry, "arguments": source.arguments, "seed": source.seed, **part}
         return common
 
@@ -156,31 +169,31 @@ class Pipeline:
         """Export the source to ONNX. Exporters see one sample shape, so profiles enter only through it."""
         export = self.recipe.export
         if isinstance(self.recipe.source, OnnxSource):
-            params = self._source_params() | {"opset": export.opset}
+            params = self.source_params() | {"opset": export.opset}
             return self.steps.add(
                 self.id("export"),
                 params=params,
-                inputs=self._source_files,
+                inputs=self.source_files,
                 toolchain=self._source_toolchain("onnx"),
                 gates=self.data,
             )
         if isinstance(self.recipe.source, PaddleSource):
-            params = self._source_params() | {
+            params = self.source_params() | {
                 "opset": export.opset or DEFAULT_OPSET,
                 "trace": trace_shapes(self.recipe),
             }
             toolchain = self._source_toolchain(*PADDLE, "paddle2onnx", "onnx")
             return self.steps.add(
-                "export", params=params, inputs=self._source_files, toolchain=toolchain, gates=self.data
+                self.id("export"), params=params, inputs=self.source_files, toolchain=toolchain, gates=self.data
             )
-        params = self._source_params() | {
+        params = self.source_params() | {
             "exporter": export.exporter,
             "opset": export.opset or DEFAULT_OPSET,
             "trace": trace_shapes(self.recipe),
         }
         toolchain = self._source_toolchain("torch", "onnxscript", "onnx")
         return self.steps.add(
-            self.id("export"), params=params, inputs=self._source_files, toolchain=toolchain, gates=self.data
+            self.id("export"), params=params, inputs=self.source_files, toolchain=toolchain, gates=self.data
         )
 
     @cached_property
@@ -195,7 +208,7 @@ class Pipeline:
         return self.steps.add(
             self.id("explain", "export"),
             params={**export.action.params, "cases": parity_cases(self.recipe)},
-            inputs=[*self._source_files, *graph_files(export, folder="graph")],
+            inputs=[*self.source_files, *graph_files(export, folder="graph")],
             toolchain=export.action.toolchain,
         )
 
@@ -206,15 +219,15 @@ class Pipeline:
         cases = {"trace": trace_shapes(self.recipe), "cases": parity_cases(self.recipe)}
         return self.steps.add(
             self.id("save"),
-            params=self._source_params() | ({} if onnx else cases),
-            inputs=self._source_files,
-            toolchain=self._source_toolchain("onnx") if onnx else self._reference_toolchain(),
+            params=self.source_params() | ({} if onnx else cases),
+            inputs=self.source_files,
+            toolchain=self._source_toolchain("onnx") if onnx else self.reference_toolchain(),
             gates=self.data,
         )
 
     def verify_saved(self, executor: str) -> Step:
         """Measure what `save` made as `verify` does a graph: its framework runs it, in a process without the recipe's model."""
-        params, own = self._measure("fallback")
+        params, own = self.measure("fallback")
         framework = _FRAMEWORKS[self.recipe.source.framework]
         return self.steps.add(
             self.id("verify", "source"),
@@ -227,12 +240,12 @@ class Pipeline:
     @cached_property
     def reference(self) -> Output:
         """Keep the source framework's own outputs on seeded inputs, at min, opt and max of every profile."""
-        params = self._source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}
+        params = self.source_params() | {"kind": "parity", "cases": parity_cases(self.recipe), "input_seed": 0}
         step = self.steps.add(
             self.id("reference", "parity"),
             params=params,
-            inputs=self._source_files,
-            toolchain=self._reference_toolchain(),
+            inputs=self.source_files,
+            toolchain=self.reference_toolchain(),
             gates=self.data,
         )
         return Output(step, "reference.safetensors")
@@ -243,8 +256,8 @@ class Pipeline:
         metric = self.recipe.acceptance.metric
         if metric is None or self.files.labelled is None:
             return []
-        data = self._dataset("labelled", metric.data, self.files.labelled, metric.labels)
-        params = self._source_params() | {
+        data = self.dataset("labelled", metric.data, self.files.labelled, metric.labels)
+        params = self.source_params() | {
             "kind": "dataset",
             "tensors": self.interface,
             "batch": self.evaluation_batch,
@@ -252,11 +265,11 @@ class Pipeline:
         step = self.steps.add(
             self.id("reference", "labelled"),
             params=params,
-            inputs=[*self._source_files, data],
-            toolchain=self._reference_toolchain(),
+            inputs=[*self.source_files, data],
+            toolchain=self.reference_toolchain(),
             gates=self.data,
         )
-        code = [self._code(self.id("fetch", "metric"), self.files.metric)] if self.files.metric is not None else []
+        code = [self.code(self.id("fetch", "metric"), self.files.metric)] if self.files.metric is not None else []
         return [data, Output(step, "outputs.safetensors"), *code]
 
     @property
@@ -269,7 +282,7 @@ class Pipeline:
         spec, files = self.recipe.precision.calibration, self.files.calibration
         if precision not in QUANTIZED or self.recipe.acceptance.metric is not None or spec is None or files is None:
             return []
-        params = self._source_params() | {
+        params = self.source_params() | {
             "kind": "held-out",
             "tensors": self.interface,
             "batch": self.evaluation_batch,
@@ -277,8 +290,8 @@ class Pipeline:
         step = self.steps.add(
             self.id("reference", "held-out"),
             params=params,
-            inputs=[*self._source_files, self.calibration_data(spec, files)],
-            toolchain=self._reference_toolchain(),
+            inputs=[*self.source_files, self.calibration_data(spec, files)],
+            toolchain=self.reference_toolchain(),
             gates=self.data,
         )
         return [Output(step, "held-out.safetensors")]
@@ -295,7 +308,8 @@ class Pipeline:
                 largest = min(largest, first)
         return largest
 
-    def _reference_toolchain(self) -> dict[str, Any]:
+    def reference_toolchain(self) -> dict[str, Any]:
+        """Return the versions that the source's outputs depend on."""
         return self._source_toolchain(*_FRAMEWORKS[self.recipe.source.framework], "numpy")
 
     @cached_property
@@ -317,7 +331,7 @@ class Pipeline:
 
     def calibration_data(self, spec: Calibration, files: DatasetFiles) -> Output:
         """Bring the samples that int8 ranges are found on."""
-        return self._dataset("calibration", spec, files, None)
+        return self.dataset("calibration", spec, files, None)
 
     @property
     def _custom(self) -> dict[str, Any]:
@@ -397,7 +411,7 @@ class Pipeline:
         spec, files = self.recipe.precision.calibration, self.files.calibration
         if spec is None or files is None:
             raise ValueError(f"{precision}: there is no calibration data")
-        measure, toolchain = self._measure("graph")
+        measure, toolchain = self.measure("graph")
         given = self.recipe.acceptance
         step = self.steps.add(
             self.id("sensitivity", precision),
@@ -462,16 +476,16 @@ class Pipeline:
         `precision` is what it was typed or built as: where there is no labelled data, int8 and fp8 are measured on held-out
         calibration samples too. `tf32` rounds as an engine may that is allowed TF32, since the graph of one is the fp32 graph. A plan is run by its own runtime: `executor` has the parameters of that, `device` what it runs with and on, `plugins` the libraries it needs.
         """
-        params, own = self._measure(subject)
+        params, own = self.measure(subject)
         params |= {**({"tf32": True} if tf32 else {}), **(executor or {})}
         toolchain = self.versions("onnx", "onnxruntime", "numpy") if device is None else self.versions("numpy")
         toolchain |= {**(device or {}), **own}
         inputs = [*graph_files(graph, plan_name), *plugins, self.reference, *self.labelled, *self.held_out(precision)]
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain)
 
-    def _measure(self, subject: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def measure(self, subject: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters of a comparison with the source, and the versions that its metric depends on."""
-        metric, own = self.recipe.acceptance.metric, self.files.metric
+        metric, own = self.metric, self.files.metric
         params: dict[str, Any] = {
             "subject": subject,
             "executor": "onnxruntime",
@@ -522,8 +536,8 @@ class Pipeline:
             inputs += graph_files(self.simplify, folder="graph")
             toolchain |= self.versions("onnxruntime", "onnxruntime-gpu")
         if any(name.startswith("torch") for name in compare):
-            params["source"] = self._source_params()
-            inputs += [replace(output, folder="source") for output in self._source_files]
+            params["source"] = self.source_params()
+            inputs += [replace(output, folder="source") for output in self.source_files]
             toolchain |= self._source_toolchain("torch")
         return self.steps.add(step_id, params=params, inputs=inputs, toolchain=toolchain, gates=[gate])
 
@@ -531,6 +545,11 @@ class Pipeline:
 def saved_files(step: Step) -> list[Output]:
     """Return the files of a saved source model, which names them when it has run: one, or a graph and its weights."""
     return [Output(step, name) for name in (sorted(step.record.outputs) if step.record is not None else ("model",))]
+
+
+def interface_of(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return inputs as stages get them that do not draw any."""
+    return {name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in inputs.items()}
 
 
 def graph_files(step: Step, name: str = "model.onnx", folder: str = "") -> list[Output]:

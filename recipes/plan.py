@@ -35,7 +35,8 @@ class EnginePlan:
 
     `fallback` is the kind of what is no engine, but served where one cannot be built.
 
-    An engine of several graphs has one of these for each in `parts`, and of its own only what it takes to publish them.
+    An engine of several graphs has one of these for each in `parts`, and of its own only what it takes to publish them;
+    `together` measures what they do together, as graphs and as engines.
     """
 
     target: str
@@ -62,6 +63,7 @@ class EnginePlan:
     tolerated: tuple[str, ...] = ()
     fallback: str = ""
     parts: Mapping[str, EnginePlan] = field(default_factory=dict)
+    together: Mapping[str, Step] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

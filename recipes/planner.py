@@ -29,6 +29,7 @@ from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
 from recipes.support import refused_nodes, told_of_sample
 from recipes.targets import refusal, typed_refusal
+from recipes.together import TogetherStages
 
 # Kinds of a compiler's failures that say of a graph's types, and not of this host or the recipe, that they do not serve.
 OF_PRECISION: Final = ("unsupported operator:", "no kernel:")
@@ -64,21 +65,37 @@ def plan(
         name: replace(
             whole,
             stages=EngineStages(
-                Pipeline(part_recipe(recipe, name), files.parts[name], version, steps, name, part.module, lowered), host
+                Pipeline(
+                    part_recipe(recipe, name),
+                    files.parts[name],
+                    version,
+                    steps,
+                    name,
+                    part.module,
+                    own=part.source is not None,
+                    calibrated=lowered,
+                ),
+                host,
             ),
         )
         for name, part in recipe.parts.items()
     }
-    for part in parts.values():
-        part.stages.pipeline.together = [one.stages.pipeline for one in parts.values()]
+    every = [*(one.stages.pipeline for one in parts.values()), *([whole.stages.pipeline] if parts else [])]
+    for pipeline in every:
+        pipeline.together = every
+    inner = {name: engines.stages for name, engines in parts.items()}
+    asked_of = recipe.acceptance.together
+    together = TogetherStages(asked_of, whole.stages.pipeline, inner) if asked_of is not None and parts else None
     planned = [
-        _in_parts(whole, parts, target, gpu, asked) if parts else whole.plan(target, gpu, asked)
+        _in_parts(whole, parts, together, target, gpu, asked) if parts else whole.plan(target, gpu, asked)
         for target in recipe.targets
         for gpu in target.gpus
         if chosen.includes(target.runtime, gpu)
         for asked in target.precision or recipe.precision.build
     ]
-    planned += fallbacks(whole.stages, {name: engines.stages for name, engines in parts.items()}, recipe, chosen)
+    if together is not None:
+        together.reference()  # also where another host compiles, which then needs none of the source's frameworks
+    planned += fallbacks(whole.stages, inner, recipe, chosen, together)
     return Plan(recipe.name, steps.all(), tuple(planned))
 
 
@@ -104,8 +121,13 @@ class _Engines:
         options = options_of(self.stages.pipeline.recipe, target)
         return EnginePlan(name, target.runtime, version, gpu, asked, None, "run", options=options)
 
-    def passing(self, target: Target, gpu: str, asked: Asked) -> EnginePlan:
-        """Plan one engine up to its publication, of which it has the steps before where it is in the state `run`."""
+    def passing(
+        self, target: Target, gpu: str, asked: Asked, given_up: Mapping[Precision, Verdict] | None = None
+    ) -> EnginePlan:
+        """Plan one engine up to its publication, of which it has the steps before where it is in the state `run`.
+
+        `given_up` has the precisions that pass by themselves, and are not taken all the same.
+        """
         recipe = self.stages.pipeline.recipe
         base = self.base(target, gpu, asked)
         options, version = base.options, base.runtime_version
@@ -132,6 +154,9 @@ class _Engines:
         chain = (asked, *recipe.precision.fallback.get(asked, ()))
         for left, precision in zip(reversed(range(len(chain))), chain, strict=True):
             mark = self.stages.pipeline.steps.mark()
+            if given_up is not None and precision in given_up:
+                trials.append(Trial(precision, given_up[precision]))
+                continue
             engine, verdict = self._trial(base, precision, waiting)
             unbuilt = _unbuilt(engine) if left else None
             if unbuilt is not None:
@@ -233,7 +258,14 @@ def _unbuilt(engine: EnginePlan) -> str | None:
     return words if words.startswith(OF_PRECISION) else None
 
 
-def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gpu: str, asked: Asked) -> EnginePlan:
+def _in_parts(
+    whole: _Engines,
+    parts: Mapping[str, _Engines],
+    together: TogetherStages | None,
+    target: Target,
+    gpu: str,
+    asked: Asked,
+) -> EnginePlan:
     """Plan one engine of several parts: each gives way by its own chain, and what one cannot have the whole has not.
 
     Where a part has no precision that passes, the whole gives way by the recipe's chain: every part is asked for the next.
@@ -242,24 +274,63 @@ def _in_parts(whole: _Engines, parts: Mapping[str, _Engines], target: Target, gp
     if asked == "auto":
         return replace(base, state="failed", why="auto chooses for models of one graph")
     for precision in (asked, *whole.stages.pipeline.recipe.precision.fallback.get(asked, ())):
-        made = {
-            name: engines.passing(target, gpu, built_in(whole.stages.pipeline.recipe.parts[name], precision))
-            for name, engines in parts.items()
-        }
-        waiting = next((one.why for one in made.values() if one.state == "waiting"), None)
-        reasons = tuple(f"{name}: {one.why}" for name, one in made.items() if one.state == "failed")
+        engine, reasons = _agreed(replace(base, trials=tuple(trials)), parts, together, whole, target, precision)
+        base = replace(base, tolerated=engine.tolerated)
         if reasons:
             trials.append(Trial(precision, Verdict(passed=False, reasons=reasons)))
             continue
-        tolerated = tuple(step for one in made.values() for step in one.tolerated)
-        engine = replace(base, parts=made, trials=tuple(trials), tolerated=tolerated)
+        if engine.state == "waiting":
+            return engine
+        inner = {name: engines.stages for name, engines in parts.items()}
+        return published_in_parts(whole.stages, inner, engine, target, together)
+    return replace(base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials))
+
+
+def _agreed(
+    base: EnginePlan,
+    parts: Mapping[str, _Engines],
+    together: TogetherStages | None,
+    whole: _Engines,
+    target: Target,
+    precision: Precision,
+) -> tuple[EnginePlan, tuple[str, ...]]:
+    """Plan the parts of an engine that is asked for in a precision: those that pass together, or why none do.
+
+    While they do not pass together, one part after the other gives way, by its own chain.
+    """
+    given_up: dict[str, dict[Precision, Verdict]] = {name: {} for name in parts}
+    while True:
+        made = {
+            name: engines.passing(
+                target, base.gpu, built_in(whole.stages.pipeline.recipe.parts[name], precision), given_up[name]
+            )
+            for name, engines in parts.items()
+        }
+        # A compilation that failed before a part gave way, in this round or in one before.
+        tolerated = (*base.tolerated, *(step for one in made.values() for step in one.tolerated))
+        base = replace(base, tolerated=tuple(dict.fromkeys(tolerated)))
+        reasons = tuple(f"{name}: {one.why}" for name, one in made.items() if one.state == "failed")
+        if reasons:
+            return base, reasons
+        engine = replace(base, parts=made)
+        waiting = next((one.why for one in made.values() if one.state == "waiting"), None)
         if waiting is not None:
-            return replace(engine, state="waiting", why=waiting)
+            return replace(engine, state="waiting", why=waiting), ()
         # What people call it by: the least exact that any part was given.
         given = min((one.given for one in made.values() if one.given is not None), key=EXACTNESS.__getitem__)
-        inner = {name: engines.stages for name, engines in parts.items()}
-        return published_in_parts(whole.stages, inner, replace(engine, given=given), target)
-    return replace(base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials))
+        engine = replace(engine, given=given)
+        if together is None:
+            return engine, ()
+        engine = replace(engine, together=together.measured(engine))
+        verdict = together.verdict(engine.together)
+        if verdict is None or verdict.passed:
+            return engine, ()
+        name = together.giving_way(engine)
+        if name is None:
+            return base, verdict.reasons
+        lower = made[name].given
+        if lower is not None:  # which `giving_way` has seen to
+            given_up[name][lower] = verdict
 
 
 def _lowered(recipe: Recipe, chosen: Selection) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, Final, Literal
 
 from recipes.engine_stages import EngineStages
-from recipes.gates import metric_gate, parity_bounds
+from recipes.gates import gate_of, metric_gate, parity_bounds
 from recipes.pipeline import saved_files
 from recipes.plan import EnginePlan
 from recipes.schema import QUANTIZED, Target
 from recipes.steps import Output, Step
+from recipes.together import TogetherStages
 
 # What a reproducible build is built again from, as the compilation names it.
 PINNED: Final = ("timing.cache", "layers.json")
@@ -24,18 +25,26 @@ def published(stages: EngineStages, engine: EnginePlan, target: Target) -> Engin
 
 
 def published_in_parts(
-    whole: EngineStages, parts: Mapping[str, EngineStages], engine: EnginePlan, target: Target
+    whole: EngineStages,
+    parts: Mapping[str, EngineStages],
+    engine: EnginePlan,
+    target: Target,
+    together: TogetherStages | None,
 ) -> EnginePlan:
     """Publish the engines of all parts as one: in one step, so that a reader sees all of them or none."""
-    params, measured, inputs, gates = _stated_in_parts(parts, engine)
+    params, measured, inputs, gates = _stated_in_parts(parts, engine, together)
     return _publish(whole, engine, target, params, measured, inputs, gates)
 
 
 def published_fallback(
-    whole: EngineStages, parts: Mapping[str, EngineStages], engine: EnginePlan, fallback: Mapping[str, Any]
+    whole: EngineStages,
+    parts: Mapping[str, EngineStages],
+    engine: EnginePlan,
+    fallback: Mapping[str, Any],
+    together: TogetherStages | None,
 ) -> EnginePlan:
     """Publish what is served where an engine cannot be built; `fallback` says what it is, and for which targets."""
-    params, measured, inputs, gates = _stated_in_parts(parts, engine) if parts else _stated(whole, engine)
+    params, measured, inputs, gates = _stated_in_parts(parts, engine, together) if parts else _stated(whole, engine)
     recipe = whole.pipeline.recipe
     params = {
         "recipe": recipe.name,
@@ -54,7 +63,7 @@ def published_fallback(
 
 
 def _stated_in_parts(
-    parts: Mapping[str, EngineStages], engine: EnginePlan
+    parts: Mapping[str, EngineStages], engine: EnginePlan, together: TogetherStages | None
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any] | None], list[Output], list[Step]]:
     """Return what is stated of an engine of several parts, as `_stated` does of one."""
     stated: dict[str, Any] = {}
@@ -69,7 +78,11 @@ def _stated_in_parts(
         shared = {id(output) for output in files if output.name.startswith("plugin-")}
         inputs += [output if id(output) in shared else replace(output, folder=name) for output in files]
         gates += before
-    params = {"parts": stated, "tried": _refused(engine)}
+    params: dict[str, Any] = {"parts": stated, "tried": _refused(engine)}
+    if together is not None:
+        params["together"] = gate_of(together.asked)
+        measured |= {f"together/{what}": step.facts for what, step in engine.together.items()}
+        gates += engine.together.values()
     return params, measured, list({output.placed: output for output in inputs}.values()), gates
 
 

@@ -11,7 +11,7 @@ from recipes.choosing import candidates_of
 from recipes.includes import is_code_reference
 from recipes.nodes import Key, near
 from recipes.options import PINS, options_of, place_of, stated_pins, stated_plugins
-from recipes.parts import check_parts, part_recipe, place_in
+from recipes.parts import check_parts, part_recipe, place_in, place_in_whole, whole_recipe
 from recipes.schema import (
     EXACTNESS,
     GPUS,
@@ -60,9 +60,16 @@ def check(recipe: Recipe) -> list[tuple[Key, str]]:
         _publish,
     )  # fmt: skip
     if not recipe.parts:
-        return [found for rule in rules for found in rule(recipe)]
+        found = [found for rule in rules for found in rule(recipe)]
+        if recipe.acceptance.together is not None:
+            found.append((("acceptance", "together"), "is for a model in parts: state acceptance.metric"))
+        return found
     found = list(check_parts(recipe))
-    if isinstance(recipe.source, TorchSource) and not any("auto" in what for _at, what in found):
+    whole = whole_recipe(recipe)
+    if whole is not None and recipe.acceptance.together is not None:
+        found += [(place_in_whole(at), what) for rule in (_inputs, _acceptance) for at, what in rule(whole)]
+        found += _path(("acceptance", "together", "run"), recipe.acceptance.together.run)
+    if not any("auto" in what for _at, what in found):
         for name in recipe.parts:
             own = part_recipe(recipe, name)
             found += [(place_in(recipe, name, at), what) for rule in rules for at, what in rule(own)]

@@ -320,11 +320,25 @@ class Metric(Model):
         return (self.better or ("lower" if self.name == "cer" else "higher")) == "lower"
 
 
+class Together(Metric):
+    """What the parts of a model do together, run one after the other by the recipe's own code, on labelled data."""
+
+    run: CodeReference = Field(
+        description="file.py:callable taking (parts, inputs): parts['NAME'](input=array) returns arrays by output name, "
+        "inputs has one batch; it returns arrays by output name, with one row for each sample."
+    )
+    inputs: dict[str, Tensor] = Field(min_length=1, description="What the callable is given: name -> type and shape.")
+
+
 class Acceptance(Model):
     """Gates: a precision that fails one is not published."""
 
     parity: dict[Precision, Parity] = Field(default_factory=dict, description="Overrides of the defaults by precision.")
     metric: Metric | None = Field(default=None, description="A gate on labelled data.")
+    together: Together | None = Field(
+        default=None,
+        description="A gate on what the parts of a model do together; where it fails, the least exact part gives way.",
+    )
 
 
 class PartPrecision(Model):
@@ -346,10 +360,14 @@ class PartPrecision(Model):
 class Part(Model):
     """One graph of a model that becomes several: what it says stands before what the recipe says."""
 
+    source: Source | None = Field(
+        default=None,
+        description="Where this part comes from, instead of the recipe's source: a file or model of its own.",
+    )
     module: Annotated[str, Field(pattern=IDENTIFIER_PATTERN)] | None = Field(
         default=None,
         description="Callable in the file of source.model that takes the model, and returns the module to export; "
-        "default: the model's attribute of the part's name.",
+        "default: the model's attribute of the part's name, or the model itself where the part has its own source.",
     )
     inputs: dict[str, Tensor] = Field(
         min_length=1, description="Input name -> type and shape: the names of forward's parameters."
@@ -504,7 +522,7 @@ class Recipe(Model):
     enginery: Literal[1] = Field(description="Version of the recipe schema.")
     name: str = Field(pattern=NAME_PATTERN, description="Name of the model: engines are published under it.")
     description: str = Field(default="", description="What the model does, for people; no key depends on it.")
-    source: Source = Field(description="Where the model comes from.")
+    source: Source = Field(description="Where the model comes from. Not needed where every part states its own.")
     export: Export = Field(default_factory=Export, description="How it becomes an ONNX graph.")
     parts: dict[Annotated[str, Field(pattern=PART_PATTERN)], Part] = Field(
         default_factory=dict,
@@ -534,6 +552,21 @@ class Recipe(Model):
     )
     driver: Literal["ignore", "branch", "exact"] = Field(default="branch", description="Which driver changes rebuild.")
     publish: Publish = Field(default_factory=Publish, description="Where engines go.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_of_parts(cls, document: Any) -> Any:
+        """Where every part has a source of its own, the first one's stands for the recipe's: nothing is made of it."""
+        parts = document.get("parts") if isinstance(document, dict) and "source" not in document else None
+        found = (
+            [part.get("source") for part in parts.values() if isinstance(part, dict)] if isinstance(parts, dict) else []
+        )
+        return {**document, "source": found[0]} if found and all(found) and len(found) == len(parts or ()) else document
+
+    @property
+    def has_own_sources(self) -> bool:
+        """Whether every part states where it comes from, so that the recipe's source is nobody's."""
+        return bool(self.parts) and all(part.source is not None for part in self.parts.values())
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -574,6 +607,8 @@ def json_schema() -> dict[str, Any]:
         "title": "Include",
     }
     schema["properties"]["enginery"]["type"] = "integer"
+    schema["required"] = [name for name in schema["required"] if name != "source"]
+    schema["anyOf"] = [{"required": ["source"]}, {"required": ["parts"]}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:enginery:recipe:{SCHEMA_VERSION}",

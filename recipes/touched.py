@@ -95,6 +95,9 @@ def _add(value: object, reads: Reads, digests: Collection[str]) -> None:
             reads.folders.add(data)
             for parent, _folders, names in os.walk(data):
                 reads.files.update(path for name in names if _is_sample(path := f"{parent}/{name}"))
+    elif isinstance(value, RecipeFiles):  # of a part
+        for entry in fields(value):
+            _add(getattr(value, entry.name), reads, digests)
     elif isinstance(value, (tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             _add(part, reads, digests)

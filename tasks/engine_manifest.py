@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from artifacts import manifest as m
 from artifacts.host import Host
 from recipes.engine_stages import PLAN_NAMES
-from recipes.gates import judge
+from recipes.gates import judge, judge_together
 from recipes.parts import part_recipe
 from recipes.plan import EnginePlan
 from recipes.refitting import PLAN
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _GIT_SECONDS: Final = 30.0
 # What a calibration by ONNX Runtime makes beside the ranges; TensorRT's own has none.
 REPORT: Final = "calibration.json"
-_SOURCES: Final = ("fetch:code", "fetch:weights", "fetch:model")
+_SOURCES: Final = ("code", "weights", "model")
 
 
 def engine_manifest(
@@ -56,7 +56,7 @@ def engine_manifest(
         )
         for name, one in graphs.items()
     }
-    ids = {step_id for used in passed_through.values() for step_id in used}
+    ids = {step_id for used in passed_through.values() for step_id in used} | _came_through(engine.together, steps)
     used = {passed.id: passed for passed in steps if passed.id in ids}
     first = next(iter(graphs.values()))
     provenance = m.Provenance(
@@ -64,9 +64,9 @@ def engine_manifest(
         recipe_digest=loaded.digest,
         recipe_text=dump_merged(loaded),
         source={
-            name: ref.digest
+            f"{owner}/{name}" if owner else name: ref.digest
             for passed in used.values()
-            if passed.record is not None and passed.id.startswith(_SOURCES)
+            if passed.record is not None and (owner := _owner(passed.id, engine.parts)) is not None
             for name, ref in passed.record.outputs.items()
         },
         git=_git(loaded.path),
@@ -113,7 +113,7 @@ def engine_manifest(
             profiles=(),
             precision=whole,
             calibration=None,
-            verification=_summed_up({name: part.verification for name, part in facts.items()}),
+            verification=_summed_up({name: part.verification for name, part in facts.items()}, params),
             parts=facts,
             **described,
         )
@@ -204,10 +204,30 @@ def _fallback(params: Mapping[str, Any]) -> m.FallbackFacts:
     return _read(m.FallbackFacts, {**params["fallback"], "saved": saved})
 
 
-def _summed_up(parts: Mapping[str, m.Verification]) -> m.Verification:
-    """Return what is known of a whole by its parts: the farthest of their outputs, and whether every one passed."""
+def _owner(step_id: str, parts: Collection[str]) -> str | None:
+    """Return the part whose own source a step brings, empty where that is the recipe's; None for another step."""
+    stage, _, subject = step_id.partition(":")
+    part, _, own = subject.partition(":")
+    if stage != "fetch":
+        return None
+    if part in parts and own.partition("/")[0] in _SOURCES:
+        return part
+    return "" if subject.partition("/")[0] in _SOURCES else None
 
-    def worst(found: Mapping[str, m.Measured]) -> m.Measured:
+
+def _came_through(together: Mapping[str, Step], steps: Sequence[Step]) -> set[str]:
+    """Return the steps that measured the parts together, and what ran the source's."""
+    own = {"fetch:labelled", "fetch:metric", "fetch:together", "reference:together"} if together else set()
+    return {step.id for step in steps if step.id in own} | {step.id for step in together.values()}
+
+
+def _summed_up(parts: Mapping[str, m.Verification], params: Mapping[str, Any]) -> m.Verification:
+    """Return what is known of a whole: the farthest output of its parts, what they do together, and whether all passed."""
+    gate = _read(m.MetricGate, params["together"]) if "together" in params else None
+    together = {what: params["measured"].get(f"together/{what}") for what in ("graph", "engine")} if gate else {}
+    verdicts = [judge_together(found, gate).passed for found in together.values() if found and gate]
+
+    def worst(what: str, found: Mapping[str, m.Measured]) -> m.Measured:
         missing = [f"{name}: {one.reason}" for name, one in found.items() if not one.executed]
         if missing:
             return m.Measured(executed=False, reason="; ".join(missing))
@@ -225,13 +245,14 @@ def _summed_up(parts: Mapping[str, m.Verification]) -> m.Verification:
                 cosine=of("cosine", min),
                 non_finite=sum(parity.non_finite for parity in parities),
             ),
+            metric=_read(m.MetricFacts, measured["metric"]) if (measured := together.get(what)) else None,
         )
 
     return m.Verification(
-        gates=m.Gates(parity=m.ParityGate(relative_l2=None, max_abs=None, cosine=None), metric=None),
-        passed=all(part.passed for part in parts.values()),
-        graph=worst({name: part.graph for name, part in parts.items()}),
-        engine=worst({name: part.engine for name, part in parts.items()}),
+        gates=m.Gates(parity=m.ParityGate(relative_l2=None, max_abs=None, cosine=None), metric=gate),
+        passed=all(part.passed for part in parts.values()) and all(verdicts),
+        graph=worst("graph", {name: part.graph for name, part in parts.items()}),
+        engine=worst("engine", {name: part.engine for name, part in parts.items()}),
     )
 
 

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,10 +74,13 @@ class LayerModel:
             raise ModelCodeError(
                 f"{params['entry']} returned {found}; expected a paddle.nn.Layer with its layers built"
             )
-        _require_eval(layer, params["entry"])
+        _require_eval(layer, params["entry"])  # of the whole: a part that is none of its sublayers is asked below
         weights = next((path for name, path in sorted(request.inputs.items()) if name.startswith("weights.")), None)
         if weights is not None:
             _load_weights(layer, read_weights(weights), weights.name, params["entry"])
+        if params.get("part"):
+            layer = _part(layer, params)
+            _require_eval(layer, params["entry"])
         self.layer: Any = layer
         self.tensors: Tensors = params["tensors"]
         self.order = _call_order(layer, list(self.tensors))
@@ -170,6 +174,25 @@ class SavedGraph:
                 "write the graph's names in the recipe's inputs (they are those of the InputSpec it was saved with)",
             )
         return {name: name for name in wanted}
+
+
+def _part(model: Any, params: Mapping[str, Any]) -> Any:
+    """Return one part of a layer that has its weights: what the recipe's callable makes of it, or its attribute."""
+    name, maker = params["part"], params["module"]
+    if maker is None:
+        entry, part = f"{type(model).__name__}.{name}", getattr(model, name, None)
+    else:
+        entry = f"{params['entry'].rpartition(':')[0]}:{maker}"
+        # The module that was imported for the model: imported again, its classes would be others.
+        make = getattr(sys.modules[entry.partition(":")[0]], maker, None)
+        with recipe_code(f"calling {entry}"):
+            part = make(model) if callable(make) else None
+    if not isinstance(part, paddle.nn.Layer):
+        raise ModelCodeError(
+            f"{entry}: expected a paddle.nn.Layer for the part {name!r}, found a {type(part).__name__}; name a callable "
+            f"that makes it under parts.{name}.module"
+        )
+    return part
 
 
 def _require_eval(layer: Any, entry: str) -> None:

@@ -116,11 +116,16 @@ def _parted_report(engine: EnginePlan) -> dict[str, Any]:
     parities = [part["parity"] for part in parts.values()]
     sizes = [part["size"] for part in parts.values()]
     own = ("metric", "source_metric", "metric_name", "benchmark")
+    measured = engine.together.get("engine") or engine.together.get("graph")
+    metric = ((measured.facts if measured is not None else None) or {}).get("metric") or {}
     return {
         **engine_report(replace(engine, parts={})),
         "size": None if None in sizes else sum(sizes),
         "parity": None if None in parities else max(parities),
-        **dict.fromkeys(own),
+        "metric": metric.get("value"),
+        "source_metric": metric.get("source"),
+        "metric_name": metric.get("name"),
+        "benchmark": None,
         "executed": all(part["executed"] for part in parts.values()),
         "parts": {
             name: {key: part[key] for key in ("precision", "tried", "size", "parity", "executed", *own)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -17,6 +19,8 @@ from tasks.errors import BackendError, ModelCodeError
 from tasks.stage import StageRequest
 
 Inputs = Mapping[str, torch.Tensor]
+# By what they are made of, while parts are run together in this process.
+_MODELS: Final[dict[str, torch.nn.Module]] = {}
 
 
 def load_module(request: StageRequest) -> torch.nn.Module:
@@ -25,6 +29,27 @@ def load_module(request: StageRequest) -> torch.nn.Module:
     Raises ModelCodeError where the code fails or returns no module, BackendError("bad data") where the weights cannot
     be read or do not fit.
     """
+    model = _model(request)
+    module = (_part(model, request) if request.params.get("part") else model).float()
+    # Recursively: an exporter restores the mode of the whole tree from the root (facts: toolchain.md section 0.6).
+    module.eval()
+    module.requires_grad_(requires_grad=False)
+    return module
+
+
+def _model(request: StageRequest) -> torch.nn.Module:
+    """Build the model with its weights; parts that are run together are made of one."""
+    params = request.params
+    if params.get("kind") != "together":
+        return _built(request)
+    files = sorted(str(path) for path in request.inputs.values())
+    same = json.dumps([files, *(params[key] for key in ("entry", "arguments", "seed"))], sort_keys=True)
+    if same not in _MODELS:
+        _MODELS[same] = _built(request)
+    return _MODELS[same]
+
+
+def _built(request: StageRequest) -> torch.nn.Module:
     params = request.params
     build = load_callable(request.inputs["code.tar"], params["entry"])
     torch.manual_seed(params["seed"])
@@ -38,12 +63,6 @@ def load_module(request: StageRequest) -> torch.nn.Module:
     weights = next((path for name, path in sorted(request.inputs.items()) if name.startswith("weights.")), None)
     if weights is not None:
         _load_weights(module, _read_weights(weights), weights.name, params["entry"])
-    if params.get("part"):
-        module = _part(module, request)
-    module = module.float()
-    # Recursively: an exporter restores the mode of the whole tree from the root (facts: toolchain.md section 0.6).
-    module.eval()
-    module.requires_grad_(requires_grad=False)
     return module
 
 

@@ -44,8 +44,12 @@ def run(request: StageRequest) -> StageResult:
     not fit, and by its kind where ONNX Runtime fails.
     """
     params = request.params
+    if params["subject"] == "together":
+        from tasks.together import verify
+
+        return verify(request)
     try:
-        graph = _subject(request)
+        graph = subject_of(request)
     except BackendError as err:
         if err.kind != "unsupported operator" or not params.get("plugins"):
             raise
@@ -54,7 +58,7 @@ def run(request: StageRequest) -> StageResult:
     if graph is None:
         return StageResult({}, {"executed": False, "reason": f"no executor {params['executor']!r} here"})
     cases = _parity(request, graph, "reference.safetensors")
-    metric, on_data = _labelled(request, graph) if params["metric"] is not None else (None, {})
+    metric, on_data = labelled(request, graph) if params["metric"] is not None else (None, {})
     if HELD_OUT in request.inputs:
         spared = _parity(request, graph, HELD_OUT)
         on_data = {f"{case}/{name}": found for case, outputs in spared.items() for name, found in outputs.items()}
@@ -89,7 +93,8 @@ class Subject(Protocol):
         """Run once; `where` names the run in errors."""
 
 
-def _subject(request: StageRequest) -> Subject | None:
+def subject_of(request: StageRequest) -> Subject | None:
+    """Load what is judged; None where nothing here runs it."""
     if request.params["executor"] in ("tensorrt", "tensorrt-rtx"):
         from tasks.engines.trt_run import runner_for
 
@@ -223,7 +228,7 @@ def _distance(reference: Array, found: Array, where: str) -> Distance:
     return distance(reference, found)
 
 
-def _labelled(request: StageRequest, graph: Subject) -> tuple[dict[str, Any], dict[str, Distance]]:
+def labelled(request: StageRequest, graph: Subject) -> tuple[dict[str, Any], dict[str, Distance]]:
     """Return the metric, and how far each output on the labelled data is from the source's."""
     from safetensors.numpy import load_file
 
@@ -259,11 +264,15 @@ def _labelled(request: StageRequest, graph: Subject) -> tuple[dict[str, Any], di
         "samples": len(labels),
     }
     _require_names(dict.fromkeys(source, ""), found, "on the labelled data")
-    return metric, {name: _distance(source[name], found[name], f"labelled data: {name}") for name in sorted(source)}
+    distances = {name: _distance(source[name], found[name], f"labelled data: {name}") for name in sorted(source)}
+    if request.params["subject"] == "together":
+        same = [(source[name] == found[name]).reshape(len(labels), -1).all(axis=1) for name in source]
+        metric["same"] = float(np.mean(np.logical_and.reduce(same)))
+    return metric, distances
 
 
 def _outputs(request: StageRequest, graph: Subject, data: Mapping[str, Array]) -> dict[str, Array]:
-    params, parts = request.params, {name: list[Array]() for name in graph.outputs}
+    params, parts = request.params, dict[str, list[Array]]()
     start = 0
     for samples, inputs in batches(data, params["tensors"], params["batch"]):
         request.report(None, f"metric on sample {start}")
@@ -276,7 +285,7 @@ def _outputs(request: StageRequest, graph: Subject, data: Mapping[str, Array]) -
                     f"{where}: output {name!r} has shape {list(values.shape)}, its first axis is not the samples",
                     "a metric needs outputs with one row for each sample",
                 )
-            parts[name].append(values[:samples])
+            parts.setdefault(name, []).append(values[:samples])
         start += samples
     try:
         return {name: np.concatenate(values) for name, values in parts.items()}

@@ -2,13 +2,14 @@
 
 Enters: model files, and for PyTorch and PaddlePaddle the recipe's own code. Leaves: `model.onnx` (`export`), or the
 source framework's outputs as safetensors (`reference`), or the model as the framework runs it without that code (`save`).
-Each source is a module with the functions `export`, `reference` and `save`; it imports its framework inside of them, and no sibling.
+Each source is a module with the functions `export`, `reference`, `save` and `runner` (the loaded source, to be called); it imports
+its framework inside of them, and no sibling.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Final
+from typing import Any, Final
 
 from tasks.errors import BackendError
 from tasks.stage import StageRequest, StageResult
@@ -28,6 +29,10 @@ def run_export(request: StageRequest) -> StageResult:
 
 def run_reference(request: StageRequest) -> StageResult:
     """Write the source's own outputs at seeded inputs or on a data set (see `tasks.references`)."""
+    if request.params["kind"] == "together":
+        from tasks.together import reference
+
+        return reference(request, lambda part: source_module(part).runner(part))
     return _run(request, "reference")
 
 
@@ -40,7 +45,8 @@ def run_save(request: StageRequest) -> StageResult:
     return _run(request, "save")
 
 
-def _run(request: StageRequest, function: str) -> StageResult:
+def source_module(request: StageRequest) -> Any:
+    """Return the module that reads a request's kind of source. Raises BackendError where its framework is missing."""
     framework = request.params["framework"]
     if framework not in _SOURCES:
         raise BackendError("rejected setting", f"no source {framework!r} (allowed: {', '.join(_SOURCES)})")
@@ -51,7 +57,12 @@ def _run(request: StageRequest, function: str) -> StageResult:
         raise BackendError(
             "missing package", f"{package} cannot be imported: {err}", f"install it: pip install '{extra}'"
         ) from err
-    result = getattr(importlib.import_module(module), function)(request)
+    return importlib.import_module(module)
+
+
+def _run(request: StageRequest, function: str) -> StageResult:
+    module = source_module(request)
+    result = getattr(module, function)(request)
     if not isinstance(result, StageResult):
-        raise TypeError(f"{module}.{function} returned {type(result).__name__}")
+        raise TypeError(f"{module.__name__}.{function} returned {type(result).__name__}")
     return result

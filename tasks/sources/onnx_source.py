@@ -27,7 +27,7 @@ from tasks.onnx_files import (
 )
 from tasks.onnx_sessions import GraphRunner
 from tasks.onnx_weights import load_streamed
-from tasks.references import write_reference
+from tasks.references import Run, write_reference
 from tasks.seeded import Array
 from tasks.stage import StageRequest, StageResult
 
@@ -37,18 +37,23 @@ def reference(request: StageRequest) -> StageResult:
 
     Raises BackendError("bad profile"), naming the case, where the file does not run at a shape of the profiles.
     """
+    return write_reference(request, runner(request))
+
+
+def runner(request: StageRequest) -> Run:
+    """Load the author's own file, to be run on arrays."""
     path = request.inputs[GRAPH]
     load_graph(path, weights=False)  # what is damaged or reaches outside its folder is refused before it is run
-    runner = GraphRunner(path)
+    session = GraphRunner(path)
     wanted = request.params["outputs"]
 
     def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
-        found = runner.run(arrays, what)
+        found = session.run(arrays, what)
         return found if wanted is None else {name: found[name] for name in wanted}
 
     if wanted is not None:
-        _require_outputs(runner.outputs, wanted)
-    return write_reference(request, run)
+        _require_outputs(session.outputs, wanted)
+    return run
 
 
 def save(request: StageRequest) -> StageResult:

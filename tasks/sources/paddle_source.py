@@ -32,7 +32,7 @@ from tasks.onnx_files import (
     strip_notes,
 )
 from tasks.paddle_model import PaddleModel, load_model
-from tasks.references import write_reference
+from tasks.references import Run, write_reference
 from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 
@@ -43,13 +43,20 @@ _SAME: Final = 1e-4
 def reference(request: StageRequest) -> StageResult:
     """Run the layer, or the saved graph in paddle.inference, and write its outputs (see `tasks.references`)."""
     with quiet("paddle"):
-        model = load_model(request)
-        names = request.params["outputs"]
+        return write_reference(request, runner(request))
 
-        def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+
+def runner(request: StageRequest) -> Run:
+    """Load the layer or the saved graph, to be run on arrays."""
+    with quiet("paddle"):
+        model = load_model(request)
+    names = request.params["outputs"]
+
+    def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+        with quiet("paddle"):
             return dict(zip(names, _outputs(model, arrays, what, names), strict=True))
 
-        return write_reference(request, run)
+    return run
 
 
 def export(request: StageRequest) -> StageResult:

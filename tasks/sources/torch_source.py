@@ -34,7 +34,7 @@ from tasks.onnx_files import (
     strip_notes,
 )
 from tasks.onnx_weights import load_streamed
-from tasks.references import write_reference
+from tasks.references import Run, write_reference
 from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 from tasks.support.nodes import PLACES, modules_of
@@ -52,15 +52,7 @@ def reference(request: StageRequest) -> StageResult:
 
     Raises ModelCodeError, naming the case, where the module does not run at a shape of the recipe's profiles.
     """
-    with quiet():
-        module = load_module(request)
-    names = request.params["outputs"]
-
-    def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
-        found = run_module(module, _tensors(arrays), f"running the module at {what}")
-        check_output_count(found, names)
-        return {name: _array(tensor) for name, tensor in zip(names, found, strict=True)}
-
+    run = runner(request)
     threads = torch.get_num_threads()
     # Sums split over threads round differently; parity runs are few, so they take one thread everywhere.
     torch.set_num_threads(1 if request.params["kind"] == "parity" else threads)
@@ -69,6 +61,21 @@ def reference(request: StageRequest) -> StageResult:
             return write_reference(request, run)
     finally:
         torch.set_num_threads(threads)
+
+
+def runner(request: StageRequest) -> Run:
+    """Load the fp32 module, to be run on arrays."""
+    with quiet():
+        module = load_module(request)
+    names = request.params["outputs"]
+
+    def run(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+        with quiet("torch", "onnxscript"):
+            found = run_module(module, _tensors(arrays), f"running the module at {what}")
+        check_output_count(found, names)
+        return {name: _array(tensor) for name, tensor in zip(names, found, strict=True)}
+
+    return run
 
 
 def export(request: StageRequest) -> StageResult:

@@ -29,6 +29,8 @@ OUTPUTS = {
     "sensitivity": ["keep.json", "sensitivity.json"],
     "reference:parity": ["reference.safetensors"],
     "reference:labelled": ["outputs.safetensors"],
+    "reference:together": ["outputs.safetensors"],
+    "fetch:together": ["code.tar"],
     "reference:held-out": ["held-out.safetensors"],
     "fetch:weights": ["weights.safetensors"],
     "fetch:code": ["code.tar"],

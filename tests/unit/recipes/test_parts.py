@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from recipes.errors import RecipeError
+from recipes.files import LocalFile, RecipeFiles
 from recipes.loader import load
 from recipes.parts import part_recipe
 from recipes.rules import check
-from tests.unit.recipes.simulated import FILES, GOOD, World, recipe
+from tests.unit.recipes.simulated import FILES, GOOD, World, digest, recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = {
@@ -119,6 +120,112 @@ def test_a_failed_step_of_one_part_publishes_nothing():
     assert not any(step.startswith("publish") for step in order)
 
 
+TOGETHER = {
+    "run": "model.py:read",
+    "inputs": {"image": {"shape": ["batch", 3, 32, 32]}},
+    "name": "exact-match",
+    "data": {"data": "heldout.npz"},
+    "floor": 0.9,
+}
+BUILT = ("fp16", "bf16", "fp32")
+JUDGED = replace(PARTED, labelled=FILES.labelled, run=FILES.code)
+
+
+def gated(change=lambda _document: None):
+    def apply(document):
+        document["precision"] = {"build": ["fp16"], "fallback": {"fp16": ["bf16", "fp32"]}}
+        document["targets"] = [{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}]
+        document["acceptance"] = {"together": dict(TOGETHER)}
+        change(document)
+
+    return parted(apply)
+
+
+def read(value: float) -> dict:
+    return {"executed": True, "metric": {"name": "exact-match", "value": value, "source": 0.95}, "non_finite": 0}
+
+
+def test_parts_that_pass_together_are_published_with_what_was_measured():
+    world = World(facts={"verify:together:encoder-fp16,decoder-fp16": read(0.94)})
+    order, planned = world.build(gated(), JUDGED)
+    (engine,) = planned.engines
+    assert engine.state == "cached"
+    assert order.index("reference:together") < order.index("verify:together:encoder-fp16,decoder-fp16")
+    stated = engine.publish.action.params
+    assert stated["together"] == {"name": "exact-match", "floor": 0.9, "max_drop": None}
+    assert stated["measured"]["together/graph"]["metric"]["value"] == 0.94
+    assert world.build(gated(), JUDGED)[0] == []
+
+
+def test_where_parts_fail_together_the_farthest_from_its_source_gives_way_step_by_step():
+    far = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
+    world = World(
+        facts={
+            "verify:decoder:fp16": far,
+            "verify:together:encoder-fp16,decoder-fp16": read(0.1),
+            "verify:together:encoder-fp16,decoder-bf16": read(0.2),
+            "verify:together:encoder-bf16,decoder-bf16": read(0.3),
+            "verify:together:encoder-fp16,decoder-fp32": read(0.9),
+        }
+    )
+
+    def two_steps(document):
+        document["parts"]["encoder"]["precision"] = {"fallback": {"fp16": []}}
+
+    _order, planned = world.build(gated(two_steps), JUDGED)
+    (engine,) = planned.engines
+    assert {name: part.given for name, part in engine.parts.items()} == {"encoder": "fp16", "decoder": "fp32"}
+    assert engine.state == "cached"
+    tried = engine.publish.action.params["parts"]["decoder"]["tried"]
+    assert tried == [
+        {"precision": "fp16", "reasons": ["together: exact-match 0.1 < floor 0.9"]},
+        {"precision": "bf16", "reasons": ["together: exact-match 0.2 < floor 0.9"]},
+    ]
+
+
+def test_where_no_part_is_left_to_give_way_nothing_is_published():
+    every = [f"verify:together:encoder-{one},decoder-{other}" for one in BUILT for other in BUILT]
+    world = World(facts=dict.fromkeys(every, read(0.5)))
+    order, planned = world.build(gated(), JUDGED)
+    assert planned.engines[0].state == "failed"
+    assert "exact-match 0.5 < floor 0.9" in planned.engines[0].why
+    assert planned.status == 1
+    assert not any(step.startswith("publish") for step in order)
+
+
+def test_a_bound_of_the_whole_measures_nothing_again():
+    world = World(facts={"verify:together:encoder-fp16,decoder-fp16": read(0.94)})
+    world.build(gated(), JUDGED)
+
+    def looser(document):
+        document["acceptance"]["together"]["floor"] = 0.5
+
+    assert world.build(gated(looser), JUDGED)[0] == ["publish:tensorrt-rtx:sm89:fp16"]
+
+
+def files_of_their_own(document):
+    del document["source"]
+    document["export"] = {}
+    for name, part in document["parts"].items():
+        part.pop("module", None)
+        part["source"] = {"framework": "onnx", "model": {"file": f"{name}.onnx"}}
+
+
+def test_parts_may_have_files_of_their_own_and_another_file_runs_its_part_alone():
+    def files(name, content):
+        return RecipeFiles(model=(LocalFile("model.onnx", digest(content), 10, f"{name}.onnx"),))
+
+    world, own = World(), {"encoder": files("encoder", "one"), "decoder": files("decoder", "two")}
+    made = parted(files_of_their_own)
+    assert check(made) == []
+    order, planned = world.build(made, RecipeFiles(parts=own))
+    assert planned.engines[0].state == "cached"
+    assert {step for step in order if step.startswith("fetch")} == {"fetch:encoder:model", "fetch:decoder:model"}
+    again, _planned = world.build(made, RecipeFiles(parts={**own, "decoder": files("decoder", "three")}))
+    assert "export:decoder" in again
+    assert not any("encoder" in step for step in again)
+
+
 def test_profiles_are_narrowed_to_the_axes_of_a_part():
     assert part_recipe(parted(), "encoder").profiles == {"default": {"batch": [1, 1, 4]}}
     assert check(parted()) == []
@@ -127,6 +234,31 @@ def test_profiles_are_narrowed_to_the_axes_of_a_part():
 @pytest.mark.parametrize(
     ("change", "at", "words"),
     [
+        (
+            lambda d: d.update(source={"framework": "onnx", "model": {"file": "model.onnx"}}, export={}),
+            ("parts", "encoder"),
+            "give 'encoder' a file of its own",
+        ),
+        (
+            lambda d: d["acceptance"].update(together={**TOGETHER, "floor": None}),
+            ("acceptance", "together"),
+            "anything would pass",
+        ),
+        (
+            lambda d: d["acceptance"].update(together={**TOGETHER, "name": "exactly"}),
+            ("acceptance", "together", "name"),
+            "unknown metric",
+        ),
+        (
+            lambda d: d["acceptance"].update(together={**TOGETHER, "inputs": {"image": {"shape": [], "low": 2.0}}}),
+            ("acceptance", "together", "inputs", "image", "low"),
+            "must be less than high",
+        ),
+        (
+            lambda d: d["parts"]["encoder"].update(acceptance={"together": TOGETHER}),
+            ("parts", "encoder", "acceptance", "together"),
+            "is for all parts",
+        ),
         (lambda d: d["parts"].pop("encoder"), ("parts",), "one part is no reason"),
         (lambda d: d.update(outputs=["logits"]), ("outputs",), "belongs to a part"),
         (lambda d: d["precision"].update(build="auto"), ("precision", "build"), "auto chooses for models of one graph"),
