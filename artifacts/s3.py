@@ -26,6 +26,7 @@ from artifacts.files import arriving, check_chunks, create_file, open_regular, o
 from artifacts.layout import LAYOUT_NAME, layout_document, require_layout
 from artifacts.refs import CHUNK_BYTES, ArtifactRef, digest_bytes, require_match, require_size
 from artifacts.s3_conditions import TRIES, ConditionalWriter, back_off
+from artifacts.s3_copy import copy_object
 from artifacts.s3_faults import Place, error_code, is_absent, s3_faults, without_user
 from artifacts.s3_limit import OutOfTimeError, bound, limit_seconds, silence_seconds, within
 from artifacts.s3_listing import read_listings_fast
@@ -45,13 +46,9 @@ from artifacts.store import (
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_THREADS: Final = 4
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
 _LISTED: Final = 250
-# CopyObject takes up to 5 GB (Amazon S3 User Guide, "Copying, moving, and renaming objects"); more goes by parts.
-_COPY_BYTES: Final = 5_000_000_000
-_COPY_PART_BYTES: Final = 512 << 20
 # A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
 _PREFIX_BYTES: Final = 120
 # Belongs to the store itself, stays where it is, and is read by nobody.
@@ -141,7 +138,7 @@ class S3Store:
             with self._faults(path), os_faults(str(source)):
                 client = self._writer()
                 if ref.size > PART_BYTES:
-                    MultipartUpload(client, self.bucket, key).send(stream, ref, str(source))
+                    MultipartUpload(client, self.bucket, key, self._patient).send(stream, ref, str(source))
                     return
                 data = stream.read(PART_BYTES + 1)
                 require_match(str(source), ref, digest_bytes(data), len(data))
@@ -165,18 +162,10 @@ class S3Store:
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside the bucket, without bringing it here. Raises NotFoundError, StoreError."""
-        from boto3.s3.transfer import TransferConfig
-
         origin, key = self._key(source), self._key(target)
         with self._faults(source):
-            self._writer().copy(
-                {"Bucket": self.bucket, "Key": origin},
-                self.bucket,
-                key,
-                Config=TransferConfig(
-                    multipart_threshold=_COPY_BYTES, multipart_chunksize=_COPY_PART_BYTES, max_concurrency=_THREADS
-                ),
-            )
+            head = self._writer().head_object(Bucket=self.bucket, Key=origin)
+            copy_object(self._patient, self.bucket, origin, key, head["ContentLength"])
 
     def info(self, path: str) -> ObjectInfo | None:
         """Return size and time of an object, or None where there is none. Raises StoreError."""
@@ -210,26 +199,17 @@ class S3Store:
 
     def touch(self, path: str) -> bool:
         """Make an object count as written now by copying it onto itself; False where there is none. Raises StoreError."""
-        from boto3.s3.transfer import TransferConfig
-
         key = self._key(path)
         try:
             with self._faults(path):
                 head = self._client.head_object(Bucket=self.bucket, Key=key)
                 # S3 refuses such a copy unless it says what is to change.
-                self._client.copy(
-                    {"Bucket": self.bucket, "Key": key},
-                    self.bucket,
-                    key,
-                    ExtraArgs={
-                        "Metadata": head["Metadata"],
-                        "MetadataDirective": "REPLACE",
-                        "ContentType": head["ContentType"],
-                    },
-                    Config=TransferConfig(
-                        multipart_threshold=_COPY_BYTES, multipart_chunksize=_COPY_PART_BYTES, max_concurrency=_THREADS
-                    ),
-                )
+                changes = {
+                    "Metadata": head["Metadata"],
+                    "MetadataDirective": "REPLACE",
+                    "ContentType": head["ContentType"],
+                }
+                copy_object(self._patient, self.bucket, key, key, head["ContentLength"], changes)
         except NotFoundError:
             return False
         return True
@@ -316,6 +296,13 @@ class S3Store:
 
     @cached_property
     def _connection(self) -> S3Client:
+        return self._connect()
+
+    def _patient(self, seconds: float) -> S3Client:
+        """Return a client that waits so many seconds longer than others do."""
+        return self._connect(seconds) if seconds else self._client
+
+    def _connect(self, longer: float = 0.0) -> S3Client:
         from boto3.session import Session
         from botocore.config import Config
 
@@ -327,7 +314,7 @@ class S3Store:
             user_agent_extra="enginery",
             max_pool_connections=_ASKERS,
             connect_timeout=silence,
-            read_timeout=silence,
+            read_timeout=silence + longer,
         )
         if addressing:
             config = config.merge(Config(s3={"addressing_style": addressing}))
@@ -350,7 +337,7 @@ class S3Store:
             raise StoreError(f"{self.uri}: {said}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from None
         apply_settings(client)
         read_listings_fast(client)
-        bound(client, limit)
+        bound(client, limit + longer)
         return client
 
     @cached_property

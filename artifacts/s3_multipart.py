@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from artifacts.errors import IntegrityError
 from artifacts.refs import ArtifactRef, require_match
+from artifacts.s3_copy import Patient, patience
 from artifacts.s3_faults import error_code
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class MultipartUpload:
     client: S3Client
     bucket: str
     key: str
+    patient: Patient
 
     def send(self, stream: BinaryIO, ref: ArtifactRef, what: str) -> None:
         """Send a file from its beginning, or what is missing of it; returns when the object is there.
@@ -98,7 +100,8 @@ class MultipartUpload:
         except IntegrityError:
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.key, UploadId=upload)
             raise
-        self.client.complete_multipart_upload(
+        # At which a service may put all the bytes together before it says a word.
+        self.patient(patience(ref.size)).complete_multipart_upload(
             Bucket=self.bucket,
             Key=self.key,
             UploadId=upload,

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import random
-import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from artifacts.cache import ActionCache, blob_path
-from artifacts.catalog import EngineCatalog
 from artifacts.errors import AddressError, IntegrityError, NotFoundError, StoreError, UnavailableError
-from artifacts.refs import BYTES, ArtifactRef, digest_bytes
-from artifacts.s3 import S3Store
 from artifacts.s3_limit import bound
-from artifacts.s3_multipart import PART_BYTES
 from artifacts.store import Store, open_store
-from tests.engines import make_engine
-from tests.servers import Faults, bad_network
+from tests.servers import Faults
+from tests.unit.artifacts.large import ref_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-def ref_of(data: bytes) -> ArtifactRef:
-    return ArtifactRef(digest_bytes(data), len(data), BYTES)
-
-
-@pytest.fixture
-def faults(s3_environ: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The faults of a network between this process and the S3 server."""
-    with bad_network(s3_environ) as (address, rules):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
-        yield rules
-
-
-@pytest.fixture
-def store(s3_store_uri: str, faults: Faults) -> Store:
-    """A store that says its layout already, and was looked at."""
-    open_store(s3_store_uri).write("first", b"")
-    store = open_store(s3_store_uri)
-    store.delete("first")
-    faults.requests.clear()
-    return store
 
 
 @pytest.mark.parametrize(
@@ -425,49 +396,6 @@ def test_one_stall_costs_a_try_and_not_the_request(
     assert slow.read("blob") == b"x"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan"])
-def test_a_limit_that_is_no_time(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", value)
-    with pytest.raises(StoreError, match=f"ENGINERY_S3_TIMEOUT is '{value}'"):
-        open_store(s3_store_uri).read("a")
-
-
-def test_settings_that_are_wrong(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.delenv("AWS_ACCESS_KEY_ID")
-        patch.delenv("AWS_SECRET_ACCESS_KEY")
-        with pytest.raises(StoreError, match=r"no usable credentials .*AWS_PROFILE.*aws configure"):
-            open_store(s3_store_uri).read("a")
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_PROFILE", "nobody")
-        with pytest.raises(StoreError, match=r"profile \(nobody\) could not be found"):
-            open_store(s3_store_uri).read("a")
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", "nonsense")
-        with pytest.raises(StoreError, match="nonsense; check AWS_ENDPOINT_URL_S3"):
-            open_store(s3_store_uri).info("a")
-    with monkeypatch.context() as patch:
-        patch.setenv("ENGINERY_S3_ADDRESSING", "sideways")
-        with pytest.raises(StoreError, match=r"'sideways' \(allowed: path, virtual, auto\)"):
-            open_store(s3_store_uri).read("a")
-
-
-@pytest.mark.parametrize(
-    ("addressing", "host"),
-    [("", "127.0.0.1"), ("path", "127.0.0.1"), ("auto", "127.0.0.1"), ("virtual", "enginery-tests.")],
-)
-def test_addressing(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, addressing: str, host: str) -> None:
-    if addressing == "virtual":
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.test.invalid:9")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("ENGINERY_S3_ADDRESSING", addressing)
-    store, asked = open_store(s3_store_uri), []
-    store._connection.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url))
-    with pytest.raises(StoreError):
-        store.read("a")
-    assert asked[0].removeprefix("http://").startswith(host)
-
-
 def test_threads_share_a_store(s3_store_uri: str) -> None:
     store = open_store(s3_store_uri)
     won: list[bool] = []
@@ -482,199 +410,3 @@ def test_threads_share_a_store(s3_store_uri: str) -> None:
     assert sorted(won) == [False] * 6 + [True] * 2
     with pytest.raises(NotFoundError):
         store.read("a/2")
-
-
-def large_file(tmp_path: Path, parts: int = 4) -> tuple[Path, ArtifactRef]:
-    data = random.Random(parts).randbytes((parts - 1) * PART_BYTES + 5)
-    source = tmp_path / "large"
-    source.write_bytes(data)
-    return source, ref_of(data)
-
-
-def sent_parts(faults: Faults) -> list[int]:
-    found = [re.search(r"partNumber=(\d+)", line) for line in faults.requests if line.startswith("PUT")]
-    return sorted(int(match[1]) for match in found if match)
-
-
-def test_an_interrupted_upload_goes_on_from_the_parts_that_are_there(
-    store: Store, faults: Faults, tmp_path: Path
-) -> None:
-    source, ref = large_file(tmp_path)
-
-    def dies(params: dict[str, object], **_more: object) -> None:
-        if "partNumber=3" in str(params["url"]):
-            raise KeyboardInterrupt
-
-    dying = open_store(store.uri)
-    dying._client.meta.events.register("before-call.s3.UploadPart", dies)
-    with pytest.raises(KeyboardInterrupt):
-        dying.put_file("blob", source, ref)
-    assert store.info("blob") is None
-    kept = sent_parts(faults)
-    assert kept[:2] == [1, 2]
-    faults.requests.clear()
-    store.put_file("blob", source, ref)
-    assert sent_parts(faults) == sorted({1, 2, 3, 4} - set(kept))
-    store.get_file("blob", ref, tmp_path / "back")
-    bucket, _slash, _prefix = store.uri.removeprefix("s3://").partition("/")
-    assert "Uploads" not in store._client.list_multipart_uploads(Bucket=bucket)
-
-
-def test_parts_of_other_bytes_are_sent_again(store: Store, faults: Faults, tmp_path: Path) -> None:
-    source, ref = large_file(tmp_path, 2)
-    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
-    place = {"Bucket": bucket, "Key": f"{prefix}/blob"}
-    upload = store._client.create_multipart_upload(**place)["UploadId"]
-    store._client.upload_part(**place, UploadId=upload, PartNumber=1, Body=bytes(PART_BYTES))
-    faults.requests.clear()
-    store.put_file("blob", source, ref)
-    assert sent_parts(faults) == [1, 2]
-    store.get_file("blob", ref, tmp_path / "back")
-
-
-def test_a_large_file_of_other_bytes_leaves_nothing(store: Store, tmp_path: Path) -> None:
-    source, ref = large_file(tmp_path, 2)
-    with source.open("r+b") as stream:
-        stream.write(b"other")
-    with pytest.raises(IntegrityError, match="SHA-256"):
-        store.put_file("blob", source, ref)
-    bucket, _slash, _prefix = store.uri.removeprefix("s3://").partition("/")
-    assert store.info("blob") is None
-    assert "Uploads" not in store._client.list_multipart_uploads(Bucket=bucket)
-
-
-def test_what_objects_are_written_with(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ENGINERY_S3_SSE", "aws:kms")
-    monkeypatch.setenv("ENGINERY_S3_KMS_KEY", "alias/engines")
-    monkeypatch.setenv("ENGINERY_S3_STORAGE_CLASS", "STANDARD_IA")
-    monkeypatch.setenv("ENGINERY_S3_TAGS", "team=vision&stage=prod")
-    store = open_store(s3_store_uri)
-    source, ref = large_file(tmp_path, 2)
-    store.write("small", b"1", if_absent=True)
-    store.put_file("large", source, ref)
-    store.copy("small", "copy")
-    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
-    for path in ("small", "large", "copy", "store.json"):
-        head = store._client.head_object(Bucket=bucket, Key=f"{prefix}/{path}")
-        assert (head["ServerSideEncryption"], head["StorageClass"]) == ("aws:kms", "STANDARD_IA"), path
-        assert head["SSEKMSKeyId"].endswith("alias/engines")
-        tags = store._client.get_object_tagging(Bucket=bucket, Key=f"{prefix}/{path}")["TagSet"]
-        assert {tag["Key"]: tag["Value"] for tag in tags} == {"team": "vision", "stage": "prod"}, path
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("ENGINERY_S3_SSE", "rot13", r"'rot13' \(allowed: AES256, aws:kms"),
-        ("ENGINERY_S3_KMS_KEY", "key", "needs ENGINERY_S3_SSE=aws:kms"),
-        ("ENGINERY_S3_TAGS", "vision", "expected name=value"),
-        ("ENGINERY_S3_ANONYMOUS", "yes", r"'yes' \(allowed: 0, 1\)"),
-    ],
-)
-def test_settings_that_say_nothing(
-    s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
-) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(StoreError, match=said):
-        open_store(s3_store_uri).read("a")
-
-
-def test_anonymous_requests_are_not_signed(s3_store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("ENGINERY_S3_ANONYMOUS", "1")
-    store, headers = open_store(s3_store_uri), []
-    store._connection.meta.events.register("before-send.s3", lambda request, **_: headers.append(dict(request.headers)))
-    with pytest.raises(StoreError):
-        store.read("a")
-    assert headers
-    assert all("Authorization" not in sent for sent in headers)
-
-
-def test_unchanged_blobs_are_not_sent_again_and_a_publication_sends_no_bytes(
-    store: Store, faults: Faults, tmp_path: Path
-) -> None:
-    plan = b"plan" * 1000
-    first = make_engine(store, tmp_path, plan, recipe="digits", target="t", build="a")
-    EngineCatalog(store).publish(first)
-    blob = blob_path(digest_bytes(plan))
-    faults.requests.clear()
-    sizes: list[int] = []
-
-    def count(params: dict[str, Any], **_more: object) -> None:
-        body = params["body"]
-        sizes.append(len(body) if isinstance(body, bytes) else len(body.getbuffer()))
-
-    store._client.meta.events.register("before-call.s3.PutObject", count)
-    second = make_engine(store, tmp_path, plan, recipe="digits", target="t", build="b")
-    EngineCatalog(store).publish(second)
-    assert not [line for line in faults.requests if line.startswith("PUT") and line.endswith(blob)]
-    manifest = len(second.to_bytes())
-    assert max(sizes) == manifest
-    assert sum(sizes) < manifest + 1000  # a lease besides
-
-
-def test_what_is_too_large_for_one_copy_is_copied_in_parts(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("artifacts.s3._COPY_BYTES", 6 << 20)
-    monkeypatch.setattr("artifacts.s3._COPY_PART_BYTES", 5 << 20)
-    data = random.Random(1).randbytes((11 << 20) + 1)
-    source = tmp_path / "source"
-    source.write_bytes(data)
-    store.put_file("large", source, ref_of(data))
-    parts: list[str] = []
-
-    def count(params: dict[str, Any], **_more: object) -> None:
-        parts.append(params["headers"]["x-amz-copy-source-range"])
-
-    store._client.meta.events.register("before-call.s3.UploadPartCopy", count)
-    store.copy("large", "copy")
-    assert sorted(parts) == ["bytes=0-5242879", "bytes=10485760-11534336", "bytes=5242880-10485759"]
-    store.get_file("copy", ref_of(data), tmp_path / "copied")
-    assert store.touch("copy")
-    assert len(parts) == 6
-    store.get_file("copy", ref_of(data), tmp_path / "touched")
-
-
-def test_uploads_that_nobody_completes_are_aborted_when_they_are_old(store: Store) -> None:
-    bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
-    for key in (f"{prefix}/cache/blobs/left", "elsewhere/left"):
-        store._client.create_multipart_upload(Bucket=bucket, Key=key)
-    assert isinstance(store, S3Store)
-    assert store.abandon_uploads(1e10) == 0
-    assert store.abandon_uploads(7 * 86400.0) == 1  # moto says of every upload that it was begun in 2010
-    left = store._client.list_multipart_uploads(Bucket=bucket)["Uploads"]
-    assert "elsewhere/left" in {upload["Key"] for upload in left}
-    assert not [upload for upload in left if upload["Key"].startswith(f"{prefix}/")]
-
-
-def test_a_role_of_the_profile_is_assumed(
-    s3_environ: str, s3_store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "config").write_text(
-        "[profile builder]\nrole_arn = arn:aws:iam::123456789012:role/engines\nsource_profile = me\nregion = us-east-1\n"
-        "[profile me]\naws_access_key_id = AKIAME\naws_secret_access_key = secret\n"
-    )
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_PROFILE", "builder")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", s3_environ)
-    store, headers = open_store(s3_store_uri), []
-    store._connection.meta.events.register("before-send.s3", lambda request, **_: headers.append(dict(request.headers)))
-    store.write("a", b"1")
-    assert store.read("a") == b"1"
-    for sent in headers:  # with the role's own key and token, and not with those of who assumed it
-        assert b"AKIAME" not in sent["Authorization"]
-        assert sent["X-Amz-Security-Token"]
-
-
-@pytest.mark.parametrize(("limit", "silence"), [(300.0, 60.0), (1800.0, 360.0), (0.1, 0.1)])
-def test_a_connection_may_be_silent_for_a_fifth_of_the_limit(
-    monkeypatch: pytest.MonkeyPatch, limit: float, silence: float
-):
-    """Time is left for other tries, and more of it for services that are silent while they copy."""
-    monkeypatch.setenv("ENGINERY_S3_TIMEOUT", str(limit))
-    config = S3Store("s3://bucket/prefix")._connection.meta.config
-    assert (config.read_timeout, config.connect_timeout) == (silence, silence)
