@@ -57,7 +57,18 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
         "seconds": round(sum(stages.values()), 1),
         "stages": stages,
         "engines": [published(engine, store) for engine in report["engines"]],
+        **together(report, store),
     }
+
+
+def together(report: dict[str, Any], store: Path) -> dict[str, Any]:
+    """Return what the parts did together, by step: the metric, and the share of samples that are as the source has them."""
+    found = {
+        step["subject"].removeprefix("together:"): {key: record(step, store)["facts"][key] for key in ("metric", "same")}
+        for step in report["steps"]
+        if step["id"].startswith("verify:together:") and record(step, store)
+    }
+    return {"together": found} if found else {}
 
 
 def record(step: dict[str, Any], store: Path) -> dict[str, Any]:
@@ -68,7 +79,8 @@ def record(step: dict[str, Any], store: Path) -> dict[str, Any]:
 
 def exported(document: dict[str, Any], report: dict[str, Any], store: Path) -> dict[str, Any]:
     """Return which exporter wrote which opset, for each part: as the record of the stage has it."""
-    exporter = {"paddle": "paddle2onnx", "onnx": "none"}.get(document["source"]["framework"])
+    framework = document["source"]["framework"] if "source" in document else None  # else each part has its own
+    exporter = {"paddle": "paddle2onnx", "onnx": "none", None: "of each part"}.get(framework)
     found: dict[str, Any] = {
         "exporter": exporter or document.get("export", {}).get("exporter", "dynamo"),
         "simplifier": document.get("export", {}).get("simplifier"),
