@@ -64,7 +64,9 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
 def together(report: dict[str, Any], store: Path) -> dict[str, Any]:
     """Return what the parts did together, by step: the metric, and the share of samples that are as the source has them."""
     found = {
-        step["subject"].removeprefix("together:"): {key: record(step, store)["facts"][key] for key in ("metric", "same")}
+        step["subject"].removeprefix("together:"): {
+            key: record(step, store)["facts"][key] for key in ("metric", "same")
+        }
         for step in report["steps"]
         if step["id"].startswith("verify:together:") and record(step, store)
     }
