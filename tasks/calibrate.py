@@ -27,7 +27,8 @@ from tasks.calibration_report import Seen, measured, worst_first
 from tasks.datasets import Array, batches, without_held_out
 from tasks.errors import BackendError
 from tasks.graphs import hoist_constants
-from tasks.onnx_files import DATA, GRAPH, brief, load_graph, save_graph
+from tasks.onnx_files import DATA, GRAPH, brief, save_graph
+from tasks.onnx_weights import load_streamed
 from tasks.quantize import activations, zero_range
 from tasks.stage import StageRequest, StageResult
 from tasks.weight_report import weights_to_be
@@ -92,7 +93,7 @@ class _Observed:
     def __init__(self, inputs: Mapping[str, Path], folder: Path) -> None:
         import onnxruntime
 
-        model = load_graph(inputs[GRAPH])
+        model = load_streamed(inputs[GRAPH])
         hoist_constants(model)
         self.names = activations(model)
         self.weights = weights_to_be(model)

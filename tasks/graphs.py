@@ -26,6 +26,11 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     return types
 
 
+def inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return type and shape of what nodes of the top-level graph give, as far as they follow; weights are not looked at."""
+    return list(shape_inference.infer_shapes(_without_weights(model)).graph.value_info)
+
+
 def half_nodes(model: onnx.ModelProto) -> list[str]:
     """Return the operators of the top-level graph that compute float16 or bfloat16, sorted; casts compute nothing."""
     halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)

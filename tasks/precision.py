@@ -26,7 +26,7 @@ from tasks.graphs import (
     name_nodes,
 )
 from tasks.onnx_files import DATA, GRAPH, check_graph, dtype_name, load_graph, opset_of, save_graph
-from tasks.onnx_weights import load_streamed
+from tasks.onnx_weights import APART, external_bytes, load_streamed, put_back, set_apart
 from tasks.outliers import nodes_of
 from tasks.stage import StageRequest, StageResult
 from tasks.structure import structure_digest
@@ -118,13 +118,17 @@ def _reasons(
 
 
 def _loaded(request: StageRequest) -> onnx.ModelProto:
-    """Read the graph, with its weights only where they are changed: fp16 is rounded a piece at a time as it is saved."""
+    """Read the graph, with its weights only where they are changed here: large ones are copied (rounded) as it is saved."""
     precision, structure = request.params["precision"], "structure" in request.params
-    if precision == "fp16" and not structure and DATA in request.inputs:
-        streamed: onnx.ModelProto = load_streamed(request.inputs[GRAPH])
-        return streamed
-    whole: onnx.ModelProto = load_graph(request.inputs[GRAPH], weights=precision not in ("fp32", "tf32") or structure)
-    return whole
+    if precision in ("fp32", "tf32") or structure or DATA not in request.inputs or precision == "int8-dynamic":
+        whole: onnx.ModelProto = load_graph(
+            request.inputs[GRAPH], weights=precision not in ("fp32", "tf32") or structure
+        )
+        return whole
+    streamed: onnx.ModelProto = load_streamed(request.inputs[GRAPH])
+    if precision != "fp16" and external_bytes(streamed) <= APART:
+        return load_graph(request.inputs[GRAPH])
+    return streamed
 
 
 def _described(model: onnx.ModelProto) -> dict[str, Any]:
@@ -148,6 +152,9 @@ def _raised(model: onnx.ModelProto, opset: int, precision: str) -> onnx.ModelPro
     """Return the graph at `opset`, or as it is where it is there already."""
     if opset_of(model) >= opset:
         return model
+    apart = (
+        set_apart(model) if external_bytes(model) else {}
+    )  # the converter takes 2 GB at most, and drops what lies elsewhere
     try:
         raised = onnx.version_converter.convert_version(model, opset)
     except Exception as err:  # the C++ converter raises bare RuntimeErrors, and asserts
@@ -156,5 +163,6 @@ def _raised(model: onnx.ModelProto, opset: int, precision: str) -> onnx.ModelPro
             f"{precision} needs ONNX opset {opset}, and the graph (opset {opset_of(model)}) cannot be raised to it: {err}",
             "set export.opset to 18 or more, or build fp16",
         ) from err
+    put_back(raised, apart)
     name_nodes(raised)  # the converter may add nodes without names
     return raised

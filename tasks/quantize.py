@@ -22,12 +22,15 @@ import onnx
 from onnx import numpy_helper
 
 from tasks.errors import BackendError
-from tasks.graphs import fresh_names, hoist_constants
+from tasks.graphs import array_of, fresh_names, hoist_constants, inferred_values
 from tasks.onnx_files import opset_of
+from tasks.onnx_weights import APART, external_bytes, put_back, set_apart
 
 OPERATORS: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # QuantizeLinear per channel needs opset 13; older graphs cannot carry the pairs.
 _LEAST_OPSET: Final = 13
+# Which axis of a weight has a scale for each index; of Gemm it depends on transB.
+_AXES: Final = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1}
 # ONNX Runtime's scale is bound / 127.5, and below the least normal float32 it would be replaced by 1.
 _LEAST_BOUND: Final = float(np.finfo(np.float32).tiny) * 128
 
@@ -149,12 +152,63 @@ def quantize(
 def _with_pairs(
     model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], exclude: list[str]
 ) -> onnx.ModelProto:
+    from onnxruntime.quantization.quant_utils import add_infer_metadata, save_and_reload_model_with_shape_infer
+
+    if external_bytes(model) <= APART:
+        return _paired(save_and_reload_model_with_shape_infer(model), ranges, exclude)
+    # Large weights stay on disk: what decides on a pair is the largest value of each channel, which stands in for them.
+    values = inferred_values(model)
+    apart = set_apart(model)
+    standing = {tensor.name: tensor for tensor in _stand_ins(model, apart)}
+    inputs = [
+        onnx.ValueInfoProto.FromString(one.SerializeToString()) for one in model.graph.input if one.name not in standing
+    ]
+    del model.graph.input[:], model.graph.value_info[:]
+    model.graph.input.extend(inputs)
+    model.graph.value_info.extend(values)
+    model.graph.initializer.extend(standing.values())
+    add_infer_metadata(model)  # else it would infer shapes once more, from those of the stand-ins
+    made = _paired(model, ranges, exclude)
+    kept = [tensor for tensor in made.graph.initializer if tensor.name not in standing]
+    copied = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+    del made.graph.initializer[:], made.metadata_props[:]
+    made.metadata_props.extend(entry for entry in model.metadata_props if entry.key != "onnx.infer")
+    made.graph.initializer.extend(copied)
+    put_back(made, apart)
+    return made
+
+
+def _stand_ins(model: onnx.ModelProto, apart: Mapping[str, onnx.TensorProto]) -> Iterator[onnx.TensorProto]:
+    """Yield for each large weight of OPERATORS a tensor of its name with one value a channel: the greatest absolute one."""
+    done: set[str] = set()
+    for node in model.graph.node:
+        name = node.input[1] if node.op_type in OPERATORS else ""
+        if name not in apart or name in done or apart[name].data_type != onnx.TensorProto.FLOAT:
+            continue
+        done.add(name)
+        magnitudes = np.abs(array_of(apart[name]))
+        axis = weight_axis(node, magnitudes.ndim)
+        others = tuple(index for index in range(magnitudes.ndim) if index != axis)
+        yield numpy_helper.from_array(magnitudes.max(axis=others, keepdims=True), name)
+
+
+def weight_axis(node: onnx.NodeProto, rank: int) -> int | None:
+    """Return the axis of a weight whose every index has a scale of its own; None: one scale for all."""
+    if rank < 2:
+        return None
+    if node.op_type == "Gemm":
+        turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        return 0 if turned else 1
+    axis = _AXES[node.op_type]
+    return axis % rank
+
+
+def _paired(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], exclude: list[str]) -> onnx.ModelProto:
     # The steps of `quantize_static` after its calibration, which takes ranges from elsewhere only since 1.24, while
     # Python 3.10 has 1.23.
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
 
     data = {
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
@@ -163,7 +217,7 @@ def _with_pairs(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), without_advice():
         output = Path(folder, "model.onnx")
         quantizer = QDQQuantizer(
-            save_and_reload_model_with_shape_infer(model),
+            model,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
@@ -276,7 +330,7 @@ def _options(model: onnx.ModelProto) -> dict[str, Any]:
         "ForceQuantizeNoInputCheck": True,
         "QDQDisableWeightAdjustForInt32Bias": True,
         "OpTypesToExcludeOutputQuantization": sorted({node.op_type for node in model.graph.node}),
-        "QDQOpTypePerChannelSupportToAxis": {"Conv": 0, "ConvTranspose": 1, "MatMul": -1},
+        "QDQOpTypePerChannelSupportToAxis": dict(_AXES),
     }
 
 

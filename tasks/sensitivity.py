@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,15 +25,18 @@ from tasks.errors import BackendError
 from tasks.graphs import hoist_constants, matching_nodes, name_nodes
 from tasks.metrics import distance, finite
 from tasks.onnx_files import DATA, GRAPH, load_graph
+from tasks.onnx_sessions import GraphRunner
 from tasks.outliers import nodes_of
 from tasks.precision import KEEP
 from tasks.quantize import OPERATORS, read_ranges, zero_range
+from tasks.quantized_groups import Groups
 from tasks.references import HELD_OUT
 from tasks.stage import StageRequest, StageResult
 
 SENSITIVITY: Final = "sensitivity.json"
-# Each group costs typing a graph and one run of it.
+# Each group costs a session and one run of the graph, on so many samples at most: they rank, and the gates decide.
 MOST_GROUPS: Final = 64
+MOST_SAMPLES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -134,20 +137,25 @@ def _nodes(request: StageRequest) -> tuple[set[str], list[str]]:
 def _measured(request: StageRequest, groups: Sequence[Sequence[str]], kept: set[str]) -> list[Group]:
     """Quantise one group at a time, the rest of the graph in fp32, and compare with the fp32 graph."""
     feeds = _feeds(request)
-    expected = verify.Executable(_graph(request.inputs), engine=False)(feeds, "the fp32 graph")
+    expected = GraphRunner(request.inputs[GRAPH]).run(feeds, "the held-out data")
     # Halves cost the same whatever is quantised: pairs are what is compared.
     pairs = "fp8" if request.params["precision"].startswith("fp8") else "int8"
     found = []
-    for index, group in enumerate(groups):
-        request.report(index / len(groups), f"group {index + 1} of {len(groups)}: {group[0]}")
-        others = [node for other in groups if other is not group for node in other]
-        with tempfile.TemporaryDirectory() as folder:
-            typed = _typed(request, [*others, *kept], Path(folder), pairs)
-            outputs = verify.Executable(typed, engine=False)(feeds, f"the graph with {group[0]} quantised")
-        distances = [distance(expected[name], outputs[name]) for name in expected]
-        found.append(
-            Group(tuple(group), max(one.relative_l2 for one in distances), min(one.cosine for one in distances))
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        request.report(0.0, f"quantising {len(groups)} groups of nodes")
+        typed = _typed(request, list(kept), Path(folder), pairs)
+        source = load_graph(request.inputs[GRAPH], weights=False)
+        hoist_constants(source)
+        name_nodes(source)
+        (Path(folder) / "alone").mkdir()
+        one_of = Groups(typed[GRAPH], source, Path(folder) / "alone", residual_pairs=pairs == "int8")
+        for index, group in enumerate(groups):
+            request.report(index / len(groups), f"group {index + 1} of {len(groups)}: {group[0]}")
+            outputs = GraphRunner(one_of.alone(group)).run(feeds, f"the held-out data with {group[0]} quantised")
+            distances = [distance(expected[name], outputs[name]) for name in expected]
+            found.append(
+                Group(tuple(group), max(one.relative_l2 for one in distances), min(one.cosine for one in distances))
+            )
     return found
 
 
@@ -182,7 +190,13 @@ def _typed(request: StageRequest, kept: Sequence[str], folder: Path, as_what: st
 
 
 def _feeds(request: StageRequest) -> dict[str, Array]:
-    """Return real inputs of one run: of the held-out calibration samples, else of the labelled data."""
+    """Return real inputs of one run, of MOST_SAMPLES at most where batches are free: held-out samples, else labelled ones."""
+    tensors = request.params["measure"]["tensors"]
+    free = all(tensor["shape"] and isinstance(tensor["shape"][0], str) for tensor in tensors.values())
+    return {name: array[:MOST_SAMPLES] if free else array for name, array in _batch(request).items()}
+
+
+def _batch(request: StageRequest) -> dict[str, Array]:
     from safetensors.numpy import load_file
 
     if HELD_OUT in request.inputs:
@@ -192,7 +206,3 @@ def _feeds(request: StageRequest) -> dict[str, Array]:
     data = load_file(str(request.inputs["dataset.safetensors"]))
     _samples, arrays = next(batches(data, measure["tensors"], measure["batch"]))
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def _graph(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    return {name: path for name, path in inputs.items() if name in (GRAPH, DATA)}

@@ -18,7 +18,7 @@ from tasks.calibration_report import to_e4m3
 from tasks.datasets import Array
 from tasks.fp8 import LARGEST
 from tasks.graphs import array_of
-from tasks.quantize import OPERATORS
+from tasks.quantize import OPERATORS, weight_axis
 
 _INT8: Final = 127.0
 _TYPES: Final = {TensorProto.INT8: "int8", TensorProto.UINT8: "uint8", TensorProto.FLOAT8E4M3FN: "float8e4m3fn"}
@@ -85,16 +85,6 @@ def stated_ranges(model: onnx.ModelProto) -> list[dict[str, Any]]:
         if kind in _TYPES:
             rows.append({"tensor": node.input[0], "range": [least * scale, most * scale], "type": _TYPES[kind]})
     return rows
-
-
-def weight_axis(node: onnx.NodeProto, rank: int) -> int | None:
-    """Return the axis of a weight whose every index has a scale of its own, as `quantize` asks for; None: one scale for all."""
-    if rank < 2:
-        return None
-    if node.op_type == "Gemm":
-        turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        return 0 if turned else 1
-    return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, rank - 1)
 
 
 def _row(

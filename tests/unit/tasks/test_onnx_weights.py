@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from tasks import halves, onnx_weights, simplify
+from tasks import calibrate, halves, onnx_weights, precision, quantize, simplify
 from tasks.graphs import array_of, name_nodes
 from tasks.onnx_files import DATA, GRAPH, check_graph, load_graph, save_graph
 from tasks.onnx_weights import external_bytes, is_external, load_streamed, put_back, set_apart
@@ -123,3 +123,36 @@ def test_a_large_graph_is_simplified_without_its_weights(path: Path, tmp_path: P
     assert (
         onnx.load(folder / GRAPH, load_external_data=False).graph.initializer[0].data_location == TensorProto.EXTERNAL
     )
+
+
+@pytest.mark.parametrize("as_what", ["int8", "int8-fp16", "fp8", "fp8-fp16", "bf16"])
+def test_a_large_graph_is_typed_as_a_small_one_without_its_weights(path: Path, tmp_path: Path, monkeypatch, as_what):
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text('{"x": [-1.0, 1.0], "i": [-3.0, 2.0], "b": [-4.0, 5.0]}')
+    params = {"precision": as_what, "keep": [], "io": "float32"}
+    files = {"model_onnx": path, "model_onnx_data": path.with_name(DATA), "ranges_json": ranges}
+    found, read = {}, []
+    for name in ("memory", "streamed"):
+        if name == "streamed":
+            monkeypatch.setattr(onnx_weights, "LARGE", 4096)
+            monkeypatch.setattr(quantize, "APART", 4096)
+            monkeypatch.setattr(precision, "APART", 4096)
+            monkeypatch.setattr(precision, "load_graph", lambda *_given, **_named: read.append(_given))
+        result, folder = stage(precision.run, tmp_path / name, params, **files)
+        saved = load_graph(folder / GRAPH)
+        check_graph(folder / GRAPH)
+        found[name] = contents(saved), result.facts
+    assert found["streamed"] == found["memory"]
+    assert not read  # the graph as a whole
+
+
+def test_a_large_graph_is_calibrated_as_a_small_one(path: Path, tmp_path: Path):
+    params = {"method": "minmax", "percentile": None, "batch": 4, "tensors": X}
+    data = {"x": np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)}
+    files = {"model_onnx": path, "model_onnx_data": path.with_name(DATA)}
+    texts = [
+        (stage(calibrate.run, tmp_path / name, params, dataset_safetensors=data, **given)[1] / file).read_bytes()
+        for name, given in (("external", files), ("inline", {"model_onnx": wide()}))
+        for file in ("ranges.json", "calibration.json")
+    ]
+    assert texts[:2] == texts[2:]
