@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import model
 import numpy as np
 import torch
-from torch import nn
 
 # A detection is found again by a box of the same class that overlaps it so much (IoU), and is so nearly as sure.
 OVERLAP, UNSURE = 0.75, 0.05
@@ -20,12 +19,11 @@ OVERLAP, UNSURE = 0.75, 0.05
 def detections(maker: str, arguments: dict[str, int], size: int, count: int, best: int) -> dict[str, np.ndarray]:
     """Return `pixel_values` [count, 3, size, size] and `label` [count, best, 6]: x1, y1, x2, y2, class, score of the surest.
 
-    The images are seeded and smooth, as those whose statistics batch normalisation has; the weights are those of `source.seed: 0`.
+    The images are seeded, between -2 and 2 as the recipe's inputs; the weights are those of `source.seed: 0`.
     """
     torch.manual_seed(0)
     detector = getattr(model, maker)(**arguments)
-    coarse = torch.rand(count, 3, size // 16, size // 16, generator=torch.Generator().manual_seed(1)) * 4 - 2
-    images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 4 - 2
     labels = []
     with torch.no_grad():
         for image in images:
