@@ -77,6 +77,10 @@ def print_build(document: dict[str, Any]) -> None:
     for engine in document["engines"]:
         if (line := _given_instead(engine)) is not None:
             say(line)
+        for name, part in engine.get("parts", {}).items():
+            of_part = {"runtime": engine["runtime"], "gpu": f"{engine['gpu']} {name}", **part}
+            if (line := _given_instead(of_part)) is not None:
+                say(line)
     say(f"store: {document['store']}")
     if any(not engine["executed"] and engine["state"] == "cached" for engine in document["engines"]):
         say("executed no: the engine's graph was measured through ONNX Runtime; the engine itself needs its own GPU.")

@@ -53,3 +53,19 @@ def test_a_build_says_what_was_asked_what_was_given_and_why(capsys):
     print_build({"recipe": "digits", "store": "s", "steps": [], "engines": [engine]})
     said = "onnxruntime cpu: int8 asked, fp32 given: int8: top1 0.5 < floor 0.9; fp16: 3 NaN or Inf in the outputs"
     assert said in capsys.readouterr().out
+
+
+def test_a_build_names_the_part_that_gave_way(capsys):
+    part = {"precision": {"asked": "fp16", "given": "fp32"}, "tried": [
+        {"precision": "fp16", "passed": False, "reasons": ["together: cer 0.3 > ceiling 0.1"]},
+        {"precision": "fp32", "passed": True, "reasons": []},
+    ]}  # fmt: skip
+    engine = {
+        "runtime": "onnxruntime", "runtime_version": "1", "gpu": "cpu", "precision": {"asked": "fp16", "given": "fp32"},
+        "state": "cached", "why": "", "size": None, "parity": None, "metric": None, "source_metric": None,
+        "metric_name": None, "executed": True, "path": "p", "tried": [], "parts": {"step": part},
+    }  # fmt: skip
+    print_build({"recipe": "digits", "store": "s", "steps": [], "engines": [engine]})
+    assert (
+        "onnxruntime cpu step: fp16 asked, fp32 given: fp16: together: cer 0.3 > ceiling 0.1" in capsys.readouterr().out
+    )
