@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -32,7 +32,7 @@ from artifacts.s3_limit import OutOfTimeError, bound, limit_seconds, silence_sec
 from artifacts.s3_listing import read_listings_fast
 from artifacts.s3_multipart import PART_BYTES, MultipartUpload
 from artifacts.s3_settings import apply_settings, is_anonymous
-from artifacts.scratch import held_folder, sweep, system_scratch
+from artifacts.scratch import temporary_folder
 from artifacts.store import (
     RESERVED,
     ObjectInfo,
@@ -242,15 +242,9 @@ class S3Store:
 
         return claimed(self, name, give_up)
 
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> AbstractContextManager[Path]:
         """Yield a new, empty folder in the system's temporary folder (`TMPDIR`). Raises StoreError."""
-        with ExitStack() as stack:
-            with os_faults("the system's temporary folder"):
-                base = system_scratch()
-                sweep(base)
-                folder = stack.enter_context(held_folder(base))
-            yield folder
+        return temporary_folder()
 
     @cached_property
     def _client(self) -> S3Client:

@@ -14,11 +14,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from artifacts.errors import StoreError
+from artifacts.files import os_faults, store_error
 
 _LOCK: Final = ".lock"
 _FRESH: Final = ".fresh"
@@ -71,15 +72,47 @@ def sweep(folder: Path) -> None:
 def system_scratch() -> Path:
     """Return this user's folder for temporary names in the system's temporary folder, making it where it is not.
 
-    Raises StoreError where the name is taken by someone else: in a folder that all may write to, anybody can make it.
+    Raises StoreError where the name is taken by someone else (in a folder that all may write to, anybody can make it), and,
+    with the reason, where no folder for temporary files can be written to.
     """
-    folder = Path(tempfile.gettempdir()) / f"enginery-{os.getuid()}"
+    try:
+        base = Path(tempfile.gettempdir())
+    except FileNotFoundError as err:
+        base = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - what is tried first (tempfile.gettempdir)
+        why = _why_not(base) or err
+        said = store_error(f"{base}, for temporary files", why)
+        raise StoreError(f"{said} (or set TMPDIR to a folder that can be written)") from err
+    folder = base / f"enginery-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise StoreError(f"{folder} is not a private folder of this user; remove it, or set TMPDIR to another place")
     return folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new, empty folder in the system's temporary folder (`TMPDIR`), having removed what dead processes left. Raises StoreError."""
+    with ExitStack() as stack:
+        with os_faults("the system's temporary folder"):
+            base = system_scratch()
+            sweep(base)
+            folder = stack.enter_context(held_folder(base))
+        yield folder
+
+
+def _why_not(folder: Path) -> OSError | None:
+    """Return what is in the way of a file in a folder; None where nothing is, now."""
+    path = folder / f"enginery-{uuid.uuid4().hex}"
+    try:
+        path.write_bytes(b"written?")
+    except OSError as err:
+        return err
+    finally:
+        with suppress(OSError):
+            path.unlink()
+    return None
 
 
 def _sweep_dead(lock: Path) -> None:

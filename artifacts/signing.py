@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.errors import SigningError, TrustError
+from artifacts.files import os_faults
 from artifacts.refs import digest_bytes, is_digest
+from artifacts.scratch import temporary_folder
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config as HashingConfig
@@ -66,11 +67,11 @@ class Signer:
 
     def sign(self, subject: str, contents: Mapping[str, str]) -> bytes:
         """Return a signature over names and the SHA-256 of each, as JSON. Raises SigningError."""
-        with self._signing, tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "signature"
+        with self._signing, temporary_folder() as folder:
+            path = folder / "signature"
             self._config.set_hashing_config(_known(subject, contents))
             try:
-                self._config.sign(Path(folder), path)
+                self._config.sign(folder, path)
             except Exception as err:  # noqa: BLE001 - of many kinds: cryptography's, a PKCS#11 module's
                 raise SigningError(f"{subject}: could not be signed ({_kind(err)})") from None
             return path.read_bytes()
@@ -152,17 +153,18 @@ def check_signature(signature: bytes, contents: Mapping[str, str], public_key: b
     require_library()
     from model_signing.verifying import Config
 
-    with tempfile.TemporaryDirectory() as folder:
-        key, path = Path(folder) / "key", Path(folder) / "signature"
-        key.write_bytes(public_key)
-        path.write_bytes(signature)
+    with temporary_folder() as folder:
+        key, path = folder / "key", folder / "signature"
+        with os_faults(str(folder)):
+            key.write_bytes(public_key)
+            path.write_bytes(signature)
         # Without a hint the library goes on, and says so on stdout.
         if hint_of(signature) is None:
             raise TrustError("the signature names no key")
         try:
             config = Config()  # type: ignore[no-untyped-call]  # the library's has no annotation
             checker = config.use_elliptic_key_verifier(public_key=key)
-            checker.set_hashing_config(_known("", contents)).verify(Path(folder), path)
+            checker.set_hashing_config(_known("", contents)).verify(folder, path)
         except Exception as err:  # of many kinds: whatever is no proof is a refusal
             raise TrustError(f"the signature does not hold ({_first_line(err)})") from err
 

@@ -3,7 +3,7 @@
     python -m bench.faults.disk RESULT.json [--levels 6] [--seed N] [--actions build,publish,pull,promote,gc]
 
 Needs root (it mounts a tmpfs, and drops capabilities again) and, for the clock, libfaketime. Each action is the real command line, in a
-process of its own, on a store of its own file system: with the disk filled up to a few levels between nothing and what the
+process of its own, on a store of its own file system, or on S3 with the system's temporary folders there (s3-temp): with the disk filled up to a few levels between nothing and what the
 action takes; mounted read-only; without permission to write; with a clock two days ahead or behind (the store's own times stay
 right, as those of a file server or S3 do). An action that ends with an error must say, without a traceback, what happened,
 where, and what to do; the store must be whole at once (`bench.faults.checker`); and when the fault is gone the next run completes.
@@ -44,6 +44,13 @@ FAULTS: Final[Mapping[str, str]] = {
 }
 _DISK_BYTES: Final = 24 << 20
 _BUCKET: Final = "enginery-faults"
+# S3, with the fault on the disk where files lie on their way.
+TEMPORARY: Final = "s3-temp"
+_ONLY_TEMPORARY: Final = (
+    "unshare", "--mount", "sh", "-c", 'mount --bind "$0" /tmp && mount --bind "$0" /var/tmp && exec "$@"'
+)  # fmt: skip
+# What lies there goes again; the plans that are published have 200 kB.
+_TEMPORARY_BYTES: Final = 400_000
 # What an error tells to do next.
 _NEXT: Final = re.compile(r"free some|use another|check who|next: |give |set |make ")
 _FAKETIME: Final = tuple(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
@@ -72,6 +79,17 @@ class World:
     disk: Path
     place: Place
     next: int = 1
+    temporary: bool = False
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What a command runs under: where the disk is for temporary files, all folders of the system for them lie on it."""
+        return (*_ONLY_TEMPORARY, str(self.disk)) if self.temporary else ()
+
+    @property
+    def here(self) -> Path:
+        """The folder that commands run in, which is the last one that is tried for temporary files."""
+        return self.disk if self.temporary else self.base
 
     def command(self, action: str) -> list[str]:
         """Return the command line of an action; what it needs is published first."""
@@ -89,7 +107,7 @@ class World:
             case "pull":
                 self.publish(number)
                 gpu = ["--gpu", "sm89", "--runtime", "tensorrt-rtx==1.7.1.116"]
-                to = str(self.disk / f"pulled-{number}")
+                to = str(self.pulled)
                 return [*python, "pull", RECIPES[0], *gpu, "--to", to, "--store", uri]
             case "promote":
                 self.publish(number)
@@ -98,6 +116,11 @@ class World:
         self.publish(number)
         keep = ["--keep-days", "0", "--keep-newest", "0", "--keep-moves", "1", "--grace", "0s"]
         return [*python, "gc", *keep, "--store", uri]
+
+    @property
+    def pulled(self) -> Path:
+        """Where the next engine is pulled to."""
+        return (self.base if self.temporary else self.disk) / f"pulled-{self.next}"
 
     def publish(self, number: int) -> None:
         """Publish an engine where no fault is."""
@@ -113,7 +136,7 @@ class World:
             case "publish":
                 return last in names
             case "pull":
-                return (self.disk / f"pulled-{self.next}").exists()
+                return self.pulled.exists()
             case "promote":
                 return EngineCatalog(self.place.store).channels(RECIPES[0], CHANNEL).get(TARGET) == last.build
         return last not in names
@@ -191,8 +214,8 @@ def attempt(world: World, action: str, fault: str, level: int, tally: Tally) -> 
             "XDG_CACHE_HOME": str(world.base / "cache"), **given.get("environment", {}),
         }  # fmt: skip
         ran = subprocess.run(
-            [*given.get("prefix", ()), *command], capture_output=True, text=True, check=False, timeout=300,
-            env=environment, cwd=world.base,
+            [*world.prefix, *given.get("prefix", ()), *command], capture_output=True, text=True, check=False, timeout=300,
+            env=environment, cwd=world.here,
         )  # fmt: skip
     tally.runs += 1
     label = f"{action}, {fault}{f' ({level} bytes left)' if fault == 'full' else ''}"
@@ -203,15 +226,20 @@ def attempt(world: World, action: str, fault: str, level: int, tally: Tally) -> 
         f"{label}: {name}: {words}" for name, words in report.violations + lost(before, report.state, **may)
     ]
     if action == "pull" and ran.returncode and world.done("pull"):
-        left = [path.name for path in (world.disk / f"pulled-{world.next}").rglob("*") if path.is_file()]
+        left = [path.name for path in world.pulled.rglob("*") if path.is_file()]
         tally.violations += [f"{label}: half of an engine is there: {left}"] if "manifest.json" in left else []
     plain = {name: value for name, value in environment.items() if name not in ("LD_PRELOAD", "FAKETIME")}
-    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=plain, cwd=world.base)
+    again = subprocess.run(
+        [*world.prefix, *command], capture_output=True, text=True, check=False, timeout=300, env=plain, cwd=world.here
+    )
     if again.returncode or not world.done(action):
         tally.violations.append(f"{label}: the next run did not complete: {again.stdout[-500:]} {again.stderr[-800:]}")
     report = check(world.place.store, collected=True)
     tally.violations += [f"{label}, then without: {name}: {words}" for name, words in report.violations]
-    tally.violations += [f"{label}: left in tmp: {name}" for name in left_in_tmp(world.place)]
+    left = left_in_tmp(world.place)
+    if world.temporary:
+        left = [str(path.relative_to(world.disk)) for path in world.disk.rglob("*") if path.is_file()]
+    tally.violations += [f"{label}: left in tmp: {name}" for name in left]
     world.next += 1
 
 
@@ -243,13 +271,15 @@ def usage(disk: Path) -> int:
 @contextmanager
 def new_world(kind: str, *, apart: bool) -> Iterator[World]:
     """Yield a world; `apart`: its store lies elsewhere than on the disk on which the fault happens."""
-    with tempfile.TemporaryDirectory() as name, file_system(Path(name) / "disk") as disk:
+    # Not below a folder for temporary files, where the disk is mounted over these.
+    outside = "/dev/shm" if kind == TEMPORARY else None
+    with tempfile.TemporaryDirectory(dir=outside) as name, file_system(Path(name) / "disk") as disk:
         base = Path(name)
-        if kind == "s3":
+        if kind != "folder":
             with s3_with_bucket(_BUCKET, 1000) as environment:
                 place = make_place(base / "place", f"s3://{_BUCKET}/store", environment, signed=False)
                 place.enter()
-                yield World(base, disk, place)
+                yield World(base, disk, place, temporary=kind == TEMPORARY)
             return
         place = make_place(base / "place", str((base if apart else disk) / "store"), signed=False)
         place.enter()
@@ -262,12 +292,12 @@ def harm(kind: str, action: str, faults: list[str], levels: int, chance: random.
     with new_world(kind, apart=action == "pull") as world:
         world.publish(90_000)
         ran = subprocess.run(
-            world.command(action), capture_output=True, text=True, check=False, cwd=world.base,
+            [*world.prefix, *world.command(action)], capture_output=True, text=True, check=False, cwd=world.here,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(world.base / "prefect")},
         )  # fmt: skip
         if ran.returncode:
             raise AssertionError(f"{action} on {kind} does not work: {ran.stderr}")
-        taken = max(usage(world.disk), 1 << 16)
+        taken = max(usage(world.disk), _TEMPORARY_BYTES if world.temporary else 1 << 16)
         world.next += 1
         for fault in faults:
             tally = tallies[f"{action} on {kind}, {fault}"] = Tally()
@@ -284,13 +314,17 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=6, help="of a full disk")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--actions", default=",".join(ACTIONS))
-    parser.add_argument("--stores", default="folder,s3")
+    parser.add_argument("--stores", default=f"folder,s3,{TEMPORARY}")
     parser.add_argument("--faults", default=",".join(FAULTS))
     given = parser.parse_args()
     begin, chance, tallies = time.perf_counter(), random.Random(given.seed), dict[str, Any]()
     for kind in given.stores.split(","):
         for action in given.actions.split(","):
             faults = given.faults.split(",")
+            if kind == TEMPORARY:
+                if action not in ("publish", "pull", "build"):
+                    continue
+                faults = [fault for fault in faults if FAULTS[fault]]
             if kind == "s3":  # whose disk is another's; only a pull writes to one here
                 faults = [fault for fault in faults if action == "pull" or not FAULTS[fault]]
             for name, tally in harm(kind, action, faults, given.levels, chance).items():

@@ -3,7 +3,7 @@
     python -m bench.faults.flips RESULT.json [--flips 40] [--seed N] [--store folder|s3]
 
 The store, a folder or moto's S3, has what builds and promotions leave: the records and blobs of a tiny recipe that was built with its real
-stages, signed engines with their provenance, a signed attestation, a channel, a pin, a host, a rollout. Each object is damaged by so many single bits, and
+stages, signed engines with their provenance, their publications, a signed attestation, a channel, a pin, a host, a rollout, a claim, fresh plans. Each object is damaged by so many single bits, and
 cut to nothing, to its half, and by its last byte; then the reader of its kind is asked. What it may answer:
 
     refused     an error in words
@@ -30,8 +30,10 @@ from typing import Any, Final
 from artifacts.attestation import Attestation
 from artifacts.cache import ActionCache, blob_path
 from artifacts.catalog import SIGNATURE_DIGITS, EngineCatalog, EngineId
+from artifacts.claims import claimed
 from artifacts.errors import ArtifactError
 from artifacts.folder import FolderStore
+from artifacts.fresh_plans import PLANS, FreshPlans, unpack
 from artifacts.host import Host
 from artifacts.layout import LAYOUT_NAME
 from artifacts.pins import pin, pins
@@ -45,6 +47,7 @@ from bench.faults.world import RECIPES, Place, build, engine, follow, promote, p
 from enginery import client
 
 HOST: Final = "builder"
+CLAIM: Final = "compile/made-up"
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Reader:
     refs: dict[str, Any]
     scratch: Path
     attested: str
+    plans: dict[str, bytes]
     warnings: list[str] = field(default_factory=list)
 
     def ask(self, path: str) -> Any:
@@ -92,6 +96,14 @@ class Reader:
                     catalog = EngineCatalog(store, self.warnings.append, self.place.judge.believes)
                     name = EngineId(*parts[1:4])
                     return catalog.attestations(name, digest_bytes(catalog.manifest_bytes(name))) or None
+                case "plans":
+                    names = unpack(self.plans[path])
+                    return FreshPlans(store, parts[2], self.warnings.append).read(names) or None
+                case "claim":
+                    with claimed(store, CLAIM, lambda: True):
+                        return "taken"
+                case "publication" | "mark":  # that it is there is all that counts
+                    return EngineCatalog(store).engines()
                 case "store.json":
                     return {info.path for info in store.list("engines/")}
                 case _:
@@ -116,11 +128,13 @@ def kind_of(path: str, attested: str) -> str:
             named = {
                 "manifest.json": "manifest",
                 "signatures": "signature",
-                "publications": "hint",
+                "publications": "mark",
                 "verification": "attestation",
             }
             return named.get(name, "engine's file")
-        case "channels" | "pins" | "hosts" | "rollouts":
+        case "cache" if parts[1] == "plans":
+            return "plans"
+        case "channels" | "pins" | "hosts" | "rollouts" | "claims" | "publications":
             return parts[0].removesuffix("s")
         case "store.json":
             return "store.json"
@@ -150,7 +164,11 @@ def make_store(folder: Path, place: Place) -> Reader:
     for manifest in catalog.manifests():
         refs |= {blob_path(entry.digest): entry.ref for entry in manifest.files.values()}
     (folder / "scratch").mkdir()
-    return Reader(place, refs, folder / "scratch", f"{digest_bytes(found.to_bytes())[:SIGNATURE_DIGITS]}-")
+    FreshPlans(place.store, "made-up").add({digest_bytes(name.encode()): {"plan": [name]} for name in ("one", "two")})
+    plans = {info.path: place.store.read(info.path) for info in place.store.list(PLANS)}
+    with claimed(place.store, CLAIM, lambda: True):
+        pass
+    return Reader(place, refs, folder / "scratch", f"{digest_bytes(found.to_bytes())[:SIGNATURE_DIGITS]}-", plans)
 
 
 def attestation_of(name: EngineId, manifest: bytes) -> Attestation:

@@ -28,6 +28,7 @@ from artifacts.channels import channel_path, read_channel
 from artifacts.claims import claimed
 from artifacts.errors import ArtifactError
 from artifacts.folder import FolderStore
+from artifacts.fresh_plans import pack, unpack
 from artifacts.host import Gpu, Host
 from artifacts.hosts import read_host, see_host
 from artifacts.leases import leased, read_leases
@@ -48,6 +49,7 @@ from tests.keys import make_key
 SECONDS: Final = 5.0
 READERS: Final = (
     "recipe", "manifest", "channel", "signature", "host", "rollout", "claim", "lease", "publication", "attestation", "record",
+    "plans",
 )  # fmt: skip
 _ODD: Final[tuple[Any, ...]] = (
     None, True, -1, 0, 2**63, 10**400, 1e308, -0.0, "", "\0", "../../etc/passwd", "\ud800", "9" * 5000, [], {}, [[]],
@@ -193,6 +195,9 @@ def readers(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], obje
         "publication": ([store.read(publication)], read_publication),
         "attestation": ([attestation], Attestation.from_bytes),
         "record": ([record], ActionRecord.from_bytes),
+        # As an attacker would: with the check of what was changed.
+        "plans": ([pack({"0" * 64: {"plan": ["a step"]}}).partition(b"\n")[2]],
+                  lambda data: unpack(digest_bytes(data).encode() + b"\n" + data)),
     }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ import pytest
 from artifacts.errors import NotFoundError, StoreError
 from artifacts.folder import FolderStore
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
-from artifacts.scratch import sweep, system_scratch
+from artifacts.scratch import sweep, system_scratch, temporary_folder
+from artifacts.signing import check_signature
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -371,6 +372,23 @@ def test_a_scratch_folder_that_became_a_link_is_not_followed(store: FolderStore,
         (tmp_path / "moved" / "file").write_bytes(b"x")
     assert (tmp_path / "moved" / "file").exists()
     assert list(folder.parent.iterdir()) == []
+
+
+def test_no_folder_for_temporary_files_is_told_with_the_reason_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere: what is a file is no folder to anybody.
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "file")])
+    with (
+        pytest.raises(StoreError, match=r"file, for temporary files: Not a directory: .*set TMPDIR to a folder"),
+        temporary_folder(),
+    ):
+        pass
+    with pytest.raises(StoreError, match="set TMPDIR to a folder"):
+        check_signature(b"{}", {}, b"")
 
 
 def test_system_scratch_refuses_a_place_that_others_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
