@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
 _LISTED: Final = 250
+_PAGE: Final = 1000
 # A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
 _PREFIX_BYTES: Final = 120
 # Belongs to the store itself, stays where it is, and is read by nobody.
@@ -184,13 +186,16 @@ class S3Store:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        wanted = {check_path(path) for path in paths}
+        wanted = sorted(set(paths))
+        if len(wanted) <= _LISTED:  # what no store can have, no listing has
+            for path in wanted:
+                check_path(path)
         with self._faults("/"):
             _ = self._client  # made before there are threads: boto3 makes clients in one alone
         with ThreadPoolExecutor(_ASKERS) as pool:
             if len(wanted) <= _LISTED:
                 return {info.path: info for info in pool.map(self.info, wanted) if info is not None}
-            listed = pool.map(partial(self._among, wanted), _ranges(sorted(wanted)))
+            listed = pool.map(self._among, list(groups_of(wanted)))
             return {path: info for found in listed for path, info in found.items()}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -385,9 +390,9 @@ class S3Store:
             else:
                 return
 
-    def _among(self, wanted: Collection[str], bounds: tuple[str, str]) -> dict[str, ObjectInfo]:
-        """List from one path to another, keeping what is wanted; times in whole seconds, as a HEAD tells them."""
-        first, last = bounds
+    def _among(self, group: Sequence[str]) -> dict[str, ObjectInfo]:
+        """List what lies among sorted paths, keeping those alone; times in whole seconds, as a HEAD tells them."""
+        first, last, wanted = group[0], group[-1], frozenset(group)
         found: dict[str, ObjectInfo] = {}
         for path, item in self._items(_shared(first, last), after=first[:-1]):
             if path > last:
@@ -418,17 +423,24 @@ class S3Store:
                     yield item["Key"].removeprefix(base), item
 
 
+def groups_of(paths: Sequence[str], most: int = _PAGE, *, at: int = 0) -> Iterator[Sequence[str]]:
+    """Split sorted, different paths into groups of so many at most, each of all those that begin alike: a listing each.
+
+    All agree before `at`.
+    """
+    if len(paths) <= most:
+        yield paths
+        return
+    while paths[0][at : at + 1] == paths[-1][at : at + 1]:
+        at += 1
+    for _character, group in groupby(paths, lambda path: path[at : at + 1]):
+        yield from groups_of(list(group), most, at=at + 1)
+
+
 def _shared(one: str, other: str) -> str:
     """Return what two paths begin with, which need not end a folder's name."""
     length = next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))  # noqa: B905
     return one[:length]
-
-
-def _ranges(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Split sorted paths into parts that are listed at once, each by its first and last path."""
-    size = max(_LISTED, -(-len(paths) // _ASKERS))
-    parts = (paths[start : start + size] for start in range(0, len(paths), size))
-    return [(part[0], part[-1]) for part in parts]
 
 
 def _addressing() -> Literal["path", "virtual", "auto"] | None:

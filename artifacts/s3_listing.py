@@ -7,14 +7,11 @@ botocore's as ever. What is no listing as it is known here is left to it whole.
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-# What of an entry is used (S3 API reference, "ListObjectsV2", Contents).
-_USED: Final = frozenset(("Key", "Size", "LastModified", "ETag"))
 
 
 def read_listings_fast(client: S3Client) -> None:
@@ -27,25 +24,21 @@ def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[
         return
     try:
         root = ET.fromstring(response_dict["body"])  # noqa: S314  as botocore itself does
-        entries = [element for element in root if _name(element) == "Contents"]
-        found = [_entry(element) for element in entries]
+        space = root.tag[: root.tag.find("}") + 1]
+        entries = root.findall(f"{space}Contents")
+        found = [_entry(element, space) for element in entries]
     except (ET.ParseError, KeyError, ValueError, TypeError):
         return
     if entries:
-        for element in entries:
-            root.remove(element)
+        root[:] = [element for element in root if element.tag != f"{space}Contents"]
         response_dict["body"] = ET.tostring(root)
         customized_response_dict["Contents"] = found
 
 
-def _entry(element: ET.Element) -> dict[str, Any]:
-    said = {name: part.text or "" for part in element if (name := _name(part)) in _USED}
-    time = said["LastModified"]
-    if not time.endswith("Z"):
+def _entry(element: ET.Element, space: str) -> dict[str, Any]:
+    key, size, time = (element.findtext(f"{space}{name}") for name in ("Key", "Size", "LastModified"))
+    if key is None or size is None or time is None or not time.endswith("Z"):
         raise ValueError(time)
     modified = dt.datetime.fromisoformat(f"{time[:-1]}+00:00")
-    return {"Key": said["Key"], "Size": int(said["Size"]), "LastModified": modified, "ETag": said.get("ETag", "")}
-
-
-def _name(element: ET.Element) -> str:
-    return element.tag.rpartition("}")[2]
+    etag = element.findtext(f"{space}ETag") or ""
+    return {"Key": key, "Size": int(size), "LastModified": modified, "ETag": etag}

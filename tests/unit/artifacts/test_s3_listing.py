@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
+from hypothesis import given
+from hypothesis import strategies as st
 
+from artifacts.s3 import groups_of
 from artifacts.s3_listing import read_listings_fast
 
 NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
@@ -71,3 +75,15 @@ def test_what_is_not_known_is_left_to_botocore(entries: str):
 def test_an_error_is_an_error():
     with pytest.raises(ClientError, match="NoSuchBucket"):
         listed("<Error><Code>NoSuchBucket</Code><Message>none</Message></Error>", fast=True, status=404)
+
+
+@given(st.lists(st.text("ab/", min_size=1, max_size=9), min_size=1, unique=True), st.integers(1, 5))
+def test_every_path_is_in_one_group_that_a_listing_finds_and_has_room_for(paths: list[str], most: int):
+    paths.sort()
+    groups = [list(group) for group in groups_of(paths, most)]
+    assert [path for group in groups for path in group] == paths
+    assert all(len(group) <= most for group in groups)
+    for group in groups:  # and what begins as all of a group do is of the group, or lies beside it
+        alike = os.path.commonprefix(group)  # noqa: RUF071  characters are meant
+        within = [path for path in paths if path.startswith(alike) and group[0] <= path <= group[-1]]
+        assert within == group
