@@ -94,7 +94,8 @@ class StageTasks:
             while not done:
                 await asyncio.wait({running}, timeout=_LOOK_SECONDS)
                 done = running.done()
-                await self._show(step, shown, logger, done=done)
+                well = done and running.exception() is None and running.result().state in ("built", "cached")
+                await self._show(step, shown, logger, done=well)
             outcome = running.result()
             outcomes.append(outcome)
             if outcome.state in ("failed", "interrupted"):

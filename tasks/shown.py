@@ -7,10 +7,11 @@ warning in the run's log.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from prefect.artifacts import (
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from artifacts.store import Store
     from recipes.schema import Precision
 
-LONG_SECONDS: Final = 5.0  # a stage that takes less shows no bar
+BAR_SECONDS: Final = "ENGINERY_BAR_SECONDS"
+_LONG_SECONDS: Final = 5.0
 _UPDATE_SECONDS: Final = 2.0
 _LINKS: Final = 32
 _SEVERITY: Final = re.compile(r"\[(verbose|info|warning|error|internal_error)\] ", re.IGNORECASE)
@@ -59,21 +61,25 @@ def level_of(line: str) -> int:
 
 @dataclass
 class ProgressShown:
-    """The bar of one stage: made when the stage has taken long and says how far it is, moved every two seconds."""
+    """The bar of one stage: made when the stage has taken long and says how far it is, moved every two seconds.
+
+    Long is five seconds, or as many as the variable ENGINERY_BAR_SECONDS says. Where a stage fails its bar stays where it was.
+    """
 
     step: str
     began: float
+    long: float = field(default_factory=lambda: float(os.environ.get(BAR_SECONDS) or _LONG_SECONDS))
     latest: Progress | None = None
     _bar: UUID | None = None
     _moved: float = 0.0
     _at: float = -1.0
 
     async def move(self, *, done: bool = False) -> None:
-        """Bring the bar to where the stage is; to its end where that is `done`."""
+        """Bring the bar to where the stage is; to its end where the stage is `done` and well."""
         now, fraction = time.monotonic(), self.latest.fraction if self.latest is not None else None
-        if done and self._bar is not None:
+        if done and (self._bar is not None or fraction is not None):
             fraction = 1.0
-        if fraction is None or fraction == self._at or now - self.began < LONG_SECONDS:
+        if fraction is None or fraction == self._at or now - self.began < self.long:
             return
         if not done and now - self._moved < _UPDATE_SECONDS:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from artifacts.store import open_store
 from tasks.progress import Progress
 from tasks.session import open_session
-from tasks.shown import artifact_key, engines_markdown, level_of, stage_rows
+from tasks.shown import ProgressShown, artifact_key, engines_markdown, level_of, stage_rows
 from tests.simulated_builds import write_recipe
 
 
@@ -71,3 +72,34 @@ def test_who_follows_a_session_late_hears_what_was_said_before_once_and_in_order
     thread.join()
     session._tell(Progress("a", "log", text="two"))
     assert heard == told == ["one", "two"]
+
+
+def test_a_bar_ends_where_its_stage_failed_and_at_its_end_where_it_is_well(monkeypatch: pytest.MonkeyPatch):
+    moved: list[float] = []
+
+    async def create(percent: float, *_words: str) -> int:
+        moved.append(percent)
+        return 1
+
+    async def update(_bar: int, percent: float, _text: str) -> None:
+        moved.append(percent)
+
+    monkeypatch.setattr("tasks.shown.acreate_progress_artifact", create)
+    monkeypatch.setattr("tasks.shown.aupdate_progress_artifact", update)
+    monkeypatch.setenv("ENGINERY_BAR_SECONDS", "0")
+
+    def shown(*ends: bool) -> list[float]:
+        moved.clear()
+        bar = ProgressShown("compile", 0.0)
+        for done in (False, *ends):
+            bar.latest = Progress("compile", "progress", 0.4, "kernels")
+            asyncio.run(bar.move(done=done))
+        return list(moved)
+
+    assert shown() == [40.0]
+    assert shown(True) == [40.0, 100.0]
+    assert shown(False) == [40.0]
+    quiet = ProgressShown("fetch", 0.0)  # which says nothing of how far it is
+    moved.clear()
+    asyncio.run(quiet.move(done=True))
+    assert moved == []
