@@ -252,7 +252,8 @@ def test_what_the_store_did_not_answer_is_tried_again_and_a_recipes_own_error_is
     where = {"name": {"like_": "compile:tensorrt-rtx"}, "state": {"name": {"any_": ["AwaitingRetry"]}}}
     until(lambda: fleet.server.ask("task_runs/filter", {"task_runs": where}))
     fleet.faults.refused = {}
-    assert ended(fleet, asked)["state_name"] == "Completed"
+    done = ended(fleet, asked)
+    assert done["state_name"] == "Completed", done["state"]
     compilation = fleet.runs("compile digits.yaml tensorrt-rtx:sm89")[-1]
     assert tries(fleet, compilation["id"])["compile:tensorrt-rtx:sm89:fp16"] > 1
 
