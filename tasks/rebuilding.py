@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from artifacts.catalog import EngineCatalog, EngineId
@@ -110,7 +110,7 @@ def verdict(catalog: EngineCatalog, rebuild: Rebuild, report: dict[str, Any]) ->
         return {"state": "failed", "reason": "the recipe does not ask for it any more"}
     engine = engines[0]
     if engine["path"] is None:
-        return {"state": "failed", "reason": engine["why"] or f"it is not built: {engine['state']}"}
+        return {"state": "failed", "reason": _reason(engine, rebuild.target, report)}
     name = EngineId(*str(engine["path"]).removeprefix("engines/").split("/"))
     manifest = catalog.effective(name)
     replaced = None
@@ -126,3 +126,15 @@ def verdict(catalog: EngineCatalog, rebuild: Rebuild, report: dict[str, Any]) ->
     told = [one.text for one in against]
     told += [f"{speed.slower_by:+.1%} at the median"] if speed is not None else ["its speed is not compared"]
     return {"state": "passed", "engine": str(name), "reason": "; ".join(told)}
+
+
+def _reason(engine: Mapping[str, Any], target: str, report: Mapping[str, Any]) -> str:
+    """Say why an engine was not built: of a step that it needs why that one failed, and of a pool what its worker said."""
+    why = str(engine["why"] or f"it is not built: {engine['state']}")
+    told = [
+        f"{step['id']}: {'; '.join(step['why'])}"
+        for step in report.get("steps", ())
+        if step["state"] == "failed" and why == f"needs {step['id']}, which failed"
+    ]
+    told += [one["why"] for one in report.get("pools", ()) if (one["target"], one["state"]) == (target, "failed")]
+    return "; ".join([why, *told])

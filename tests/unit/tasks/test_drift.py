@@ -250,6 +250,11 @@ def test_a_rebuilt_engine_passes_by_its_gates_and_the_speed_of_what_it_replaces(
     }
     assert verdict(catalog, rebuild, report) == {"state": "failed", "reason": "w"}
     assert verdict(catalog, rebuild, {"engines": []})["state"] == "failed"
+    report["engines"][0]["why"] = "needs check:tensorrt, which failed"
+    report["steps"] = [{"id": "check:tensorrt", "state": "failed", "why": ["no libnvinfer.so.10"]}]
+    report["pools"] = [{"target": "tensorrt:sm90", "state": "failed", "why": "out of memory"}]
+    told = "needs check:tensorrt, which failed; check:tensorrt: no libnvinfer.so.10; out of memory"
+    assert verdict(catalog, rebuild, report)["reason"] == told
     old = _publish(catalog, "old", 1.0)
     for p50, state in ((1.0, "passed"), (1.04, "passed"), (1.06, "failed")):
         new = _publish(catalog, "new", p50)
