@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from functools import partial
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
 from prefect.events import DeploymentEventTrigger
 from prefect.logging import get_logger
 from prefect.runner import Runner
+from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
 from flows.watch import rebuild, watch
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _POLL_SECONDS: Final = 5.0
+_LOST_SECONDS: Final = (
+    120.0  # in which every look has ended; of one that a server did not hear the end of it is not known
+)
 
 
 def serve_host(host: str, recipes: list[str], store: str, every: float, *, pools: bool = False) -> None:
@@ -30,35 +38,61 @@ def serve_host(host: str, recipes: list[str], store: str, every: float, *, pools
     asyncio.run(_serve(host, recipes, store, every, pools=pools))
 
 
-class _Enduring(Runner):
-    """A runner that waits for a server which is away, for ever.
+class _HostRunner(Runner):
+    """A runner that waits for a server which is away, for ever, and of the looks that are due begins the newest, one at a time.
 
-    Prefect's own gives up after three questions in a row that were not answered (3.8), and ends with it what runs.
+    Prefect's own gives up after three questions in a row that were not answered (3.8), and ends with it what runs; and a limit
+    of one run on the deployment stays taken where a server is restarted during a look: then none would ever begin again.
     """
+
+    looks: UUID | None = None  # the deployment whose runs are looks
+    _begun: tuple[UUID, float] | None = None
 
     async def __aenter__(self) -> Self:
         entered = await super().__aenter__()
         client: Any = self._client
-        due = client.get_scheduled_flow_runs_for_deployments
+        due: Callable[..., Awaitable[list[FlowRun]]] = client.get_scheduled_flow_runs_for_deployments
 
-        async def get_scheduled_flow_runs_for_deployments(**question: Any) -> Any:
-            return await asked(partial(due, **question), warn=get_logger("runner").warning, away=math.inf)
+        async def get_scheduled_flow_runs_for_deployments(**question: Any) -> list[FlowRun]:
+            async def ask() -> list[FlowRun]:
+                return await self._without_missed(client, await due(**question))
+
+            return await asked(ask, warn=get_logger("runner").warning, away=math.inf)
 
         client.get_scheduled_flow_runs_for_deployments = get_scheduled_flow_runs_for_deployments
         return entered
 
+    async def _without_missed(self, client: PrefectClient, runs: list[FlowRun]) -> list[FlowRun]:
+        """Leave out all looks but one that may begin, and cancel those whose time has passed: they have nothing to add."""
+        now = datetime.now(timezone.utc)
+        looks = [run for run in runs if run.deployment_id == self.looks and run.next_scheduled_start_time is not None]
+        looks.sort(key=lambda run: run.next_scheduled_start_time or now)
+        passed = [run for run in looks if (run.next_scheduled_start_time or now) <= now]
+        chosen = (
+            None if await self._one_is_under_way(client) else passed.pop() if passed else looks[0] if looks else None
+        )
+        for run in passed:
+            missed: Any = Cancelled(name="Skipped", message="another look was under way, or a later one is due")
+            await client.set_flow_run_state(run.id, missed)
+        if chosen is not None:
+            self._begun = (chosen.id, time.monotonic())
+        return [run for run in runs if run.deployment_id != self.looks or run is chosen]
+
+    async def _one_is_under_way(self, client: PrefectClient) -> bool:
+        if self._begun is None or time.monotonic() - self._begun[1] > _LOST_SECONDS:
+            return False
+        state = (await client.read_flow_run(self._begun[0])).state
+        return state is not None and not state.is_final()
+
 
 async def _serve(host: str, recipes: list[str], store: str, every: float, *, pools: bool) -> None:
     await wait_for_server(get_logger("runner").warning)
-    runner = _Enduring(name=f"host {host}", query_seconds=_POLL_SECONDS, limit=None)
-    # Looks that were missed, and those that come while one is under way, have nothing to add.
-    alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    runner = _HostRunner(name=f"host {host}", query_seconds=_POLL_SECONDS, limit=None)
     shared: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": [f"host:{host}"]}
     looking = await watch.ato_deployment(
         host,
         interval=every,
         parameters={"recipes": recipes, "store": store, "pools": pools},
-        concurrency_limit=alone,
         description="Records what this host is, and which engines a change made stale.",
         **shared,
     )
@@ -75,6 +109,7 @@ async def _serve(host: str, recipes: list[str], store: str, every: float, *, poo
         description="Rebuilds here what a rollout asks of this host.",
         **shared,
     )
-    for deployment in (looking,) if pools else (looking, building):
-        await runner.aadd_deployment(deployment)
+    runner.looks = await runner.aadd_deployment(looking)
+    if not pools:
+        await runner.aadd_deployment(building)
     await runner.start()
