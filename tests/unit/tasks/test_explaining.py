@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tasks.errors import BackendError
 from tasks.onnx_sessions import GraphRunner
 from tasks.seeded import seeded_inputs
 from tasks.sources import explaining, run_export
@@ -36,10 +37,10 @@ LIES = {
 }
 
 
-def lied(tmp_path, source):
+def lied(tmp_path, source, exporter="torchscript"):
     """Export what lies, see that it does at another size or other values, and return what was found."""
     tar = code_tar(fresh(tmp_path, "in"), {"model.py": source})
-    asked = request("export", torch_params(), {"code.tar": tar}, tmp_path)
+    asked = request("export", torch_params(exporter=exporter), {"code.tar": tar}, tmp_path)
     run_export(asked)
     params = {**asked.params, "cases": CASES}
     inputs = {"code.tar": tar, "graph/model.onnx": asked.output_dir / "model.onnx"}
@@ -47,10 +48,13 @@ def lied(tmp_path, source):
     return explaining.run(again).facts, asked.output_dir / "model.onnx"
 
 
-@pytest.mark.parametrize("what", LIES)
-def test_what_was_taken_from_the_sample_is_named_with_node_and_axis(tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "exporter"),
+    [*((what, "torchscript") for what in LIES), ("decision", "dynamo"), ("folded values", "dynamo")],
+)
+def test_what_was_taken_from_the_sample_is_named_with_node_and_axis(tmp_path, what, exporter):
     source, expected = LIES[what]
-    facts, _graph = lied(tmp_path, module(source, CONV))
+    facts, _graph = lied(tmp_path, module(source, CONV), exporter)
     found = facts["found"]
     for axis, operator, words in expected:
         match = [one for one in found if one["axis"] == axis and one["operator"] == operator]
@@ -59,6 +63,14 @@ def test_what_was_taken_from_the_sample_is_named_with_node_and_axis(tmp_path, wh
         assert words is not None or match[0]["words"].startswith("the constant at input")
         assert match[0]["node"]
     assert {one["axis"] for one in found} == {axis for axis, _operator, _words in expected}
+
+
+def test_a_size_that_the_newer_exporter_fixes_ends_the_export_with_its_axis(tmp_path):
+    with pytest.raises(
+        BackendError, match=r"froze a dynamic axis: 'width' \(input 'image' axis 3\) became 8"
+    ) as caught:
+        lied(tmp_path, module(LIES["folded size"][0], CONV), "dynamo")
+    assert "does not depend on the size" in caught.value.advice
 
 
 def test_an_export_that_took_nothing_is_told_as_the_exporters_own_fault(tmp_path):
