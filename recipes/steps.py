@@ -26,7 +26,7 @@ Local = LocalFile | CodeBundle | DatasetFiles
 STAGE_VERSIONS: Mapping[str, int] = {
     "fetch": 1,
     "reference": 1,
-    "export": 3,
+    "export": 4,
     "explain": 1,
     "save": 1,
     "simplify": 2,

@@ -26,7 +26,7 @@ from tasks.onnx_files import (
     tensors_of,
 )
 from tasks.onnx_sessions import GraphRunner
-from tasks.onnx_weights import load_streamed
+from tasks.onnx_weights import external_bytes, load_streamed, put_back, set_apart
 from tasks.references import Run, write_reference
 from tasks.seeded import Array
 from tasks.stage import StageRequest, StageResult
@@ -86,9 +86,7 @@ def export(request: StageRequest) -> StageResult:
     path = request.inputs[GRAPH]
     external = has_external_data(load_graph(path, weights=False))
     check_graph(path)
-    # Only onnx's own converter of opsets needs the weights in the graph.
-    converts = params["opset"] is not None and opset_of(load_graph(path, weights=False)) != params["opset"]
-    model = load_graph(path) if converts or not external else load_streamed(path)
+    model = load_streamed(path) if external else load_graph(path)
     _lift_initialisers(model)
     _require_full(model)
     if params["opset"] is not None and opset_of(model) != params["opset"]:
@@ -129,11 +127,14 @@ def _converted(model: Any, opset: int) -> Any:
     import onnx.inliner  # which `import onnx` leaves out
 
     asked = f"opset {opset_of(model)} to {opset}"
+    # onnx's converter takes what is in the graph, 2 GB at most, and drops what lies elsewhere: large weights are inputs meanwhile.
+    metadata = [(entry.key, entry.value) for entry in model.metadata_props]
+    apart = set_apart(model) if external_bytes(model) else {}
     if sum(len(tensor.raw_data) for tensor in tensors_of(model)) > INLINE_LIMIT:
         raise BackendError(
             "rejected setting",
             f"{asked}: onnx converts no graph above 2 GB",
-            "export the model at that opset, or remove export.opset from the recipe",
+            "keep its weights in external data, export the model at that opset, or remove export.opset from the recipe",
         )
     if model.functions:
         model = onnx.inliner.inline_local_functions(model, convert_version=True)  # the converter drops functions
@@ -151,8 +152,10 @@ def _converted(model: Any, opset: int) -> Any:
             f"{asked}: the converter left opset {opset_of(converted)}",
             "export the model at that opset, or remove export.opset from the recipe",
         )
+    put_back(converted, apart)
     del converted.metadata_props[:]
-    converted.metadata_props.extend(model.metadata_props)
+    for key, value in metadata:
+        converted.metadata_props.add(key=key, value=value)
     return converted
 
 

@@ -13,6 +13,7 @@ from tasks import calibrate, halves, onnx_weights, precision, quantize, simplify
 from tasks.graphs import array_of, name_nodes
 from tasks.onnx_files import DATA, GRAPH, check_graph, load_graph, save_graph
 from tasks.onnx_weights import external_bytes, is_external, load_streamed, put_back, set_apart
+from tasks.sources import run_export
 from tests.unit.tasks.small_graphs import graph, node, stage
 
 X = {"x": {"dtype": "float32", "shape": ["batch", 64], "low": -1.0, "high": 1.0}}
@@ -156,3 +157,21 @@ def test_a_large_graph_is_calibrated_as_a_small_one(path: Path, tmp_path: Path):
         for file in ("ranges.json", "calibration.json")
     ]
     assert texts[:2] == texts[2:]
+
+
+def test_a_large_graph_gets_another_opset_without_its_weights(path: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(onnx_weights, "LARGE", 4096)
+    params = {"framework": "onnx", "opset": 21, "tensors": X, "outputs": None}
+    found = {}
+    for name, files in (
+        ("external", {"model_onnx": path, "model_onnx_data": path.with_name(DATA)}),
+        ("inline", {"model_onnx": wide()}),
+    ):
+        result, folder = stage(run_export, tmp_path / name, params, **files)
+        saved = load_graph(folder / GRAPH)
+        assert saved.opset_import[0].version == 21
+        assert [value.name for value in saved.graph.input] == ["x"]
+        tensors = load_graph(folder / GRAPH, weights=False).graph.initializer
+        assert any(map(is_external, tensors)) is (name == "external")
+        found[name] = contents(saved), result.facts
+    assert found["external"] == found["inline"]
