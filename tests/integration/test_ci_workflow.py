@@ -6,18 +6,26 @@ Git and enginery are real; `pip`, `gh` and `prefect` are programs that write dow
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from tests.integration.building import ROOT, environment
+from artifacts.catalog import EngineCatalog
+from artifacts.store import open_store
+from tests.contract import graphs
+from tests.integration.building import ROOT, enginery, environment
+from tests.integration.fleet import kill, until
+from tests.integration.test_prefect import QUIET, Server, server
 from tests.simulated_builds import write_recipe
 
+__all__ = ["server"]
 WORKFLOW = ROOT / "docs" / "ci" / "enginery.yml"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 RECORDER = '#!/bin/sh\necho "$(basename "$0") $*" >> "$ASKED"\n'
@@ -72,15 +80,20 @@ def commit(folder: Path) -> None:
     git(folder, "commit", "-qm", "a change")
 
 
-def run_job(house: Path, job: str, **expressions: str) -> tuple[int, str, str]:
-    """Run a job's shell steps as a runner does (`bash -e`); return the status, what else was asked, and the summary."""
+def run_job(house: Path, job: str, *, server: Server | None = None, **expressions: str) -> tuple[int, str, str]:
+    """Run a job's shell steps as a runner does (`bash -e`); return the status, what else was asked, and the summary.
+
+    With a server, `prefect` is the real one, which asks it.
+    """
     document: dict[str, Any] = yaml.safe_load(WORKFLOW.read_text())
     tools = house.parent / "tools"
     tools.mkdir(exist_ok=True)
     for name in ("pip", "gh", "prefect"):
         (tools / name).write_text(RECORDER)
         (tools / name).chmod(0o755)
-    for name, program in {"enginery": f"exec {sys.executable} -m enginery", "python": f"exec {sys.executable}"}.items():
+    real = {"enginery": f"exec {sys.executable} -m enginery", "python": f"exec {sys.executable}"}
+    real |= {"prefect": f"exec {sys.executable} -m prefect"} if server is not None else {}
+    for name, program in real.items():
         (tools / name).write_text(f'#!/bin/sh\n{program} "$@"\n')
         (tools / name).chmod(0o755)
     asked, summary = house.parent / "asked", house.parent / "summary"
@@ -88,6 +101,9 @@ def run_job(house: Path, job: str, **expressions: str) -> tuple[int, str, str]:
         path.write_text("")
     base = {**environment(), "PYTHONPATH": str(ROOT), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     base |= {"ASKED": str(asked), "GITHUB_STEP_SUMMARY": str(summary)}
+    if server is not None:
+        base |= {**QUIET, "PREFECT_HOME": server.env["PREFECT_HOME"]}
+        expressions |= {"PREFECT_API_URL": server.api, "PREFECT_API_AUTH_STRING": ""}
     status = 0
     for step in document["jobs"][job]["steps"]:
         if "run" in step and status == 0:
@@ -151,3 +167,68 @@ def test_a_merge_starts_a_build_of_each_touched_recipe(house: Path):
     assert asked.splitlines()[1:] == [
         f"prefect deployment run build/recipe --param recipe=recipes/three.yaml --param store={store}"
     ]
+
+
+BASE = """
+source: {framework: onnx, model: {file: model.onnx}}
+inputs: {x: {shape: [batch, 3, 8, 8]}}
+profiles: {online: {batch: [1, 1, 4]}}
+precision: {build: [fp32]}
+targets: [{runtime: onnxruntime, gpus: [cpu]}]
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_merge_is_built_by_a_worker(server: Server, tmp_path: Path):
+    """A branch is merged, the runner's checkout runs the job, and the server's runs are of what the merge touches, and no more."""
+    models, store = tmp_path / "models", str(tmp_path / "store")
+    (models / "recipes").mkdir(parents=True)
+    write_recipe(models / "recipes", "other")
+    graphs.save(graphs.classifier(), models / "recipes")
+    (models / "recipes" / "base.inc").write_text(BASE)
+    (models / "recipes" / "real.yaml").write_text("enginery: 1\nname: real\ninclude: base.inc\n")
+    shutil.copyfile(ROOT / "prefect.yaml", models / "prefect.yaml")
+    git(models, "init", "-q", "-b", "main")
+    commit(models)
+    env = {**environment(), **QUIET, **server.env, "ENGINERY_STORE": store, "ENGINERY_REPOSITORY": str(models)}
+    env |= {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+    assert enginery("pool", "portable", "--create", cwd=models, env=env).returncode == 0
+    deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(deploy, cwd=models, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def merge(change: str, text: str) -> tuple[int, str, str]:
+        """Merge a branch that adds a line to a file; run the job in a checkout, as the runner of a push to main does."""
+        before = git(models, "rev-parse", "main")
+        git(models, "checkout", "-qb", f"work-{before[:8]}")
+        with (models / change).open("a") as file:
+            file.write(text)
+        commit(models)
+        git(models, "checkout", "-q", "main")
+        git(models, "merge", "-q", "--no-ff", "-m", "a merge", f"work-{before[:8]}")
+        assert len(git(models, "rev-list", "--parents", "-n1", "HEAD").split()) == 3
+        house = tmp_path / before[:8] / "house"
+        house.parent.mkdir()
+        git(house.parent, "clone", "-q", str(models), "house")
+        return run_job(house, "build", server=server, BEFORE=before, ENGINERY_STORE=store)
+
+    def runs() -> list[dict[str, Any]]:
+        return server.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+
+    assert merge("notes.md", "nothing that a recipe reads\n")[0] == 0
+    assert runs() == []
+    assert (
+        merge("recipes/base.inc", "description: touched\n")[0] == 0
+    )  # which real.yaml includes, and other.yaml does not
+    assert [run["parameters"] for run in runs()] == [{"spread": True, "recipe": "recipes/real.yaml", "store": store}]
+    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "portable", "--name", "one"]
+    with (tmp_path / "log").open("wb") as log:
+        process = psutil.Popen(worker, env=env, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        ended = ("COMPLETED", "FAILED", "CRASHED")
+        until(lambda: runs()[0]["state_type"] in ended, 900, lambda: (tmp_path / "log").read_text()[-3000:])
+    finally:
+        kill(process)
+    assert [(run["name"], run["state_name"]) for run in runs()] == [("build recipes/real.yaml", "Completed")]
+    assert {engine.recipe for engine in EngineCatalog(open_store(store)).engines()} == {"real"}

@@ -51,17 +51,39 @@ def test_pools_and_deployments_are_made_and_a_worker_runs_what_is_asked(server: 
     done = subprocess.run(command, cwd=tmp_path / "models", env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     deployments = {one["entrypoint"]: one for one in server.ask("deployments/filter", {})}
-    for one in deployments.values():
+    required = {name: one["parameter_openapi_schema"].get("required", []) for name, one in deployments.items()}
+    assert required == {
+        "flows.build:build": ["recipe"],
+        "flows.folder:build_folder": [],
+        "flows.compile:compile": ["recipe", "target"],
+        "flows.watch:watch": [],
+        "flows.upkeep:verify": [],
+        "flows.upkeep:promote": ["engine"],
+        "flows.upkeep:collect_garbage": [],
+        "flows.rebuild:rebuild_on_pools": ["rollout", "host"],
+    }
+    for entry, one in deployments.items():
+        assert one["description"], entry
         for name, schema in one["parameter_openapi_schema"]["properties"].items():
-            assert schema["description"], (one["name"], name)
-            assert schema["title"] != name, (one["name"], name)
+            assert schema["description"], (entry, name)
+            assert schema["title"] != name, (entry, name)
+            assert ("default" in schema) == (name not in required[entry]), (entry, name)
     forms = {name: one["parameter_openapi_schema"]["properties"] for name, one in deployments.items()}
     assert "tensorrt:sm90" in forms["flows.compile:compile"]["target"]["enum"]
     assert forms["flows.build:build"]["recipe"]["examples"] == ["recipes/digits.yaml"]
+    (asked_for, _nothing) = forms["flows.build:build"]["targets"]["anyOf"]
+    assert {"tensorrt", "tensorrt:sm90", "onnxruntime:cpu"} <= set(asked_for["items"]["enum"])
+    assert (forms["flows.build:build"]["jobs"]["minimum"], forms["flows.build:build"]["jobs"]["default"]) == (1, 2)
+    assert deployments["flows.build:build"]["parameters"] == {"spread": True}
+    assert forms["flows.folder:build_folder"]["queue"]["default"] == "nightly"
+    assert forms["flows.upkeep:promote"]["channel"]["examples"] == ["staging", "production"]
 
     with pytest.raises(urllib.error.HTTPError) as refusal:  # by the schema, before anything runs
         _run(server, deployments["flows.compile:compile"], {"recipe": "digits.yaml", "target": "tensorrt:sm9"})
     assert "tensorrt:sm90" in refusal.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        _run(server, deployments["flows.upkeep:collect_garbage"], {"grace": "soon"})
+    assert "soon" in refusal.value.read().decode()
     # Prefect's server holds job variables against the template's schema.
     with pytest.raises(urllib.error.HTTPError) as refusal:
         _run(server, _on_kubernetes(server, deployments["flows.compile:compile"]), {}, {"image": "enginery:latest"})

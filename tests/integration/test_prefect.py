@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from tests.servers import bad_network
 pytestmark = pytest.mark.slow
 
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_SERVER_UI_ENABLED": "false"}
-START_SECONDS = 120.0
+START_SECONDS = 600.0  # of a machine that others keep busy
 STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
 # Every line that a build may say on stderr in a pipe.
 SAID = re.compile(r"digits: \d+ of \d+ stages to run, \d+ cached|  ((run  |built|FAIL ) \S+ |\.\.\.   \S+) .*")
@@ -112,7 +113,7 @@ def later(document: dict[str, Any]) -> None:
 
 def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_path: Path):
     recipe = copy_digits(tmp_path, one_engine)
-    steps = _build(tmp_path, server.env)
+    steps = _build(tmp_path, {**server.env, "ENGINERY_BAR_SECONDS": "0"})
     flow, shown = server.last_run()
     assert flow["name"] == f"build {recipe.name}"
     assert flow["state"]["type"] == "COMPLETED"
@@ -125,8 +126,8 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
     rows = json.loads(first["stages-digits"]["data"])
     assert {f"{row['stage']}" for row in rows} == {name.partition(":")[0] for name in steps}
     assert {row["stage"]: row["why"] for row in rows}["export"] == "miss: never built"
-    if next(row["seconds"] for row in rows if row["stage"] == "export") > 12:  # of which it has to be seen for five
-        assert float(first["progress-export"]["data"]) == 100.0
+    assert float(first["progress-export"]["data"]) == 100.0
+    assert first["progress-export"]["description"].startswith("export")
     assert re.search(r"\| \d\.\de-\d\d \|", first["engines-digits"]["data"])  # nothing was built before
 
     copy_digits(tmp_path, later)
@@ -168,6 +169,7 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
 
 
 def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_path: Path):
+    bars = {**server.env, "ENGINERY_BAR_SECONDS": "0"}
     copy_digits(tmp_path, one_engine)
     model = tmp_path / "digits" / "model.py"
     broken = model.read_text().replace(
@@ -186,8 +188,40 @@ def test_a_server_shows_a_failure_in_the_words_of_the_stage(server: Server, tmp_
     assert shown["fetch:code"][0] == "Completed"
     assert "simplify" not in shown  # it never ran
 
-    model.write_text(broken.replace("    raise ValueError('no such width')\n", ""))
-    assert _build(tmp_path, server.env)["export"] == "built"  # a failure is no result: nothing has to be cleared
+    said = _said(server, flow)
+    assert (logging.ERROR, True) in {(level, own) for level, line, own in said if "ValueError: no such width" in line}
+
+    # A failure is no result: nothing has to be cleared. Now the compiler fails, with too little memory for its kernels.
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'enginery[rtx]')")
+    copy_digits(tmp_path, without_workspace)
+    result = enginery("build", "digits.yaml", "--store", "store", cwd=tmp_path, env=bars)
+    assert result.returncode == 1
+    flow, shown = server.last_run()
+    assert shown["export"][0] == "Completed"
+    assert shown["compile:tensorrt-rtx:sm89:fp32"][0] == "Failed"
+    assert "raise build.workspace" in shown["compile:tensorrt-rtx:sm89:fp32"][1]
+    levels = {(line.split(" ", 1)[0], level) for level, line, own in _said(server, flow) if own}
+    assert {("[error]", logging.ERROR), ("[info]", logging.INFO)} <= levels
+    assert {level for word, level in levels if word.endswith("Warning:")} <= {logging.WARNING}
+    assert {level for word, level in levels if word == "[error]"} == {logging.ERROR}
+    shown_bars = {
+        name: float(one["data"]) for name, one in server.artifacts(flow).items() if name.startswith("progress")
+    }
+    assert shown_bars["progress-export"] == 100.0
+    assert shown_bars["progress-compile-tensorrt-rtx-sm89-fp32"] < 100.0  # where it failed
+
+
+def without_workspace(document: dict[str, Any]) -> None:
+    """Leave one engine that no compiler can make."""
+    document["targets"] = [{"runtime": "tensorrt-rtx", "gpus": ["sm89"]}]
+    document["precision"] = {"build": ["fp32"]}
+    document["build"] = {"workspace": "1MiB"}
+
+
+def _said(server: Server, flow: dict[str, Any]) -> list[tuple[int, str, bool]]:
+    """Return what a run has said: level, text, and whether it is of a task's own."""
+    said = server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [flow["id"]]}}, "limit": 200})
+    return [(line["level"], line["message"], line["task_run_id"] is not None) for line in said]
 
 
 def test_a_worker_tries_again_what_the_store_fails_and_nothing_else(
