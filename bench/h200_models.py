@@ -52,6 +52,14 @@ PLANS: dict[str, dict[str, list[tuple[int, str]]]] = {
         "resnet50": [(1, "int8"), (8, "int8"), (1, "fp16"), (8, "fp16")],
         "vit": [(1, "fp16-mha"), (8, "fp16-mha"), (1, "int8-half"), (8, "int8-half")],
     },
+    # What makes TensorRT 8.6 run Swin in fp32; several builds share a GPU.
+    "halves": {
+        "swin": [
+            *((1, name) for name in ("weak-bare", "fp16-bare", "weak", "fp16", "fp16-soft", "fp16-rw", "fp16-mha")),
+            *((1, name) for name in ("fp16-held", "fp16-mha-held")),
+            *((8, name) for name in ("weak-bare", "fp16-bare", "fp16-held", "fp16-mha-held")),
+        ],
+    },
     "levels": {
         "resnet50": [(1, "int8-o5")],
         "swin": [(1, "weak-rw-o5"), (1, "int8-mlp"), (8, "int8-rw")],
@@ -143,16 +151,16 @@ class Run:
         name = f"torch-{model}-{step}-{batches}"
         return self.start(command, name, base=other_python(), env={**env, **self.gpu(model)}, **pipes)
 
-    def gpu(self, model: str, batch: int | None = None) -> dict[str, str]:
+    def gpu(self, model: str, batch: int | None = None, variant: str = "") -> dict[str, str]:
         """Return what gives each model a GPU of its own, where there are several, or the one that --place says."""
         if len(self.gpus) < 2:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.place(model, batch)]}
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[self.place(model, batch, variant)]}
 
-    def place(self, model: str, batch: int | None = None) -> int:
+    def place(self, model: str, batch: int | None = None, variant: str = "") -> int:
         places = dict(entry.split("=") for entry in self.asked.place.split(",") if entry)
         alone = places.get(model, self.asked.models.index(model) % max(len(self.gpus), 1))
-        return int(places.get(f"{model}:{batch}", alone))
+        return int(places.get(f"{model}:{batch}:{variant}", places.get(f"{model}:{batch}", alone)))
 
     def prepare(self, jobs: list[tuple[str, int, str]]) -> None:
         """Start the exports and the compilations of PyTorch, each in a process of its own."""
@@ -219,7 +227,7 @@ class Run:
                 command.append("--dry")
             began = time.monotonic()
             name = f"build-{model}-b{batch}-{variant}"
-            process = self.start(command, name, stdout=subprocess.DEVNULL, env=self.gpu(model, batch))
+            process = self.start(command, name, stdout=subprocess.DEVNULL, env=self.gpu(*job))
             status = self.finish(process, seconds + 10)
             facts = read(asked.work / model / f"b{batch}" / variant / "build.json") or {}
             words = facts.get("error", "")[:300] if status == 0 else f"ended with {status}"
@@ -228,7 +236,7 @@ class Run:
 
         lanes: list[list[tuple[str, int, str]]] = [[job] for job in jobs]
         if asked.alone:  # a build at a time on a GPU
-            lanes = [[job for job in jobs if self.place(*job[:2]) == place] for place in range(len(self.gpus) or 1)]
+            lanes = [[job for job in jobs if self.place(*job) == place] for place in range(len(self.gpus) or 1)]
         with ThreadPoolExecutor(len(lanes) if asked.alone else asked.jobs) as pool:
             list(pool.map(lambda lane: [one(job) for job in lane], lanes))
 
@@ -333,7 +341,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--steps", default="export,torch,build,measure")
     parser.add_argument(
-        "--place", default="", help="which GPU builds what, where there are several: model=0,model:batch=1,..."
+        "--place",
+        default="",
+        help="which GPU builds what, where there are several: model=0,model:batch=1,model:batch:variant=2,...",
     )
     parser.add_argument("--alone", action="store_true", help="one build at a time on each GPU")
     parser.add_argument("--jobs", type=int, default=8)

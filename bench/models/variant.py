@@ -49,6 +49,11 @@ def _with(**params: Any) -> dict[str, Any]:
 
 
 VARIANTS = {
+    "fp16-bare": Variant(()),
+    "weak-bare": Variant((), precision="weak"),
+    "fp16-soft": Variant(("drop-moves", "plain-softmax")),
+    "fp16-held": Variant(params=_with(half_layers=True)),
+    "fp16-mha-held": Variant(FUSED, params=_with(half_layers=True)),
     "fp16-mha": Variant(FUSED),
     "fp16-mha-ln": Variant((*FUSED, "decompose-layernorm")),
     "weak-mha": Variant(FUSED, precision="weak"),
@@ -247,6 +252,7 @@ class Maker:
             "version_compatible": False,
             **({"typing": "weak"} if weak else {}),
             **self.variant.params,
+            "verbose_log": str(self.folder / "compile.log"),
         }
         inputs = {"model.onnx": graph}
         cache = self.model_folder / "timing" / f"b{self.asked.batch}.cache"
