@@ -59,7 +59,7 @@ class Told(Log):
 
     def __init__(self, report: Any, path: Path, *, folder: str) -> None:
         super().__init__(report, folder=folder)
-        self._everything = path.open("w", buffering=1 << 20)  # noqa: SIM115 - lives as long as the process
+        self._everything = path.open("w", buffering=1 << 20)
 
     def write(self, severity: str, message: str) -> None:
         super().write(severity, message)
