@@ -136,6 +136,9 @@ class PaddleSource(Model):
 Source = Annotated[TorchSource | PaddleSource | OnnxSource, Field(discriminator="framework")]
 
 
+Rewrite = Literal["drop-moves", "plain-softmax", "fold-scales", "merge-projections", "decompose-layernorm"]
+
+
 class Export(Model):
     """How the source becomes one simplified fp32 ONNX graph."""
 
@@ -147,6 +150,10 @@ class Export(Model):
     )
     simplifier: Literal["onnxsim", "onnxslim", "none"] = Field(
         default="onnxsim", description="What folds and fuses the graph; its result is compared with the exported one."
+    )
+    rewrites: list[Rewrite] | None = Field(
+        default=None,
+        description="What brings the graph into forms that compilers fuse; default [drop-moves, plain-softmax], [] without a simplifier.",
     )
 
 

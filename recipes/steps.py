@@ -29,7 +29,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "export": 4,
     "explain": 1,
     "save": 1,
-    "simplify": 2,
+    "simplify": 3,
     "calibrate": 4,
     "outliers": 1,
     "sensitivity": 2,

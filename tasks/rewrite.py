@@ -17,13 +17,17 @@ from onnx import helper
 from tasks.attention_rewrites import plain_softmax
 from tasks.graph_index import Graph, Linear, bypass, linear_of, projection_of
 from tasks.graphs import hoist_constants
+from tasks.onnx_files import graphs_of
 
 
 def rewrite(model: onnx.ModelProto, passes: tuple[str, ...]) -> dict[str, int]:
     """Apply the named passes in order, in place, and return how often each changed something.
 
-    Raises KeyError for a name that is none of PASSES. Constants that nothing reads any more are dropped.
+    Raises KeyError for a name that is none of PASSES. Constants that nothing reads any more are dropped. A graph with control
+    flow stays as it is: the bodies of its branches and loops may read any tensor.
     """
+    if len(list(graphs_of(model))) > 1:
+        return dict.fromkeys(passes, 0)
     hoist_constants(model)
     counts = {}
     for name in passes:
@@ -190,15 +194,9 @@ def decompose_layernorm(graph: Graph) -> int:
 
 def _drop_unused(model: onnx.ModelProto) -> None:
     read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g") or attribute.graphs:
-                return  # a body may read anything
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    if len(kept) != len(model.graph.initializer):
-        copied = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(copied)
+    for index in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[index].name not in read:
+            del model.graph.initializer[index]
 
 
 PASSES: Final[Mapping[str, Callable[[Graph], int]]] = {

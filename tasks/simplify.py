@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from tasks.onnx_files import (
 )
 from tasks.onnx_sessions import GraphRunner
 from tasks.onnx_weights import APART, external_bytes, load_streamed, put_back, set_apart
+from tasks.rewrite import rewrite
 from tasks.seeded import Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 
@@ -43,7 +44,7 @@ _SKIPPED: Final = ["fuse_attention"]
 def run(request: StageRequest) -> StageResult:
     """Simplify `model.onnx` as `params["simplifier"]` says ("none" checks and copies), keeping names and dynamic axes.
 
-    Both graphs run in ONNX Runtime at every case. Raises BackendError("wrong result") where an output differs by more
+    Then apply params["rewrites"], names of `tasks.rewrite.PASSES`; the fact `rewritten` counts what each changed. Both graphs run in ONNX Runtime at every case. Raises BackendError("wrong result") where an output differs by more
     than TOLERANCE, where an axis, a name or a type is lost, or where operators outside the ONNX standard appear;
     "bad profile" where the input graph itself does not run at a case (with params["plugins"], graphs with operators outside
     the standard are not run); "missing package" with the extra to install.
@@ -52,27 +53,36 @@ def run(request: StageRequest) -> StageResult:
     source = request.inputs[GRAPH]
     before = load_graph(source, weights=False)
     request.report(0.1, f"{simplifier} on {len(before.graph.node)} nodes")
-    if simplifier == "none":
+    rewritten = dict.fromkeys(request.params.get("rewrites", ()), 0)
+    if simplifier == "none" and not rewritten:
         outputs = save_graph(load_streamed(source), request.output_dir, external=DATA in request.inputs)
         after = before
     else:
-        outputs = _simplify(simplifier, source, request.output_dir, external=DATA in request.inputs)
+        outputs = _simplify(simplifier, source, request.output_dir, rewritten, external=DATA in request.inputs)
         after = infer_shapes(request.output_dir)
         _require_same_interface(before, after, simplifier)
         check_graph(request.output_dir / GRAPH)
-    counts = {"nodes_before": len(before.graph.node), "nodes_after": len(after.graph.node)}
+    counts = {"nodes_before": len(before.graph.node), "nodes_after": len(after.graph.node), "rewritten": rewritten}
     if request.params.get("plugins") and custom_domains(before):
         # ONNX Runtime runs neither graph; what a plugin computes is measured where the engine is executed.
         return StageResult(outputs, {**counts, "checked": [], "max_abs": None})
-    worst = _compare(request, source, request.output_dir / GRAPH)
+    worst = _compare(request, source, request.output_dir / GRAPH, [name for name, count in rewritten.items() if count])
     checked = [case["name"] for case in request.params["cases"]]
     return StageResult(outputs, {**counts, "checked": checked, "max_abs": worst})
 
 
-def _simplify(simplifier: str, source: Path, folder: Path, *, external: bool) -> dict[str, str]:
+def _simplify(
+    simplifier: str, source: Path, folder: Path, rewritten: dict[str, int], *, external: bool
+) -> dict[str, str]:
+    """Write the simplified and rewritten graph; `rewritten` names the passes, and gets their counts."""
+
+    def run(path: Path, folder: Path) -> Any:
+        model = _SIMPLIFIERS[simplifier](path, folder)
+        rewritten.update(rewrite(model, tuple(rewritten)))
+        return model
+
     try:
         with quiet("onnxslim", "ONNXSLIM"):
-            run = _onnxsim if simplifier == "onnxsim" else _onnxslim
             streamed = load_streamed(source) if external else None
             if streamed is not None and external_bytes(streamed) > APART:
                 model = _apart(streamed, run, folder)
@@ -135,6 +145,17 @@ def _onnxslim(source: Path, folder: Path) -> Any:
         return model
 
 
+def _unchanged(source: Path, _folder: Path) -> Any:
+    return load_graph(source)
+
+
+_SIMPLIFIERS: Final[Mapping[str, Callable[[Path, Path], Any]]] = {
+    "onnxsim": _onnxsim,
+    "onnxslim": _onnxslim,
+    "none": _unchanged,
+}
+
+
 def _require_same_interface(before: Any, after: Any, simplifier: str) -> None:
     lost = [
         f"{kind} {old.name!r} {dims_of(old)} became {[(new.name, dims_of(new)) for new in news] or 'nothing'}"
@@ -169,9 +190,10 @@ def _same_value(old: Any, new: Any) -> bool:
     )
 
 
-def _compare(request: StageRequest, source: Path, target: Path) -> float:
-    """Run both graphs at every case and return the largest absolute difference of any element."""
+def _compare(request: StageRequest, source: Path, target: Path, passes: Sequence[str]) -> float:
+    """Run both graphs at every case and return the largest absolute difference of any element; `passes` changed something."""
     params: Mapping[str, Any] = request.params
+    makers = ", ".join(name for name in (params["simplifier"], *passes) if name != "none") or "no change"
     cases = []
     for index, case in enumerate(params["cases"]):
         inputs = seeded_inputs(params["tensors"], case["shapes"], params["input_seed"], index)
@@ -184,15 +206,14 @@ def _compare(request: StageRequest, source: Path, target: Path) -> float:
     runner, worst = GraphRunner(target), 0.0
     for index, ((case_name, inputs, what), expected) in enumerate(zip(cases, references, strict=True)):
         request.report(0.5 + 0.5 * index / len(cases), f"comparing at {case_name}")
-        found = runner.run(inputs, f"{what} after {params['simplifier']}")
+        found = runner.run(inputs, f"{what} after {makers}")
         for name, reference in expected.items():
             gap, scale = _distance(reference, found[name])
             if not gap <= TOLERANCE * scale:
                 raise BackendError(
                     "wrong result",
-                    f"after {params['simplifier']}, output {name!r} differs by {gap:.3g} (its largest value is {scale:.3g}) "
-                    f"at {what}",
-                    _another(params["simplifier"]),
+                    f"after {makers}, output {name!r} differs by {gap:.3g} (its largest value is {scale:.3g}) at {what}",
+                    ("set export.rewrites to [], or " if passes else "") + _another(params["simplifier"]),
                 )
             worst = max(worst, gap)
     return worst

@@ -149,6 +149,7 @@ TABLE = {
     "export: an input's type": (edited("inputs.image.dtype", "float16"), "export"),
     "reference: an input's range": (edited("inputs.image.high", 2.0), "reference:parity"),
     "simplify: simplifier": (edited("export.simplifier", "onnxslim"), "simplify"),
+    "simplify: rewrites": (edited("export.rewrites", ["drop-moves"]), "simplify"),
     "simplify: its version": (released("onnxsim"), "simplify"),
     "type: its version": (released("onnxruntime"), "type:int8"),
     "type: onnx": (released("onnx"), "type:fp16"),

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tasks.rewrite import PASSES, rewrite
 from tests.unit.tasks.small_graphs import evaluate, graph, node
@@ -177,3 +177,23 @@ def test_an_unknown_pass_is_an_error():
     with pytest.raises(KeyError, match="fuse-everything"):
         rewrite(attention(), ("fuse-everything",))
     assert set(PASSES) >= {"drop-moves", "fold-scales", "merge-projections"}
+
+
+def test_a_graph_with_control_flow_stays_as_it_is():
+    """Its branches may read any tensor, also one that a pass would drop."""
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["same"], ["taken"])], "branch", [], [helper.make_tensor_value_info("taken", 1, [2])]
+    )
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("If", ["which"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    model = graph(
+        nodes,
+        {"which": np.array(True)},
+        inputs={"x": (TensorProto.FLOAT, [2])},
+        outputs={"y": (TensorProto.FLOAT, [2])},
+    )
+    before = model.SerializeToString()
+    assert rewrite(model, ("drop-moves", "plain-softmax")) == {"drop-moves": 0, "plain-softmax": 0}
+    assert model.SerializeToString() == before

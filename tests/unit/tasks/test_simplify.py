@@ -45,10 +45,11 @@ def foldable(*, metadata=False):
     return model
 
 
-def simplified(tmp_path, simplifier, model, cases=CASES, tensors=IMAGE, **save):
+def simplified(tmp_path, simplifier, model, cases=CASES, tensors=IMAGE, rewrites=(), **save):
     folder = fresh(tmp_path, "in")
     onnx.save(model, folder / "model.onnx", **save)
     params = {"simplifier": simplifier, "profiles": [], "cases": cases, "tensors": tensors, "input_seed": 1}
+    params |= {"rewrites": list(rewrites)} if rewrites else {}
     inputs = {path.name: path for path in folder.iterdir()}
     for path in inputs.values():
         path.chmod(0o444)
@@ -112,6 +113,53 @@ def test_external_data_stays_beside_the_graph(tmp_path, simplifier):
     assert set(result.outputs) == {"model.onnx", "model.onnx.data"}
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert (folder / "model.onnx.data").stat().st_size == 64 * 64 * 4
+
+
+def guarded(mask, batch="batch"):
+    """A softmax under a mask, with the guard against NaN that PyTorch writes."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["s"]),
+        helper.make_node("Add", ["s", "mask"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["p"], axis=-1),
+        helper.make_node("IsNaN", ["p"], ["n"]),
+        helper.make_node("Where", ["n", "zero", "p"], ["g"]),
+        helper.make_node("Sqrt", ["g"], ["y"]),
+    ]
+    constants = {"w": np.eye(64, dtype="f"), "mask": np.asarray(mask, "f"), "zero": np.zeros(1, "f")}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 64])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("simplifier", ["onnxsim", "onnxslim", "none"])
+@pytest.mark.parametrize("save", [{}, {"save_as_external_data": True, "location": "model.onnx.data"}])
+def test_what_is_asked_for_is_rewritten_after_any_simplifier(tmp_path, monkeypatch, simplifier, save):
+    monkeypatch.setattr("tasks.simplify.APART", 1 << 10)  # so that the matrix is no part of the graph meanwhile
+    cases, tensors = [{"name": "p/min", "shapes": {"x": [2, 64]}}], {"x": tensor(["batch", 64])}
+    passes = ["drop-moves", "plain-softmax"]
+    result, folder = simplified(tmp_path, simplifier, guarded(np.zeros(64)), cases, tensors, passes, **save)
+    assert [node.op_type for node in onnx.load(folder / "model.onnx").graph.node] == ["MatMul", "Softmax", "Sqrt"]
+    assert result.facts["rewritten"]["plain-softmax"] > 0
+    assert result.facts["max_abs"] == 0
+    asked = {"nodes": result.facts["nodes_after"], "files": {path.name for path in folder.iterdir()}}
+    assert asked == {"nodes": 3, "files": {"model.onnx", *(["model.onnx.data"] if save else [])}}
+
+
+def test_a_rewrite_that_changes_the_result_is_named(tmp_path, monkeypatch):
+    def wrong(graph):
+        graph.model.graph.node[0].op_type = "Add"
+        return 1
+
+    monkeypatch.setattr("tasks.rewrite.PASSES", {"drop-moves": wrong})
+    cases, tensors = [{"name": "p/min", "shapes": {"x": [64, 64]}}], {"x": tensor([64, 64])}
+    with pytest.raises(BackendError, match="after drop-moves, output 'y' differs") as caught:
+        simplified(tmp_path, "none", guarded(np.zeros(64), 64), cases, tensors, ["drop-moves"])
+    assert "set export.rewrites to []" in str(caught.value)
 
 
 def test_attention_is_not_fused_into_an_operator_that_tensorrt_lacks(tmp_path):
