@@ -139,7 +139,7 @@ def test_a_fault_in_a_base_is_told_at_its_line(tmp_path):
     assert told(faults_of(tmp_path, including("base.yaml")), tmp_path) == [
         (
             "base.yaml:3: export.simplifer: unknown key 'simplifer' "
-            "(did you mean 'simplifier'? allowed: opset, exporter, simplifier)"
+            "(did you mean 'simplifier'? allowed: opset, exporter, simplifier, rewrites)"
         ),
         "base.yaml:4: build.timeout: expected a string, found the number 3; put it in quotes: '3'",
     ]

@@ -60,7 +60,7 @@ def test_another_version_is_told_before_faults_of_the_text(tmp_path):
 
 
 SHAPE_FAULTS = [
-    ("export: {opset: 18}", "export: {opsett: 18}", "8: export.opsett: unknown key 'opsett' (did you mean 'opset'? allowed: opset, exporter, simplifier)"),
+    ("export: {opset: 18}", "export: {opsett: 18}", "8: export.opsett: unknown key 'opsett' (did you mean 'opset'? allowed: opset, exporter, simplifier, rewrites)"),
     ("export: {opset: 18}", "exprot: {opset: 18}", "8: exprot: unknown key 'exprot' (did you mean 'export'? allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
     ("export: {opset: 18}", "opset: 18", "8: opset: unknown key 'opset' (it belongs at export.opset; allowed: enginery, name, description, source, export, parts, inputs, outputs, profiles, precision, acceptance, targets, build, benchmark, fallback, driver, publish, include)"),
     ("export: {opset: 18}", "export: 18", "8: export: expected a mapping, found the number 18"),
