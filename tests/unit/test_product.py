@@ -35,10 +35,17 @@ EXTRAS = (
     "tensorrt_rtx", "torch", "transformers",
 )  # fmt: skip
 # Loaded only in the process of a stage whose source is PyTorch: subclasses of torch's classes need it at the top.
-NEED_TORCH = ["tasks.benchmark.torch_candidate", "tasks.sources.torch_source", "tasks.torch_module", "tasks.tracing"]
+NEED_TORCH = [
+    "tasks.benchmark.torch_candidate",
+    "tasks.engines.torch_run",
+    "tasks.sources.torch_source",
+    "tasks.torch_module",
+    "tasks.torch_program",
+    "tasks.tracing",
+]
 
 # As above, of a source that is PaddlePaddle.
-NEED_PADDLE = ["tasks.paddle_model", "tasks.sources.paddle_source"]
+NEED_PADDLE = ["tasks.engines.paddle_run", "tasks.paddle_model", "tasks.sources.paddle_source"]
 
 _IMPORT_WITHOUT = """
 import importlib, json, sys
