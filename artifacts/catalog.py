@@ -203,8 +203,9 @@ class EngineCatalog:
     ) -> list[bytes]:
         """Publish engines of one recipe in another store too, all at once and as they are; return the manifests that count there.
 
-        Their bytes are checked on the way; files that are there in their size are not sent again. Raises NotFoundError,
-        StoreError and IntegrityError; nothing is visible there then that was not before.
+        Their bytes are checked on the way; files that are there in their size are not sent again, and those whose blobs are there are
+        copied there, as by `publish`. Raises NotFoundError, StoreError and IntegrityError; nothing is visible there then that was not
+        before.
         """
         names = [str(engine) for engine in engines]
         stored = [(engine, self.manifest_bytes(engine)) for engine in engines]
@@ -212,13 +213,17 @@ class EngineCatalog:
         with leased(other.store, f"publish {', '.join(names)}", names):
             for engine, manifest, _data in sent:
                 paths = {f"{engine.path}/{name}": (name, entry) for name, entry in manifest.files.items()}
-                there = {path: info.size for path, info in other.store.infos(paths).items()}
+                blobs = {blob_path(entry.digest) for entry in manifest.files.values()}
+                there = {path: info.size for path, info in other.store.infos({*paths, *blobs}).items()}
                 # The receiver's scratch, so that a folder links the files instead of copying them once more.
                 with other.store.scratch() as folder:
                     for path, (name, entry) in paths.items():
-                        if there.get(path) != entry.size:
-                            (folder / name).parent.mkdir(exist_ok=True)  # a part's own
-                            self.fetch(engine, name, entry, folder / name)
+                        if there.get(path) == entry.size:
+                            continue
+                        (folder / name).parent.mkdir(exist_ok=True)  # a part's own
+                        self.fetch(engine, name, entry, folder / name)
+                        blob = blob_path(entry.digest)
+                        if there.get(blob) != entry.size or not _copied(other.store, blob, path):
                             other.store.put_file(path, folder / name, entry.ref)
             return other._make_visible(
                 sent, without or {}, lambda engine, _manifest, data: self._send_signatures(engine, data, other)
@@ -422,3 +427,12 @@ def _made(manifest: Manifest) -> dict[str, FileEntry]:
 def host_path(name: str) -> str:
     """Return where a store keeps the fingerprint of the host of this name."""
     return f"hosts/{_UNSAFE.sub('_', name).lstrip('.') or 'unnamed'}.json"
+
+
+def _copied(store: Store, source: str, target: str) -> bool:
+    """Copy an object inside a store; False where it was removed meanwhile."""
+    try:
+        store.copy(source, target)
+    except NotFoundError:
+        return False
+    return True

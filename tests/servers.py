@@ -98,6 +98,7 @@ class Faults:
     stalls: int = 0  # requests that are not answered before `over` is set
     # Seconds before the answer to every request whose "METHOD /path" has such a part.
     delays: dict[str, float] = field(default_factory=dict)
+    delayed: int = 0  # requests that are, or were
     drops: float = 0.0  # seconds between two bytes of every answer's body; 0: it comes at once
     over: Event = field(default_factory=Event)
     # As Ceph's radosgw 16.2: a write over an ETag in quotes is refused, one without them is taken for what it says.
@@ -158,9 +159,9 @@ class _Proxy(BaseHTTPRequestHandler):
         content = response.read()
         upstream.close()
         for part, seconds in rules.delays.items():
-            if part in f"{self.command} {self.path}" and rules.over.wait(seconds):
-                self.close_connection = True
-                return
+            if part in f"{self.command} {self.path}":
+                rules.delayed += 1
+                rules.over.wait(seconds)
         if rules.lost_answers:
             rules.lost_answers -= 1
             self.close_connection = True

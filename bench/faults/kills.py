@@ -16,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,8 +228,15 @@ _KILLERS: Final = {
 }
 
 
-def kill_many(kind: str, kills: int, seed: int, places: Iterator[Place], actors: Actors) -> Tally:
-    """Kill one kind of action so often, on new stores as they are used up; return what it came to."""
+def kill_many(
+    kind: str,
+    kills: int,
+    seed: int,
+    places: Iterator[Place],
+    actors: Actors,
+    tell: Callable[[Tally], None] = lambda _tally: None,
+) -> Tally:
+    """Kill one kind of action so often, on new stores as they are used up; return what it came to, telling it each time."""
     chance, tally, begin = random.Random(f"{kind} {seed}"), Tally(), time.perf_counter()
     world, last = None, 0
     while tally.kills < kills:
@@ -239,7 +246,8 @@ def kill_many(kind: str, kills: int, seed: int, places: Iterator[Place], actors:
         left = left_in_tmp(world.place)
         if left:
             tally.violations.append(f"left in tmp after all: {left}")
-    tally.seconds = round(time.perf_counter() - begin, 1)
+        tally.seconds = round(time.perf_counter() - begin, 1)
+        tell(tally)
     return tally
 
 
@@ -314,11 +322,15 @@ def main() -> None:
         for store in stores:
             for kind in kinds:
                 folder = Path(base) / f"{kind}-on-{store}"
+
+                def tell(tally: Tally, name: str = f"{kind} on {store}") -> None:
+                    # A long run that is stopped has told what it came to until then.
+                    tallies[name] = vars(tally)
+                    write_json(given.result, _summary(given.seed, tallies))
+
                 with places_of(store, folder) as places:
-                    tally = kill_many(kind, share, given.seed, places, actors)
-                tallies[f"{kind} on {store}"] = vars(tally)
+                    tally = kill_many(kind, share, given.seed, places, actors, tell)
                 print(f"{kind} on {store}: {vars(tally)}", flush=True)
-                write_json(given.result, _summary(given.seed, tallies))
     if any(tally["violations"] for tally in tallies.values()):
         raise SystemExit(1)
 

@@ -100,6 +100,10 @@ class Dying:
         self._count(path)
         self._store.put_file(path, *rest)
 
+    def copy(self, source: str, target: str) -> None:
+        self._count(target)
+        self._store.copy(source, target)
+
 
 def test_a_mirror_that_dies_at_any_write_shows_nothing_half_and_goes_on(tmp_path: Path) -> None:
     shop = AnyShop(open_store(str(tmp_path / "source")))
