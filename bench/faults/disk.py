@@ -338,7 +338,8 @@ def main() -> None:
 
 def _summary(given: argparse.Namespace, seconds: float, tallies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
-        "command": f"python -m bench.faults.disk RESULT.json --levels {given.levels} --seed {given.seed}",
+        "command": f"python -m bench.faults.disk RESULT.json --levels {given.levels} --seed {given.seed} "
+        f"--stores {given.stores} --actions {given.actions} --faults {given.faults}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(seconds, 1),
         **{key: sum(tally[key] for tally in tallies.values()) for key in ("runs", "refused", "completed")},
