@@ -138,7 +138,7 @@ class _Engines:
                 what = "exported" if exported else "simplified"
                 reasons = ", ".join(verdict.reasons) if verdict is not None else "; ".join(step.why)
                 explained = self.stages.pipeline.explain if exported else None
-                told = told_of_sample(explained.facts) if explained is not None else ""
+                told = told_of_sample(explained.facts, recipe.source.framework) if explained is not None else ""
                 return replace(base, state="failed", why=f"the {what} graph fails: {reasons}{told}")
         waiting = self.stages.waits(target, gpu)
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)

@@ -73,7 +73,7 @@ def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
     return "\n".join(lines)
 
 
-def told_of_sample(facts: Mapping[str, Any] | None) -> str:
+def told_of_sample(facts: Mapping[str, Any] | None, framework: str) -> str:
     """Return what the exporter took from its sample input, as lines to add to what failed; empty where nothing is known."""
     if facts is None:
         return ""
@@ -86,7 +86,12 @@ def told_of_sample(facts: Mapping[str, Any] | None) -> str:
         lines.append(
             f"  {facts.get('exports', 0)} more exports with other samples gave the same graph: the exporter itself is wrong"
         )
-        lines.append("    next: try the other export.exporter, or another opset")
+        lines.append(
+            "    next: Paddle traces open axes as -1, so that a Python `if` on x.shape is decided by that: use paddle.shape(x), or "
+            "give the axis a fixed size"
+            if framework == "paddle"
+            else "    next: try the other export.exporter, or another opset"
+        )
     else:
         lines.append(
             "    next: compute it from tensors and their shapes (torch.where, x.size()), or give the axis a fixed size"

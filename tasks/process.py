@@ -244,6 +244,12 @@ class _Child:
         if "bad_alloc" in said:
             advice = "lower calibration.batch or the profiles' maxima, or use a host with more memory"
             return BackendError("out of memory", f"the stage {self._stage} died of {name}{said}", advice)
+        if "[Paddle2ONNX]" in said and name == "SIGABRT":  # which is how it refuses a model
+            return BackendError(
+                "unsupported operator",
+                f"paddle2onnx cannot convert the model{said}",
+                "write the model without that operator, or ask for another export.opset; fallback: source needs no ONNX",
+            )
         return BackendError(
             "crash",
             f"the process of the stage {self._stage} died of {name}{said}",

@@ -7,6 +7,7 @@ and it names every dynamic axis anew.
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,12 +33,14 @@ from tasks.onnx_files import (
     strip_notes,
 )
 from tasks.paddle_model import PaddleModel, load_model
+from tasks.paddle_nodes import unknown_operators
 from tasks.references import Run, write_reference
 from tasks.seeded import SAMPLE_SEED, Array, seeded_inputs
 from tasks.stage import StageRequest, StageResult
 
 # Two runs of one layer on one input differ by less, relative to the largest output, unless something is drawn at random.
 _SAME: Final = 1e-4
+_MOST_TOLD: Final = 20
 
 
 def reference(request: StageRequest) -> StageResult:
@@ -140,9 +143,15 @@ def _run_twice(model: PaddleModel, params: Mapping[str, Any]) -> list[tuple[int,
 
 def _converted(model: PaddleModel, folder: Path, opset: int) -> Path:
     import paddle2onnx
+    from paddle2onnx import paddle2onnx_cpp2py_export
 
     graph, weights = model.save(folder)
     written = folder / GRAPH
+    unknown = unknown_operators(graph, paddle2onnx_cpp2py_export.get_all_supported_operators_pir())
+    if unknown:
+        # Last words: over an operator that it does not know paddle2onnx aborts, and this is what the error is made of.
+        sys.stderr.write(f"paddle2onnx may not know: {'; '.join(unknown[:_MOST_TOLD])}\n")
+        sys.stderr.flush()
     try:
         paddle2onnx.export(
             str(graph),

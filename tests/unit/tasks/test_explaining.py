@@ -37,10 +37,10 @@ LIES = {
 }
 
 
-def lied(tmp_path, source, exporter="torchscript"):
+def lied(tmp_path, source, **changes):
     """Export what lies, see that it does at another size or other values, and return what was found."""
     tar = code_tar(fresh(tmp_path, "in"), {"model.py": source})
-    asked = request("export", torch_params(exporter=exporter), {"code.tar": tar}, tmp_path)
+    asked = request("export", torch_params(**changes), {"code.tar": tar}, tmp_path)
     run_export(asked)
     params = {**asked.params, "cases": CASES}
     inputs = {"code.tar": tar, "graph/model.onnx": asked.output_dir / "model.onnx"}
@@ -54,7 +54,7 @@ def lied(tmp_path, source, exporter="torchscript"):
 )
 def test_what_was_taken_from_the_sample_is_named_with_node_and_axis(tmp_path, what, exporter):
     source, expected = LIES[what]
-    facts, _graph = lied(tmp_path, module(source, CONV), exporter)
+    facts, _graph = lied(tmp_path, module(source, CONV), exporter=exporter)
     found = facts["found"]
     for axis, operator, words in expected:
         match = [one for one in found if one["axis"] == axis and one["operator"] == operator]
@@ -69,7 +69,7 @@ def test_a_size_that_the_newer_exporter_fixes_ends_the_export_with_its_axis(tmp_
     with pytest.raises(
         BackendError, match=r"froze a dynamic axis: 'width' \(input 'image' axis 3\) became 8"
     ) as caught:
-        lied(tmp_path, module(LIES["folded size"][0], CONV), "dynamo")
+        lied(tmp_path, module(LIES["folded size"][0], CONV), exporter="dynamo")
     assert "does not depend on the size" in caught.value.advice
 
 
@@ -78,3 +78,34 @@ def test_an_export_that_took_nothing_is_told_as_the_exporters_own_fault(tmp_path
     assert facts == {"found": [], "exports": 4}
     runner = GraphRunner(graph)
     assert runner.run(seeded_inputs(IMAGE, {"image": [3, 1, 9, 11]}, 0, 0), "here")["logits"].shape == (3, 4)
+
+
+PADDLE = """
+import paddle
+from paddle import nn
+
+class Net(nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first = nn.Conv2D(1, 4, 3, padding=1), None
+
+    def forward(self, image):
+        if self.first is None:
+            self.first = float(image.mean())
+        return self.conv(image).mean([2, 3]) - self.first
+
+def build():
+    net = Net()
+    net.eval()
+    return net
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # Paddle's own
+def test_a_constant_that_paddle_folded_from_the_sample_is_named(tmp_path):
+    pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
+    facts, _graph = lied(tmp_path, PADDLE, framework="paddle", opset=17)
+    (constant,) = facts["found"]
+    assert (constant["axis"], constant["at"]) == (None, "other values")
+    assert constant["node"].startswith(constant["operator"])
+    assert constant["words"].startswith("the constant at input 1 is [")

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import subprocess
@@ -194,3 +195,40 @@ def test_weights_of_another_layer_are_refused_by_name(tmp_path):
         run_export(request("export", params(), inputs, tmp_path))
     assert "not in the layer: other" in str(error.value)
     assert "conv.weight is [4, 3, 5, 5] in the file, [4, 3, 3, 3] in the layer" in str(error.value)
+
+
+def test_operators_that_the_converter_may_not_know_are_told_before_it_ends_the_process(tmp_path):
+    from tasks.paddle_nodes import unknown_operators
+
+    def operator(name, *outputs, **more):
+        made = [{"TT": {"#": "0.t_dtensor", "D": [{"#": "0.t_f32"}, list(shape), "NCHW", [], 0]}} for shape in outputs]
+        return {"#": name, "I": [], "O": made, **more}
+
+    inner = [{"blocks": [{"ops": [operator("1.digamma", (2, 2))]}]}]
+    operators = [
+        operator("p"),
+        operator("1.mean", (-1, 4)),
+        operator("1.lgamma", (-1, 4)),
+        operator("1.if", regions=inner),
+    ]
+    graph = tmp_path / "model.json"
+    graph.write_text(json.dumps({"program": {"regions": [{"blocks": [{"ops": operators}]}]}}))
+    assert unknown_operators(graph, {"conv2d"}) == [
+        "lgamma (operator 3 of 5, makes [?, 4])",
+        "digamma (operator 5 of 5, makes [2, 2])",
+    ]
+    assert unknown_operators(graph, {"lgamma", "digamma"}) == []
+
+
+@pytest.mark.long
+def test_a_model_that_paddle2onnx_aborts_over_is_told_as_an_operator_that_it_does_not_know(tmp_path):
+    """It ends the process with SIGABRT, and names nothing."""
+    from tasks.process import Limits, run_stage
+
+    source = NET.replace('"columns": found.mean(2)', '"columns": paddle.lgamma(found.mean(2))')
+    tar = code_tar(fresh(tmp_path, "in"), {"model.py": source})
+    with pytest.raises(BackendError) as caught:
+        run_stage("export", params(), {"code.tar": tar}, fresh(tmp_path), limits=Limits(300, 8 << 30))
+    assert caught.value.kind == "unsupported operator"
+    assert "paddle2onnx may not know: lgamma (operator " in caught.value.message
+    assert "the conversion is aborted" in caught.value.message
