@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from artifacts.catalog import EngineCatalog
@@ -67,6 +68,12 @@ def library(model: Any, code: SimpleNamespace, image: np.ndarray) -> tuple[np.nd
     return seen.numpy(), positions.numpy(), tokens
 
 
+def weights_of(part: Path) -> set[bytes]:
+    """Return the weights that a part's graph holds."""
+    tensors = onnx.load(str(part / "model.onnx")).graph.initializer
+    return {onnx.numpy_helper.to_array(one).tobytes() for one in tensors if np.prod(one.dims) > 1000}
+
+
 def ended(tokens: list[int], end: int) -> list[int]:
     """Return tokens with -1 after the one that ends a text, as the recipe's code gives them."""
     return [-1 if end in tokens[:place] else token for place, token in enumerate(tokens)]
@@ -106,9 +113,13 @@ def test_greedy_decoding_through_pulled_engines_gives_pytorchs_tokens(code, mode
     store = open_store(str(tmp_path / "store"))
     engines = [one for one in EngineCatalog(store).engines() if one.target.startswith("onnxruntime")]
     assert {one.build.partition("-")[0] for one in engines} == {"fp32", "fp16", "int8"}
-    trained = code.pages.held_out(16)["image"]
+    exact = pull(store, next(one for one in engines if one.build.startswith("fp32")), tmp_path / "exact")
+    assert set(exact.manifest.provenance.source) == {"code.tar", "weights.safetensors"}
+    assert len(weights_of(exact.folder / "prompt")) > 8
+    assert weights_of(exact.folder / "prompt") == weights_of(exact.folder / "step")  # of one model, in each graph
+    trained = code.pages.held_out(8)["image"]
     large = code.pages.held_out(1, 12, 7)["image"]
-    for image in (*np.split(trained, 16), large):
+    for image in (*np.split(trained, 8), large):
         _seen, _positions, tokens = library(model, code, image)
         for name in engines:
             if image.shape != large.shape or not name.build.startswith("int8"):
