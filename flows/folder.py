@@ -44,6 +44,7 @@ async def build_folder(
             arun_deployment,
             "build/recipe",
             parameters={"recipe": str(path), "store": store, "jobs": jobs},
+            flow_run_name=f"build {path}",
             timeout=0,
             as_subflow=False,
             work_queue_name=queue,

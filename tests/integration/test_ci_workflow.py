@@ -164,9 +164,8 @@ def test_a_merge_starts_a_build_of_each_touched_recipe(house: Path):
     commit(house)
     status, asked, _summary = run_job(house, "build", BEFORE=before, ENGINERY_STORE=store)
     assert status == 0
-    assert asked.splitlines()[1:] == [
-        f"prefect deployment run build/recipe --param recipe=recipes/three.yaml --param store={store}"
-    ]
+    named = "--flow-run-name build recipes/three.yaml --param recipe=recipes/three.yaml"
+    assert asked.splitlines()[1:] == [f"prefect deployment run build/recipe {named} --param store={store}"]
 
 
 BASE = """
@@ -221,6 +220,7 @@ def test_a_merge_is_built_by_a_worker(server: Server, tmp_path: Path):
     assert (
         merge("recipes/base.inc", "description: touched\n")[0] == 0
     )  # which real.yaml includes, and other.yaml does not
+    assert [run["name"] for run in runs()] == ["build recipes/real.yaml"]  # before any worker has it
     assert [run["parameters"] for run in runs()] == [{"spread": True, "recipe": "recipes/real.yaml", "store": store}]
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "portable", "--name", "one"]
     with (tmp_path / "log").open("wb") as log:
