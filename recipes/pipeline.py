@@ -35,7 +35,7 @@ from recipes.steps import Output, Step, Steps
 
 DEFAULT_OPSET: Final = 18
 EVALUATION_BATCH: Final = 32
-# Those that made no engine slower where they were measured (docs/tensorrt.md); the others have made some twice as slow.
+# What made no engine slower by more than 2 % where it was measured (docs/tensorrt.md).
 REWRITES: Final = ("drop-moves", "plain-softmax")
 RANDOM_CASES: Final = 3
 # The package of CPUs and that of GPUs: whichever is installed makes the model.

@@ -129,7 +129,7 @@ def drop_moves(graph: Graph) -> int:
     count = 0
     for node in graph.nodes():
         if node.op_type == "Pad":
-            pads = graph.value(node.input[1])
+            pads = graph.value(node.input[1]) if len(node.input) > 1 else None  # an attribute before opset 11
             idle = pads is not None and not pads.any()
         else:
             idle = node.op_type == "Identity" and node.input[0] not in graph.constants

@@ -78,7 +78,12 @@ def _simplify(
 
     def run(path: Path, folder: Path) -> Any:
         model = _SIMPLIFIERS[simplifier](path, folder)
-        rewritten.update(rewrite(model, tuple(rewritten)))
+        try:
+            rewritten.update(rewrite(model, tuple(rewritten)))
+        except Exception as err:  # a graph that a pass did not expect
+            raise BackendError(
+                "unsupported operator", f"export.rewrites failed: {brief(err)}", "set export.rewrites to []"
+            ) from err
         return model
 
     try:

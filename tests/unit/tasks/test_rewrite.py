@@ -197,3 +197,11 @@ def test_a_graph_with_control_flow_stays_as_it_is():
     before = model.SerializeToString()
     assert rewrite(model, ("drop-moves", "plain-softmax")) == {"drop-moves": 0, "plain-softmax": 0}
     assert model.SerializeToString() == before
+
+
+def test_a_pad_of_an_early_opset_stays():
+    nodes = [node("Pad", ["x", "pads"], ["p"]), node("Neg", ["p"], ["y"])]
+    pads = {"pads": np.zeros(2, np.int64)}
+    model = graph(nodes, pads, inputs={"x": (TensorProto.FLOAT, [2])}, outputs={"y": (TensorProto.FLOAT, [2])})
+    del model.graph.node[0].input[1:]  # before opset 11, `pads` was an attribute
+    assert rewrite(model, ("drop-moves",)) == {"drop-moves": 0}

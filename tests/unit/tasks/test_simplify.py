@@ -150,6 +150,16 @@ def test_what_is_asked_for_is_rewritten_after_any_simplifier(tmp_path, monkeypat
     assert asked == {"nodes": 3, "files": {"model.onnx", *(["model.onnx.data"] if save else [])}}
 
 
+def test_a_rewrite_that_fails_is_not_the_simplifiers_fault(tmp_path, monkeypatch):
+    def failing(_graph):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("tasks.rewrite.PASSES", {"drop-moves": failing})
+    cases, tensors = [{"name": "p/min", "shapes": {"x": [64, 64]}}], {"x": tensor([64, 64])}
+    with pytest.raises(BackendError, match=r"export\.rewrites failed: .*list index.*\n.*set export\.rewrites to \[\]"):
+        simplified(tmp_path, "none", guarded(np.zeros(64), 64), cases, tensors, ["drop-moves"])
+
+
 def test_a_rewrite_that_changes_the_result_is_named(tmp_path, monkeypatch):
     def wrong(graph):
         graph.model.graph.node[0].op_type = "Add"
