@@ -108,7 +108,7 @@ class Run:
 def measured() -> dict[str, Any]:
     """Return the seconds that stages took on GPUs: compilations of each network (TensorRT 8.6, H100), a verification (H200)."""
     compiled: dict[str, list[float]] = {}
-    for run in json.loads((RESULTS / "models_h100.json").read_text())["runs"]:
+    for run in json.loads((RESULTS / "models_h100.json").read_text())["runs"][:2]:  # later ones try variants
         for model, found in run["models"].items():
             compiled.setdefault(model, []).extend(one["seconds"]["compile"] for one in found["engines"].values())
     verified = json.loads((RESULTS / "digits_gpu_h200.json").read_text())["seconds_of_stages_built"]
