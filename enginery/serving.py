@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -13,6 +13,7 @@ from uuid import UUID
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.runner import Runner
 from prefect.states import Cancelled
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _POLL_SECONDS: Final = 5.0
-_LOST_SECONDS: Final = (
-    120.0  # in which every look has ended; of one that a server did not hear the end of it is not known
-)
 
 
 def serve_host(host: str, recipes: list[str], store: str, every: float, *, pools: bool = False) -> None:
@@ -46,7 +44,7 @@ class _HostRunner(Runner):
     """
 
     looks: UUID | None = None  # the deployment whose runs are looks
-    _begun: tuple[UUID, float] | None = None
+    _begun: UUID | None = None
 
     async def __aenter__(self) -> Self:
         entered = await super().__aenter__()
@@ -68,21 +66,21 @@ class _HostRunner(Runner):
         looks = [run for run in runs if run.deployment_id == self.looks and run.next_scheduled_start_time is not None]
         looks.sort(key=lambda run: run.next_scheduled_start_time or now)
         passed = [run for run in looks if (run.next_scheduled_start_time or now) <= now]
-        chosen = (
-            None if await self._one_is_under_way(client) else passed.pop() if passed else looks[0] if looks else None
-        )
+        chosen = None if self._one_is_under_way() else passed.pop() if passed else looks[0] if looks else None
         for run in passed:
             missed: Any = Cancelled(name="Skipped", message="another look was under way, or a later one is due")
-            await client.set_flow_run_state(run.id, missed)
+            with suppress(ObjectNotFound):  # deleted meanwhile, or not in the database that was restored
+                await client.set_flow_run_state(run.id, missed)
         if chosen is not None:
-            self._begun = (chosen.id, time.monotonic())
+            self._begun = chosen.id
         return [run for run in runs if run.deployment_id != self.looks or run is chosen]
 
-    async def _one_is_under_way(self, client: PrefectClient) -> bool:
-        if self._begun is None or time.monotonic() - self._begun[1] > _LOST_SECONDS:
-            return False
-        state = (await client.read_flow_run(self._begun[0])).state
-        return state is not None and not state.is_final()
+    def _one_is_under_way(self) -> bool:
+        """Tell whether the process of the look that was begun last is there, whatever the server heard of it.
+
+        The runner's poller keeps the id of a run until its process has exited (Prefect 3.8), and has no public name for that.
+        """
+        return self._begun in self._scheduled_run_poller._submitting_flow_run_ids  # noqa: SLF001
 
 
 async def _serve(host: str, recipes: list[str], store: str, every: float, *, pools: bool) -> None:
