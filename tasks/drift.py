@@ -102,12 +102,14 @@ def look(
         # Also what an earlier change made stale and no rollout has finished: it is judged from before that one.
         unfinished = next(one for one in record.history if one.pending or one.rollout in record.open)
         judgement = judge(recipes, store, unfinished.before, found, warn, pools=pools)
-        before, owed = record.owed or unfinished.before, None
+        before, owed = unfinished.before, None
         if record.owed is not None:  # a card may be back whose engines nobody here could rebuild
             earlier = judge(recipes, store, record.owed, found, warn, pools=pools)
-            judgement = judgement.also(earlier)
+            both = judgement.also(earlier)
+            # Where that added nothing (the card is gone for good), the rollout is named by this change, as other hosts name it.
+            before, judgement = (record.owed if both != judgement else before), both
             owed = record.owed if earlier.lost else None
-        owed = (owed or before) if judgement.lost else owed
+        owed = (owed or record.owed or unfinished.before) if judgement.lost else owed
         joined = _join(store, found.name, before, found, judgement) if judgement.stale else None
         for other in record.open:
             if other != joined:

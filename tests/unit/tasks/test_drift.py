@@ -204,6 +204,27 @@ def test_a_canary_that_comes_back_with_another_card_is_out_and_what_it_cannot_bu
     assert read_host(store, host_path("one"))[0].owed is None
 
 
+def test_a_host_whose_card_was_exchanged_for_good_shares_later_rollouts_with_others(tmp_path):
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    head = recipe.read_text().partition("targets:")[0]
+    recipe.write_text(f"{head}driver: exact\ntargets: [{{runtime: tensorrt, gpus: [sm89, sm90]}}]\n")
+    one = Host("one", "linux", "x86_64", "570.1", "12.8", (H100,), {"tensorrt": "10.16.1.11"})
+    card = replace(H100, name="L4", compute_capability="sm89", uuid="GPU-9")
+    two = replace(one, name="two", gpus=(replace(card, uuid="GPU-8"),))
+    for host in (one, two):
+        simulate_build(recipe, store, tmp_path, host)
+        look(store, [recipe], host=host)
+    one = replace(one, gpus=(card,))
+    assert len(look(store, [recipe], host=one).judgement.lost) == 1
+    # One rollout for both, though the first still owes what only its old card could build.
+    for host in (one, two):
+        found = look(store, [recipe], host=replace(host, driver="580.2"))
+        assert [rebuild.target for rebuild in found.judgement.stale] == ["tensorrt:sm89"]
+    (rollout,) = rollouts(store)
+    assert set(rollout.members) == {"one", "two"}
+    assert read_host(store, host_path("one"))[0].owed is not None
+
+
 def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
     recipes, store = watched
     look(store, recipes, host=HERE)
