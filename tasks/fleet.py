@@ -9,6 +9,7 @@ its place in the pool, and another is asked for. Should the lost one live after 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -155,14 +156,19 @@ async def _run(
 
 
 async def _ended(client: PrefectClient, line: Line, run: FlowRun, pool: str, queue: str | None) -> FlowRun:
-    """Wait until a run has ended, its worker is lost, or none is there to take it; while the server was away, none could be heard."""
+    """Wait until a run has ended, its worker is lost, or none is there to take it; while the server was away, none could be heard.
+
+    Of a run that had begun before this build saw it, nobody here knows whether the server was away: its worker has time to be heard.
+    """
+    since = time.monotonic() if _begun(run) else float("-inf")
     while True:
         run = await line.ask(partial(client.read_flow_run, run.id))
         if run.state is not None and run.state.is_final():
             return run
         begun = _begun(run)
         away = partial(_is_lost, client, run, pool) if begun else partial(_nobody_listens, client, pool, queue)
-        if await line.ask(away) and line.steady(_HEARD_SECONDS):
+        heard = not begun or time.monotonic() - since > _HEARD_SECONDS
+        if await line.ask(away) and heard and line.steady(_HEARD_SECONDS):
             if not begun:
                 return run
             crashed: Any = Crashed(

@@ -1,0 +1,69 @@
+"""Whose run is lost: of a run that began before a build saw it, only whose worker was not heard of for long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Completed, Pending, Running, Scheduled
+
+from tasks import fleet
+from tasks.server import Line
+
+
+class Server:
+    """One run of a worker that is heard of, or is not; the run goes through these states, a question each, and stays in the last."""
+
+    def __init__(self, *states: Any, heard_after: float = 60.0) -> None:
+        self.states = list(states)
+        self.heard = time.monotonic() + heard_after
+        self.run = FlowRun(flow_id=uuid4(), labels={"prefect.worker.name": "w"})
+        self._next()
+
+    def _next(self) -> FlowRun:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        self.run = self.run.model_copy(update={"state": state, "state_type": state.type})
+        return self.run
+
+    async def read_flow_run(self, _run: object) -> FlowRun:
+        return self._next()
+
+    async def read_workers_for_work_pool(self, _pool: str, limit: int) -> list[Any]:
+        assert limit > 0
+        return [SimpleNamespace(name="w", status="ONLINE" if time.monotonic() > self.heard else "OFFLINE")]
+
+    async def set_flow_run_state(self, _run: object, state: Any, *, force: bool) -> None:
+        assert force
+        self.states = [state]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(fleet, "_HEARD_SECONDS", 0.3)
+
+
+def ended(server: Server) -> tuple[str | None, float]:
+    began = time.monotonic()
+    run = asyncio.run(fleet._ended(server, Line(pytest.fail), server.run, "pool", None))
+    assert run.state is not None
+    return run.state.name, time.monotonic() - began
+
+
+def test_a_worker_that_is_heard_again_after_an_outage_before_the_build_keeps_its_run():
+    assert ended(Server(*[Running()] * 12, Completed(), heard_after=0.05))[0] == "Completed"
+
+
+def test_a_worker_that_is_not_heard_for_long_has_lost_its_run():
+    state, seconds = ended(Server(Running()))
+    assert (state, seconds > 0.3) == ("Crashed", True)
+
+
+def test_a_run_that_this_build_saw_begin_is_lost_as_soon_as_its_worker_is():
+    state, seconds = ended(Server(Scheduled(), Pending(), Running()))
+    assert (state, seconds < 0.3) == ("Crashed", True)
