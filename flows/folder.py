@@ -39,7 +39,8 @@ async def build_folder(
         if not await _has_work(str(path), store, jobs):
             asked.append({"recipe": str(path), "flow_run": None})
             continue
-        once = f"{this_run.get_id()} {path}" if this_run.get_id() else None
+        # Whoever does not hear the answer asks for the same run again; a retry of this one asks for others.
+        once = f"{this_run.get_id()} {this_run.get_run_count()} {path}" if this_run.get_id() else None
         asking = partial(
             arun_deployment,
             "build/recipe",
