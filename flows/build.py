@@ -37,7 +37,7 @@ async def build(
     """
     host = portable_host(probe_host()) if spread else None
     session = active_session(recipe) or worker_session(recipe, store, targets, jobs, host=host)
-    document = await run_session(session)
+    document = await run_session(session, spread=spread)
     waiting = [engine for engine in session.plan().engines if engine.state == "waiting"]
     if spread and waiting:
         from tasks.fleet import compile_on_pools

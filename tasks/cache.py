@@ -38,8 +38,12 @@ _LOOK_SECONDS: Final = 1.0
 _JITTER: Final = 0.3  # of the waits before new tries, so that a fleet does not come back all at once
 
 
-async def run_session(session: BuildSession) -> dict[str, Any]:
-    """Run what is stale of a session as tasks and return its report; whatever ends this flow ends the stages too."""
+async def run_session(session: BuildSession, *, spread: bool = False) -> dict[str, Any]:
+    """Run what is stale of a session as tasks and return its report; whatever ends this flow ends the stages too.
+
+    A recipe that is built whole here leaves its plan. Not one that is `spread` over pools or built for some targets: nobody
+    looks for that plan.
+    """
     try:
         planned = await drive(session, StageTasks(session), show_all=True)
     except BaseException:  # also Prefect's cancellation, which comes as a signal
@@ -50,7 +54,7 @@ async def run_session(session: BuildSession) -> dict[str, Any]:
     if session.retries:  # on a worker, where nobody waits at the prompt
         await wait_for_server(get_run_logger().warning)
     await leave_report(document, session.store, get_run_logger().log)
-    if planned.fresh and not session.cancelled:
+    if planned.fresh and not (session.cancelled or session.selection.targets or spread):
         await asyncio.to_thread(leave_plan, session)
     return document
 
@@ -88,15 +92,9 @@ class StageTasks:
             logger = get_run_logger()
             logger.info("%s %s: %s", step.id, key[:12], "; ".join(why) or "cached")
             loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._threads, self._session.ensure, step, planned)
-            shown = ProgressShown(step.id, time.monotonic())
-            done = False
-            while not done:
-                await asyncio.wait({running}, timeout=_LOOK_SECONDS)
-                done = running.done()
-                well = done and running.exception() is None and running.result().state in ("built", "cached")
-                await self._show(step, shown, logger, done=well)
-            outcome = running.result()
+            outcome = await self.follow(
+                step, loop.run_in_executor(self._threads, self._session.ensure, step, planned), logger
+            )
             outcomes.append(outcome)
             if outcome.state in ("failed", "interrupted"):
                 logger.error("%s: %s", step.id, outcome.message)
@@ -112,6 +110,19 @@ class StageTasks:
             await state.aresult(raise_on_failure=True)
             raise RuntimeError(f"{step.id}: Prefect ended its task run as {state.name}: {state.message}")
         return outcomes[-1]
+
+    async def follow(
+        self, step: Step, running: asyncio.Future[Outcome], logger: Logger | LoggerAdapter[Logger]
+    ) -> Outcome:
+        """Pass on what a step says until it has ended, and return what became of it; its bar ends only where that is well."""
+        shown = ProgressShown(step.id, time.monotonic())
+        done = False
+        while not done:
+            await asyncio.wait({running}, timeout=_LOOK_SECONDS)
+            done = running.done()
+            well = done and running.exception() is None and running.result().state in ("built", "cached")
+            await self._show(step, shown, logger, done=well)
+        return running.result()
 
     async def _show(
         self, step: Step, shown: ProgressShown, logger: Logger | LoggerAdapter[Logger], *, done: bool

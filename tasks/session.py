@@ -146,8 +146,8 @@ class BuildSession:
         return dict(self._versions)
 
     def anew(self) -> BuildSession:
-        """Return a session of the same recipe that knows nothing yet: its plans are made from what the store has now."""
-        return replace(self, outcomes={}, listen=lambda _progress: None)
+        """Return a session of the same recipe that knows nothing yet: its plans are made from what the store has now, at once."""
+        return replace(self, outcomes={}, listen=lambda _progress: None, retries=0)
 
     @contextmanager
     def leased(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from prefect.artifacts import (
@@ -21,6 +22,7 @@ from prefect.artifacts import (
     acreate_table_artifact,
     aupdate_progress_artifact,
 )
+from prefect.logging import get_logger
 
 from artifacts.catalog import EngineCatalog
 from artifacts.timings import timing_summary
@@ -59,6 +61,16 @@ def level_of(line: str) -> int:
     return logging.WARNING if re.search(r"\b\w*Warning: ", line) else logging.INFO
 
 
+@cache
+def _seconds(text: str) -> float:
+    """Return how long a stage takes before it has a bar; what is no number is told once, and costs no stage."""
+    try:
+        return float(text)
+    except ValueError:
+        get_logger("shown").warning("%s=%s is no number of seconds: %g is used", BAR_SECONDS, text, _LONG_SECONDS)
+        return _LONG_SECONDS
+
+
 @dataclass
 class ProgressShown:
     """The bar of one stage: made when the stage has taken long and says how far it is, moved every two seconds.
@@ -68,7 +80,7 @@ class ProgressShown:
 
     step: str
     began: float
-    long: float = field(default_factory=lambda: float(os.environ.get(BAR_SECONDS) or _LONG_SECONDS))
+    long: float = field(default_factory=lambda: _seconds(os.environ.get(BAR_SECONDS) or str(_LONG_SECONDS)))
     latest: Progress | None = None
     _bar: UUID | None = None
     _moved: float = 0.0

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from artifacts.store import open_store
+from tasks.cache import StageTasks
 from tasks.progress import Progress
-from tasks.session import open_session
+from tasks.session import Outcome, open_session
 from tasks.shown import ProgressShown, artifact_key, engines_markdown, level_of, stage_rows
 from tests.simulated_builds import write_recipe
 
@@ -103,3 +104,41 @@ def test_a_bar_ends_where_its_stage_failed_and_at_its_end_where_it_is_well(monke
     moved.clear()
     asyncio.run(quiet.move(done=True))
     assert moved == []
+
+
+def test_a_bar_stays_where_its_stage_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    moved: list[float] = []
+
+    async def move(*words: object) -> int:
+        moved.extend(word for word in words if isinstance(word, float))
+        return 1
+
+    monkeypatch.setattr("tasks.shown.acreate_progress_artifact", move)
+    monkeypatch.setattr("tasks.shown.aupdate_progress_artifact", move)
+    monkeypatch.setenv("ENGINERY_BAR_SECONDS", "0")
+    session = open_session(write_recipe(tmp_path, "m"), open_store(str(tmp_path / "store")))
+    step, stages = session.plan().steps[0], StageTasks(session)
+
+    async def ending(outcome: Outcome | OSError) -> None:
+        def stage() -> Outcome:
+            session._tell(Progress(step.id, "progress", 0.4, "kernels"))
+            if isinstance(outcome, OSError):
+                raise outcome
+            return outcome
+
+        running = asyncio.get_running_loop().run_in_executor(None, stage)
+        await stages.follow(step, running, logging.getLogger("stage"))
+
+    asyncio.run(ending(Outcome(step, "failed", 1.0, "no kernel")))
+    assert moved == [40.0]
+    with pytest.raises(OSError, match="disk"):
+        asyncio.run(ending(OSError("disk")))
+    assert moved == [40.0, 40.0]
+    asyncio.run(ending(Outcome(step, "built", 1.0)))
+    assert moved == [40.0, 40.0, 100.0]
+
+
+def test_a_variable_that_is_no_number_costs_no_stage(monkeypatch: pytest.MonkeyPatch):
+    for value, seconds in (("5s", 5.0), ("", 5.0), ("0.5", 0.5)):
+        monkeypatch.setenv("ENGINERY_BAR_SECONDS", value)
+        assert ProgressShown("compile", 0.0).long == seconds
