@@ -36,6 +36,7 @@ from artifacts.publications import (
     mark_document,
     mark_of,
     mark_path,
+    marks_of,
     next_name,
     publication_document,
     publication_name,
@@ -161,9 +162,8 @@ class EngineCatalog:
         """Tell whether an engine has a manifest, and a publication that is complete where it is marked. Raises StoreError."""
         if self.store.info(f"{engine.path}/{MANIFEST_NAME}") is None:
             return False
-        marks = [info.path.rpartition("/")[2] for info in self.store.list(f"{engine.path}/{PUBLICATIONS}/")]
-        paths = [publication_path(engine.recipe, mark) for mark in marks]
-        return not marks or any(self.store.info(path) is not None for path in paths)
+        paths = [publication_path(engine.recipe, mark) for mark in marks_of(self.store, engine.path)]
+        return not paths or any(self.store.info(path) is not None for path in paths)
 
     def unmark(self, engine: EngineId) -> None:
         """Make a visible engine one by its manifest alone, which whoever is about to remove that does first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,7 +26,7 @@ _ABSENT: Final = Sight(there=False)
 
 
 class ObservedStore:
-    """Reads objects, and notes in `sights` each that was asked for, there or not. It has nothing else of a store."""
+    """Reads objects, and notes in `sights` each that was asked for, there or not, or listed. It has nothing else of a store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -51,6 +52,12 @@ class ObservedStore:
         info = self._store.info(path)
         self._note(path, _ABSENT if info is None else Sight(there=True, size=info.size, version=info.version or None))
         return info
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
+        for info in self._store.list(prefix):
+            self._note(info.path, Sight(there=True, size=info.size, version=info.version or None))
+            yield info
 
     def _note(self, path: str, sight: Sight) -> None:
         seen = self.sights.setdefault(path, sight)

@@ -62,6 +62,11 @@ def mark_of(path: str) -> str | None:
     return parts[5] if len(parts) == 6 and parts[0] == "engines" and parts[4] == PUBLICATIONS else None
 
 
+def marks_of(store: Store, folder: str) -> list[str]:
+    """Return the names of the publications that the engine in a folder is marked for. Raises StoreError."""
+    return [info.path.rpartition("/")[2] for info in store.list(f"{folder}/{PUBLICATIONS}/")]
+
+
 def mark_document(recipe: str, name: str) -> bytes:
     """Return what a mark says: where its publication is."""
     return f"{publication_path(recipe, name)}\n".encode()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from artifacts.cache import ActionCache, record_path
 from artifacts.errors import NotFoundError
 from artifacts.host import Host
-from artifacts.publications import mark_path, publication_path
+from artifacts.publications import marks_of, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refs import ArtifactRef, digest_bytes
 from artifacts.store import Store, open_store
@@ -120,12 +120,10 @@ def is_published(record: ActionRecord, store: Store) -> bool:
         return False
     if digest_bytes(data) != record.facts["manifest"]:
         return False
-    publication = record.facts.get("publication")  # of a record of an earlier release there is none
-    if publication is not None:
-        _engines, recipe, target, build = path.split("/")
-        mark = mark_path(f"{recipe}/{target}/{build}", publication)
-        if store.info(publication_path(recipe, publication)) is None and store.info(mark) is not None:
-            return False
+    # Its marks tell, not the record: in a mirror, or where a name was taken, it is published under another one.
+    marks = [publication_path(path.split("/")[1], mark) for mark in marks_of(store, path)]
+    if marks and all(store.info(publication) is None for publication in marks):
+        return False
     infos = {name: store.info(f"{path}/{name}") for name in record.facts["files"]}
     return all(info is not None and info.size == record.facts["files"][name] for name, info in infos.items())
 

@@ -19,6 +19,8 @@ from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.errors import IntegrityError, NotFoundError, SigningError, StoreError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu
+from artifacts.observed import ObservedStore
+from artifacts.publications import mark_path, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ENGINE_PLAN, ArtifactRef, digest_bytes
 from recipes.files import LocalFile
@@ -286,6 +288,20 @@ def test_what_was_lost_or_damaged_is_noticed_and_publishing_again_mends_it(build
     # And so it stays: the record that is found next time is the one that holds.
     assert is_published(ActionCache(builder.store).lookup("publish", step.action.key), builder.store)
     assert len(builder.manifests()) == 6
+
+
+def test_an_engine_whose_publication_ended_early_is_not_published_whatever_its_marks_name_is(builder):
+    builder.build_all()
+    record = builder.record("sm89/fp16")
+    (mark,) = builder.store.list(f"{record.facts['path']}/publications/")
+    builder.store.delete(mark.path)
+    assert is_published(record, builder.store)  # as an earlier release published it
+    other = "0123456789abcdef"  # a mirror's name of a part of them
+    builder.store.write(mark_path(record.facts["path"].removeprefix("engines/"), other), b"")
+    assert not is_published(record, builder.store)
+    assert not is_published(record, ObservedStore(builder.store))
+    builder.store.write(publication_path(record.facts["path"].split("/")[1], other), b"")
+    assert is_published(record, builder.store)
 
 
 def test_engines_go_to_another_store_too_a_relative_one_beside_the_recipe(tmp_path):
