@@ -247,9 +247,12 @@ class Mirror:
     def _send_channel(self, channel: Channel) -> None:
         recipe, target, name = channel.head.move.at
         path, build = channel_path(recipe, target, name), channel.head.move.build
-        try:
-            manifest = EngineCatalog(self.target).manifest_bytes(EngineId(recipe, target, build))
-        except NotFoundError:
+        there, engine = EngineCatalog(self.target), EngineId(recipe, target, build)
+        manifest = b""
+        with suppress(NotFoundError):
+            if there.is_visible(engine):  # else what it is published together with is not complete there
+                manifest = there.manifest_bytes(engine)
+        if not manifest:
             self._leave(f"{path}: names {build}, which is not in {self.target.uri}; the channel stays as it was there")
             return
         if channel.head.move.manifest not in (None, digest_bytes(manifest)):
@@ -259,11 +262,11 @@ class Mirror:
         if version != channel.version:
             self._leave(f"{path}: was moved meanwhile; mirror again")
             return
-        there = read_channel(self.target, recipe, target, name)
-        if there is None:
+        known = read_channel(self.target, recipe, target, name)
+        if known is None:
             written = self.target.write(path, data, if_absent=True)
         else:
-            ours, theirs = ([signed.statement for signed in found.moves] for found in (channel, there))
+            ours, theirs = ([signed.statement for signed in found.moves] for found in (channel, known))
             if ours[: len(theirs)] != theirs:
                 ahead = theirs[: len(ours)] == ours
                 self._leave(
@@ -272,7 +275,7 @@ class Mirror:
                 return
             if ours == theirs:
                 return
-            written = self.target.write(path, data, if_version=there.version)
+            written = self.target.write(path, data, if_version=known.version)
         if not written:
             self._leave(f"{path}: was moved in {self.target.uri} meanwhile; mirror again")
             return

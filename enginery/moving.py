@@ -45,11 +45,7 @@ class Mover:
             return self._promote(engine, channel, waived, max_slower)
 
     def _promote(self, engine: EngineId, channel: str, waived: Collection[str], max_slower: float) -> SignedMove | None:
-        manifest, data = self._engine(engine)
-        if not self.catalog.is_visible(engine):
-            raise ChannelError(
-                f"{engine} is not promoted to {channel}: what it is published together with is not complete; build it again"
-            )
+        manifest, data = self._engine(engine, channel)
         if self.trust is not None:
             self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
         believes = self.trust.believes if self.trust is not None else None
@@ -106,7 +102,7 @@ class Mover:
                     f"channel {channel} of {recipe}/{target} never named {what}; enginery history tells what it did"
                 )
             engine = EngineId(recipe, target, goal.build)
-            manifest, data = self._engine(engine)
+            manifest, data = self._engine(engine, channel)
             if goal.manifest not in (None, digest_bytes(data)):
                 raise IntegrityError(f"{engine}: its manifest is not the one that was promoted in move {goal.sequence}")
             if self.trust is not None:
@@ -162,14 +158,18 @@ class Mover:
                 "ENGINERY_SIGN_KEY (or --insecure-no-trust)"
             )
 
-    def _engine(self, engine: EngineId) -> tuple[Manifest, bytes]:
-        """Return an engine's manifest and its bytes, having seen that its files are there in their sizes."""
+    def _engine(self, engine: EngineId, channel: str) -> tuple[Manifest, bytes]:
+        """Return an engine's manifest and its bytes, having seen that it is visible and its files there in their sizes."""
         data = self.catalog.manifest_bytes(engine)
         manifest = self.catalog.read_manifest(engine, data)
         for name, entry in manifest.files.items():
             info = self.catalog.store.info(f"{engine.path}/{name}")
             if info is None or info.size != entry.size:
                 raise IntegrityError(f"{engine}: its file {name} is gone or cut; build it again, then promote it")
+        if not self.catalog.is_visible(engine):
+            raise ChannelError(
+                f"{engine} is not promoted to {channel}: what it is published together with is not complete; build it again"
+            )
         return manifest, data
 
     def _replaced(self, engine: EngineId, move: Move | None) -> Manifest | None:

@@ -252,6 +252,29 @@ def test_every_object_that_is_damaged_is_found_and_repaired_from_a_mirror(source
     assert DeepCheck(source.store, target).run() == []
 
 
+def test_a_channel_does_not_move_to_what_is_not_visible_at_the_other_end(tmp_path: Path) -> None:
+    shop, target = AnyShop(open_store(str(tmp_path / "source"))), open_store(str(tmp_path / "target"))
+    engine = shop.engine("fp16-a")
+    shop.promote_truly(engine)
+    Mirror(shop.store, target).run()
+    for path in [
+        info.path for prefix in ("channels/", "publications/", f"{engine.path}/model") for info in target.list(prefix)
+    ]:
+        target.delete(path)
+    harm(shop.store, f"{engine.path}/model.plan")
+    done = Mirror(shop.store, target).run()
+    assert any("names fp16-a, which is not in" in message for message in done.left)
+    assert not list(target.list("channels/"))
+
+
+def test_what_is_published_anew_is_not_visible_by_the_mark_of_what_was_damaged(tmp_path: Path) -> None:
+    shop = AnyShop(open_store(str(tmp_path / "store")))
+    engine = shop.engine("fp16-a")
+    harm(shop.store, f"{engine.path}/manifest.json")
+    assert [damage.state for damage in DeepCheck(shop.store).run()] == ["quarantined"]
+    assert not list(shop.store.list(f"{engine.path}/publications/"))
+
+
 @pytest.mark.parametrize("source", ["folder"], indirect=True)
 class TestDeep:
     def test_a_whole_store_is_whole(self, source: AnyShop) -> None:

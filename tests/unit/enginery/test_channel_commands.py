@@ -228,6 +228,17 @@ def test_what_waits_for_its_publication_is_not_promoted(shell: Shell) -> None:
     assert shell.names() == []
 
 
+def test_a_channel_is_not_rolled_back_to_what_waits_for_its_publication(shell: Shell) -> None:
+    mover = Mover(EngineCatalog(shell.store), "me")
+    mover.promote(shell.publish("fp16-a"), "production")
+    (publication,) = (info.path for info in shell.store.list("publications/"))
+    mover.promote(shell.publish("fp16-b"), "production")
+    shell.store.delete(publication)
+    with pytest.raises(ChannelError, match="published together with is not complete"):
+        roll_back(mover)
+    assert shell.names() == ["fp16-a", "fp16-b"]
+
+
 def test_history_of_nothing_and_of_a_hostile_store(shell: Shell) -> None:
     assert "nothing was ever promoted" in shell("history", "digits").stderr
     shell.publish("fp16-a")
