@@ -101,7 +101,7 @@ class DeepCheck:
         def check(_path: str, data: bytes) -> object:
             return EngineCatalog(self.store).read_manifest(engine, data)
 
-        data = self._document(path, check)
+        data = self._document(path, check, hide=lambda: EngineCatalog(self.store).unmark(engine))
         if data is None:
             return
         manifest = Manifest.from_bytes(data)
@@ -173,9 +173,16 @@ class DeepCheck:
         self._document(path, check, spare_is_right)
 
     def _document(
-        self, path: str, check: Callable[[str, bytes], object], spare_is_right: Callable[[Store], bool] | None = None
+        self,
+        path: str,
+        check: Callable[[str, bytes], object],
+        spare_is_right: Callable[[Store], bool] | None = None,
+        hide: Callable[[], None] = lambda: None,
     ) -> bytes | None:
-        """Check a small object; return its bytes, or the right ones where it was repaired; None where it is not there now."""
+        """Check a small object; return its bytes, or the right ones where it was repaired; None where it is not there now.
+
+        `hide` is called before it is removed.
+        """
         try:
             data, version = self.store.read_versioned(path)
         except NotFoundError:
@@ -190,6 +197,7 @@ class DeepCheck:
             # Only over what was found damaged: a mover or builder may have been faster.
             self.store.write(path, right, if_version=version)
         elif self._has_version(path, version):
+            hide()
             self.store.delete(path)
         self.damages.append(Damage(path, why, "repaired" if right is not None else "quarantined", moved))
         return right
