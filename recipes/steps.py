@@ -28,7 +28,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "reference": 1,
     "export": 4,
     "explain": 1,
-    "save": 1,
+    "save": 2,
     "simplify": 3,
     "calibrate": 4,
     "outliers": 1,
@@ -37,7 +37,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "type": 6,
     "compile": 1,
     "refit": 1,
-    "verify": 2,
+    "verify": 3,
     "benchmark": 1,
     "publish": 2,
 }

@@ -54,19 +54,19 @@ def described_outputs(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> d
     """
     from safetensors import safe_open
 
-    axes: dict[tuple[str, int], list[int]] = {}
+    axes: dict[tuple[str, int], dict[str, int]] = {}
     outputs: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
     with safe_open(str(path), framework="numpy") as reference:
         keys = [found for key in sorted(reference.keys()) if (found := CASE_KEY.fullmatch(key)) is not None]
         for found in keys:
-            _case, kind, name = found.groups()
+            case, kind, name = found.groups()
             array = reference.get_tensor(found.string)
             if kind == "out":
                 outputs.setdefault(name, (str(array.dtype), []))[1].append(array.shape)
                 continue
             for at, axis in enumerate(tensors[name]["shape"]):
                 if isinstance(axis, str):
-                    axes.setdefault((axis, at), []).append(array.shape[at])
+                    axes.setdefault((axis, at), {})[case] = array.shape[at]  # inputs may share it
     described = {}
     for name, (dtype, shapes) in outputs.items():
         extents = enumerate(zip(*shapes, strict=True))
@@ -74,10 +74,10 @@ def described_outputs(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> d
     return described
 
 
-def _axis(name: str, at: int, sizes: tuple[int, ...], axes: Mapping[tuple[str, int], list[int]]) -> int | str:
+def _axis(name: str, at: int, sizes: tuple[int, ...], axes: Mapping[tuple[str, int], Mapping[str, int]]) -> int | str:
     if len(set(sizes)) == 1:
         return sizes[0]
-    alike = sorted((position != at, axis) for (axis, position), extents in axes.items() if tuple(extents) == sizes)
+    alike = sorted((position != at, axis) for (axis, position), found in axes.items() if tuple(found.values()) == sizes)
     return alike[0][1] if alike else f"{name}.{at}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from tasks.stage import StageRequest, StageResult
 from tasks.verify import REPORT, labelled, subject_of
 
 Part = Callable[..., dict[str, Array]]
+
+# Kinds of failures that what the parts give can be the cause of; others are this host's.
+_OF_PARTS: Final = ("wrong result", "bad data", "crash")
 
 
 class Together:
@@ -72,10 +75,17 @@ def verify(request: StageRequest) -> StageResult:
     """Run the graphs or engines of all parts on the data set, and measure the recipe's metric on what they make of it.
 
     Facts: executed, metric {"name", "value", "source", "samples"}, `same`: the share of samples whose every output equals
-    the source's, `distances`: how far each output is from the source's, and non_finite.
+    the source's, `distances`: how far each output is from the source's, and non_finite. Where the recipe's code, which the
+    source went through, fails on what these parts give, or makes something of another shape: executed (false) and reason.
     """
     together = Together(request, _loaded)
-    metric, found = labelled(request, together)
+    try:
+        metric, found = labelled(request, together)
+    except (ModelCodeError, BackendError) as err:
+        # A precision may be so bad that nothing is detected, or never an end: it does not pass, and another may.
+        if isinstance(err, BackendError) and err.kind not in _OF_PARTS:
+            raise
+        return StageResult({}, {"executed": False, "reason": str(err)})
     distances = {
         name: {"relative_l2": _number(one.relative_l2), "max_abs": _number(one.max_abs)} for name, one in found.items()
     }
