@@ -46,6 +46,8 @@ def why_not_here(manifest: Manifest, host: Host) -> tuple[str, ...]:
     """Return why this host cannot execute an engine; whether its gates passed is no reason."""
     if manifest.parts:
         return ("it has several parts, which are executed by a build on such a host, and not later",)
+    if manifest.fallback is not None and manifest.fallback.kind == "source":
+        return ("it is a source model for its own framework, which the build that saves it executes, and not later",)
     passed = manifest.verification.model_copy(update={"passed": True})
     return refusals(manifest.model_copy(update={"verification": passed}), Request.of_host(host), {})
 
