@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -114,7 +117,7 @@ def _script(module: torch.nn.Module, names: list[str], path: Path) -> None:
         raise TypeError(f"forward takes {', '.join(names)} by keyword")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
+        _save_script(torch.jit.script(module), path)
 
 
 def _trace(
@@ -141,7 +144,23 @@ def _trace(
         if found:
             places = "; ".join(f"{plain_words(place[0])}:{place[1]}: {suspects[place]}" for place in found)
             raise ValueError(f"it decides by the values of its inputs: {places}")
-    traced.save(str(path))
+    _save_script(traced, path)
+
+
+def _save_script(script: Any, path: Path) -> None:
+    """Write TorchScript without its .debug_pkl (lines of the recipe's code, with paths that are others at every save).
+
+    PyTorch needs neither those nor the checksum over all members, which would be another each time too.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        script.save(str(Path(folder, path.name)))
+        with zipfile.ZipFile(Path(folder, path.name)) as made, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as kept:
+            for member in made.infolist():
+                if not member.filename.endswith((".debug_pkl", "/.data/serialization_id")):
+                    plain = zipfile.ZipInfo(member.filename)  # of a fixed date
+                    plain.file_size = member.file_size
+                    with made.open(member) as source, kept.open(plain, "w") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _compare(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], case: str) -> None:
@@ -149,6 +168,7 @@ def _compare(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], case
     if shapes[0] != shapes[1]:
         raise ValueError(f"at {case} it gives {json.dumps(shapes[1])}, the module {json.dumps(shapes[0])}")
     for index, (one, other) in enumerate(zip(wanted, found, strict=True)):
-        scale = float(one.double().abs().max()) if one.numel() else 0.0
+        finite = one.double()[torch.isfinite(one)]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
         if not torch.allclose(one.double(), other.double(), rtol=0.0, atol=_ALIKE * (scale or 1.0), equal_nan=True):
             raise ValueError(f"at {case} output {index} is not the module's")
