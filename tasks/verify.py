@@ -108,7 +108,7 @@ def subject_of(request: StageRequest) -> Subject | None:
 
 
 class Served:
-    """A source model that was saved, run by its framework from its files alone."""
+    """A source model that was saved, run by its framework on the CPU, from its files alone."""
 
     emulated: str | None = None
 
@@ -125,6 +125,7 @@ class Served:
             inputs=self._types,
             outputs=dict.fromkeys(self.outputs, ""),
             profiles=(),
+            cpu=True,  # no build holds a GPU for it
         )
 
     def __call__(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:

@@ -19,7 +19,7 @@ _GPU_MEGABYTES = 256
 
 
 class PaddleRunner(SavedRunner):
-    """A predictor of paddle.inference: on the first CUDA device where Paddle has one, else on the CPU."""
+    """A predictor of paddle.inference: on the first CUDA device where Paddle has one, else (or with `cpu`) on the CPU."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class PaddleRunner(SavedRunner):
         *,
         threads: int | None,
         device: int | None,
+        cpu: bool = False,
     ) -> None:
         super().__init__(inputs, outputs, profiles)
         paddle = loaded_paddle()
@@ -38,7 +39,7 @@ class PaddleRunner(SavedRunner):
             raise BackendError("no device", f"Paddle has no cuda:{device} here", "leave the device away")
         config = paddle.inference.Config(str(graph), str(graph.with_name(WEIGHTS)))
         config.disable_glog_info()
-        if there:
+        if there and not cpu:
             config.enable_use_gpu(_GPU_MEGABYTES, device or 0)
             self.device = f"cuda:{device or 0}"
         else:
@@ -81,8 +82,9 @@ def load(
     *,
     threads: int | None,
     device: int | None,
+    cpu: bool = False,
 ) -> PaddleRunner:
     """Load an inference model from its files (see `saved_run.open_saved`)."""
     if isinstance(plan, bytes):
         raise BackendError("bad data", f"the {form} has its weights in a file of its own", "give its path")
-    return PaddleRunner(plan, inputs, outputs, profiles, threads=threads, device=device)
+    return PaddleRunner(plan, inputs, outputs, profiles, threads=threads, device=device, cpu=cpu)

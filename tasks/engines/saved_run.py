@@ -76,11 +76,12 @@ def open_saved(
     profiles: Sequence[Profile],
     threads: int | None = None,
     device: int | None = None,
+    cpu: bool = False,
 ) -> SavedRunner:
     """Load a saved source model whose bytes were checked, into its framework.
 
     `form` is the manifest's; `threads` bounds the threads of the framework, for the whole process; `device` is a CUDA device (None: the first
-    that the framework has, else the CPU). Raises BackendError: "missing package", "no device", "bad data".
+    that the framework has, else the CPU); with `cpu` none is used, also where there is one. Raises BackendError: "missing package", "no device", "bad data".
     """
     module, extra = _RUNNERS[framework]
     try:
@@ -89,5 +90,5 @@ def open_saved(
         raise BackendError(
             "missing package", f"{framework} cannot be imported: {err}", f"install it: pip install '{extra}'"
         ) from err
-    runner: SavedRunner = opened.load(plan, form, inputs, outputs, profiles, threads=threads, device=device)
+    runner: SavedRunner = opened.load(plan, form, inputs, outputs, profiles, threads=threads, device=device, cpu=cpu)
     return runner

@@ -15,7 +15,7 @@ from tasks.torch_program import load_program, run_program
 
 
 class TorchRunner(SavedRunner):
-    """A program of PyTorch's: on the first CUDA device where PyTorch has one, else on the CPU."""
+    """A program of PyTorch's: on the first CUDA device where PyTorch has one, else (or with `cpu`) on the CPU."""
 
     def __init__(
         self,
@@ -26,11 +26,12 @@ class TorchRunner(SavedRunner):
         profiles: Sequence[Profile],
         *,
         device: int | None,
+        cpu: bool = False,
     ) -> None:
         super().__init__(inputs, outputs, profiles)
         if device is not None and not (torch.cuda.is_available() and device < torch.cuda.device_count()):
             raise BackendError("no device", f"PyTorch has no cuda:{device} here", "leave the device away")
-        self.device = f"cuda:{device or 0}" if device is not None or torch.cuda.is_available() else "cpu"
+        self.device = "cpu" if cpu or not torch.cuda.is_available() else f"cuda:{device or 0}"
         try:
             self._program = load_program(data, form, self.device)
         except Exception as err:  # whatever it says, the file is not of this version
@@ -59,12 +60,13 @@ def load(
     *,
     threads: int | None,
     device: int | None,
+    cpu: bool = False,
 ) -> TorchRunner:
     """Load a program (see `saved_run.open_saved`)."""
     if threads is not None:
         torch.set_num_threads(threads)
     data = plan if isinstance(plan, bytes) else plan.read_bytes()
-    return TorchRunner(data, form, inputs, outputs, profiles, device=device)
+    return TorchRunner(data, form, inputs, outputs, profiles, device=device, cpu=cpu)
 
 
 def _array(tensor: torch.Tensor) -> Array:
