@@ -44,7 +44,8 @@ def weights_to_be(model: onnx.ModelProto) -> list[dict[str, Any]]:
 def stated_weights(model: onnx.ModelProto) -> list[dict[str, Any]]:
     """Return a row for each weight that the graph quantises (an initialiser that QuantizeLinear takes), the worst first.
 
-    As `weights_to_be`, of the type that the pair has ("type") and with its own scales, so without "snr_fp8_db".
+    As `weights_to_be`, of the type that the pair has ("type") and with its own scales, so without "snr_fp8_db". Weights with a
+    scale for each block are left out.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = list(model.graph.node)
@@ -63,6 +64,8 @@ def stated_weights(model: onnx.ModelProto) -> list[dict[str, Any]]:
         if kind not in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN):
             continue
         scales = array_of(tensors[node.input[1]]).astype(np.float32)
+        if scales.ndim > 1:  # blocks, which no row of channels shows
+            continue
         axis = next((one.i for one in node.attribute if one.name == "axis"), 1) if scales.ndim else None
         users = readers.get(restored.get(node.output[0], ""), [])
         row = _row(node.input[0], tensors[node.input[0]], axis, users, scales=scales, kind=kind)
@@ -83,7 +86,10 @@ def stated_ranges(model: onnx.ModelProto) -> list[dict[str, Any]]:
         scale = float(np.max(array_of(tensors[node.input[1]]).astype(np.float32)))
         least, most = {TensorProto.INT8: (-128, 127), TensorProto.FLOAT8E4M3FN: (-LARGEST, LARGEST)}.get(kind, (0, 255))
         if kind in _TYPES:
-            rows.append({"tensor": node.input[0], "range": [least * scale, most * scale], "type": _TYPES[kind]})
+            stated = tensors.get(node.input[2]) if len(node.input) > 2 else None
+            zero = float(array_of(stated).reshape(-1)[0]) if stated is not None else 0.0
+            row = {"tensor": node.input[0], "range": [(least - zero) * scale, (most - zero) * scale]}
+            rows.append({**row, "type": _TYPES[kind]})
     return rows
 
 

@@ -102,3 +102,31 @@ def test_scales_that_are_too_small_are_seen_as_clipped(tmp_path):
     row = next(one for one in stated_weights(made) if one["tensor"] == "m")
     assert row["clipped"] > 0.2
     assert row["snr_db"] < 15
+
+
+def pairs(tensor, scale, zero):
+    """A graph with one pair, of an activation "x" or a weight "w"."""
+    return graph(
+        [
+            node("QuantizeLinear", [tensor, "scale", "zero"], ["q"], axis=0),
+            node("DequantizeLinear", ["q", "scale", "zero"], ["d"], axis=0),
+            node("Add", ["x", "d"], ["y"]),
+        ],
+        {"w": np.ones(4, np.float32), "scale": np.float32(scale), "zero": zero},
+    )
+
+
+@pytest.mark.parametrize(
+    ("zero", "ends"),
+    [(np.uint8(128), [-64.0, 63.5]), (np.uint8(0), [0.0, 127.5]), (np.int8(0), [-64.0, 63.5])],
+)
+def test_a_range_is_that_around_the_zero_point(zero, ends):
+    assert stated_ranges(pairs("x", 0.5, zero)) == [{"tensor": "x", "range": ends, "type": zero.dtype.name}]
+
+
+def test_weights_with_a_scale_for_each_block_are_left_out():
+    made = pairs("w", [1, 1, 1, 1], np.zeros(4, np.int8))
+    assert len(stated_weights(made)) == 1
+    scale = next(one for one in made.graph.initializer if one.name == "scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), "scale"))
+    assert stated_weights(made) == []
