@@ -12,8 +12,8 @@ from typing import Final
 from recipes.nodes import Key
 from recipes.schema import Asked, OnnxSource, PaddleSource, Part, PartPrecision, Precision, PrecisionPlan, Recipe
 
-# Folders of an engine in a store, and words that name steps of the whole.
-RESERVED: Final = ("signatures", "verification", "composition", "fallback", "together")
+# Folders of an engine in a store, words that name steps of the whole, and folders of a step that runs all parts.
+RESERVED: Final = ("signatures", "verification", "composition", "fallback", "together", "run", "shared")
 
 
 def built_in(part: Part, asked: Precision) -> Precision:

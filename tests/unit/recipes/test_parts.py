@@ -263,6 +263,8 @@ def test_profiles_are_narrowed_to_the_axes_of_a_part():
         (lambda d: d.update(outputs=["logits"]), ("outputs",), "belongs to a part"),
         (lambda d: d["precision"].update(build="auto"), ("precision", "build"), "auto chooses for models of one graph"),
         (lambda d: d["parts"].update(signatures=PARTS["encoder"]), ("parts", "signatures"), "choose another"),
+        (lambda d: d["parts"].update(run=PARTS["encoder"]), ("parts", "run"), "choose another"),
+        (lambda d: d["parts"].update(shared=PARTS["encoder"]), ("parts", "shared"), "choose another"),
         (
             lambda d: d["parts"]["decoder"].update(profiles={"default": {"batch": [1, 1, 4]}}),
             ("parts", "decoder", "profiles", "default"),
