@@ -88,7 +88,8 @@ class TogetherStages:
             if part.compile is not None:
                 files += _in_folder(name, graph_files(part.compile, PLAN_NAMES[engine.runtime]))
             files += _in_folder(name, stages.pipeline.plugins(part.options) if engine.runtime == "tensorrt" else [])
-            toolchain |= {RUNTIME_PACKAGES[engine.runtime]: engine.runtime_version, **stages.device(part)}
+            toolchain[RUNTIME_PACKAGES[engine.runtime]] = engine.runtime_version
+            toolchain |= stages.device(part) if engine.runtime != "onnxruntime" else {}
         if engine.runtime == "onnxruntime":
             toolchain |= self.whole.versions("onnx", "onnxruntime")
         return self._verify(f"{engine.runtime}:{engine.gpu}:{_named(engine, typed=False)}", parts, files, toolchain)
