@@ -80,8 +80,9 @@ class ConditionalWriter:
         from botocore.exceptions import ClientError
 
         writer, endpoint = uuid.uuid4().hex, self.place.endpoint
+        bare = condition == "IfMatch" and endpoint in _without_quotes
         for attempt in range(TRIES):
-            sent = value.strip('"') if condition == "IfMatch" and endpoint in _without_quotes else value
+            sent = value.strip('"') if bare else value
             try:
                 self._put_if(key, data, condition, sent, writer)
             except ClientError as err:
@@ -90,15 +91,20 @@ class ConditionalWriter:
                     # botocore sends a request again whose answer was lost; then what is in the way may be our own.
                     if err.response["ResponseMetadata"]["RetryAttempts"] and self._wrote(key, writer):
                         return True
-                    if condition == "IfMatch" and sent == value and self._etag(key) == value:
-                        _without_quotes.add(endpoint)
-                        continue
+                    left = attempt + 1 < TRIES
+                    if condition == "IfMatch" and not bare and left and self._etag(key) == value:
+                        # In this form, too, the condition has to be heeded.
+                        bare = self._refuses(condition, _NO_ETAG.strip('"'))
+                        if bare:
+                            continue
                     return False
                 # Two conditional writes at once: S3 asks for another try.
                 if code not in _CONFLICT or attempt + 1 == TRIES:
                     raise
                 back_off(attempt)
             else:
+                if bare:
+                    _without_quotes.add(endpoint)
                 return True
         raise AssertionError("the last try returns or raises")
 
@@ -136,11 +142,11 @@ class ConditionalWriter:
                 _found[known] = any(self._refuses(condition) for _ in range(2))
             return _found[known]
 
-    def _refuses(self, condition: Condition) -> bool:
+    def _refuses(self, condition: Condition, value: str | None = None) -> bool:
         """Send a write that has to be refused where the probe object is there, and tell whether it was."""
         from botocore.exceptions import ClientError
 
-        value = "*" if condition == "IfNoneMatch" else _NO_ETAG
+        value = value or ("*" if condition == "IfNoneMatch" else _NO_ETAG)
         try:
             self._put_if(self.probe_key, b"Does this service heed conditions?\n", condition, value, "probe")
         except ClientError as err:
