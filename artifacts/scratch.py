@@ -75,13 +75,7 @@ def system_scratch() -> Path:
     Raises StoreError where the name is taken by someone else (in a folder that all may write to, anybody can make it), and,
     with the reason, where no folder for temporary files can be written to.
     """
-    try:
-        base = Path(tempfile.gettempdir())
-    except FileNotFoundError as err:
-        base = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - what is tried first (tempfile.gettempdir)
-        why = _why_not(base) or err
-        said = store_error(f"{base}, for temporary files", why)
-        raise StoreError(f"{said} (or set TMPDIR to a folder that can be written)") from err
+    base = _base()
     folder = base / f"enginery-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -100,6 +94,32 @@ def temporary_folder() -> Iterator[Path]:
             sweep(base)
             folder = stack.enter_context(held_folder(base))
         yield folder
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Yield a new, empty folder of a name that nobody can guess, so that no other user can be in the way. Raises StoreError.
+
+    A process that is killed leaves it: for a few small files.
+    """
+    base = _base()
+    with ExitStack() as stack:
+        with os_faults(f"{base}, for temporary files (TMPDIR)"):
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="enginery-", dir=base, ignore_cleanup_errors=True)
+            )
+        yield Path(folder)
+
+
+def _base() -> Path:
+    """Return the system's temporary folder. Raises StoreError, with the reason, where none can be written to."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as err:
+        base = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - what is tried first (tempfile.gettempdir)
+        why = _why_not(base) or err
+        said = store_error(f"{base}, for temporary files", why)
+        raise StoreError(f"{said} (or set TMPDIR to a folder that can be written)") from err
 
 
 def _why_not(folder: Path) -> OSError | None:

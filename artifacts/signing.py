@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from artifacts.errors import SigningError, TrustError
 from artifacts.files import os_faults
 from artifacts.refs import digest_bytes, is_digest
-from artifacts.scratch import temporary_folder
+from artifacts.scratch import private_folder
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config as HashingConfig
@@ -67,11 +67,18 @@ class Signer:
 
     def sign(self, subject: str, contents: Mapping[str, str]) -> bytes:
         """Return a signature over names and the SHA-256 of each, as JSON. Raises SigningError."""
-        with self._signing, temporary_folder() as folder:
+        with self._signing, private_folder() as folder:
             path = folder / "signature"
             self._config.set_hashing_config(_known(subject, contents))
             try:
                 self._config.sign(folder, path)
+            except OSError as err:
+                # Its key is opened by now; what a PKCS#11 module may say is not repeated.
+                why = f"{_kind(err)}: {os.strerror(err.errno)}" if err.errno else _kind(err)
+                raise SigningError(
+                    f"{subject}: could not be signed ({why}); look at the temporary folder, {folder.parent}, and its disk, or set "
+                    "TMPDIR to another"
+                ) from None
             except Exception as err:  # noqa: BLE001 - of many kinds: cryptography's, a PKCS#11 module's
                 raise SigningError(f"{subject}: could not be signed ({_kind(err)})") from None
             return path.read_bytes()
@@ -153,7 +160,7 @@ def check_signature(signature: bytes, contents: Mapping[str, str], public_key: b
     require_library()
     from model_signing.verifying import Config
 
-    with temporary_folder() as folder:
+    with private_folder() as folder:
         key, path = folder / "key", folder / "signature"
         with os_faults(str(folder)):
             key.write_bytes(public_key)

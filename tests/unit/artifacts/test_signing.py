@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from artifacts.errors import SigningError, TrustError
 from artifacts.refs import digest_bytes
 from artifacts.signing import (
+    Signer,
     check_signature,
     hint_of,
     open_signer,
@@ -34,6 +38,27 @@ CONTENTS = {name: digest_bytes(data) for name, data in FILES.items()}
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
     return make_key(tmp_path_factory.mktemp("key"))
+
+
+class FullDisk:
+    """A configuration of the library that finds no place for its signature."""
+
+    def set_hashing_config(self, _hashing: object) -> None:
+        pass
+
+    def sign(self, _folder: Path, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_full_temporary_folder_is_told_and_one_that_others_took_is_in_nobodys_way(
+    key: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SigningError, match=r"could not be signed \(OSError: No space left on device\).*TMPDIR"):
+        Signer(FullDisk()).sign("digits/t/b", CONTENTS)  # type: ignore[arg-type]
+    (tmp_path / f"enginery-{os.getuid()}").mkdir(mode=0o777)
+    check_signature(key.signer.sign("digits/t/b", CONTENTS), CONTENTS, key.pem)
+    assert [path.name for path in tmp_path.iterdir()] == [f"enginery-{os.getuid()}"]
 
 
 @pytest.fixture(scope="module")
