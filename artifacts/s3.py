@@ -12,8 +12,10 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import hashlib
+import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -45,6 +47,7 @@ from artifacts.store import (
 )
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
 
 _ASKERS: Final = 16
@@ -55,6 +58,10 @@ _PAGE: Final = 1000
 _PREFIX_BYTES: Final = 120
 # Belongs to the store itself, stays where it is, and is read by nobody.
 _PROBE: Final = "tmp/conditional-writes"
+# Clients that wait for longer do so in steps of so many seconds, so that they are few.
+_STEP: Final = 25.0
+# A session makes clients in one thread alone.
+_making: Final = threading.RLock()
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -66,6 +73,8 @@ class S3Store:
         self.prefix = prefix
         # None: not looked for yet.
         self._has_layout: bool | None = None
+        # By the seconds that each waits longer.
+        self._patients: dict[float, S3Client] = {}
 
     @classmethod
     def from_uri(cls, uri: str) -> S3Store:
@@ -298,11 +307,23 @@ class S3Store:
         return self._connect()
 
     def _patient(self, seconds: float) -> S3Client:
-        """Return a client that waits so many seconds longer than others do."""
-        return self._connect(seconds) if seconds else self._client
+        """Return a client that waits at least so many seconds longer than others do; it is kept."""
+        if not seconds:
+            return self._client
+        longer = math.ceil(seconds / _STEP) * _STEP
+        with _making:
+            if longer not in self._patients:
+                self._patients[longer] = self._connect(longer)
+            return self._patients[longer]
+
+    @cached_property
+    def _session(self) -> Session:
+        # One: credentials that have to be asked for (AssumeRole, MFA) are asked for once.
+        from boto3.session import Session
+
+        return Session()
 
     def _connect(self, longer: float = 0.0) -> S3Client:
-        from boto3.session import Session
         from botocore.config import Config
 
         addressing = _addressing()
@@ -325,12 +346,13 @@ class S3Store:
 
             config = config.merge(Config(signature_version=UNSIGNED))
         try:
-            session = Session()
-            client: S3Client = session.client("s3", config=config)
+            with _making:
+                client: S3Client = self._session.client("s3", config=config)
             endpoint = without_user(client.meta.endpoint_url)
             if endpoint != client.meta.endpoint_url:
                 # botocore repeats the address in its errors, and never sends what stands before the host.
-                client = session.client("s3", config=config, endpoint_url=endpoint)
+                with _making:
+                    client = self._session.client("s3", config=config, endpoint_url=endpoint)
         except ValueError as err:
             said = without_user(str(err))
             raise StoreError(f"{self.uri}: {said}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL") from None

@@ -155,6 +155,7 @@ def test_a_service_is_waited_for_longer_while_it_handles_many_bytes(
     assert asked == [ref.size / 1e7, ref.size / 1e7, ref.size / 1e7, 0.0]
     store.get_file("copy", ref, tmp_path / "back")
     assert patient(100.0).meta.config.read_timeout == 160.0  # a fifth of 300 is usual
+    assert patient(99.0) is patient(100.0)
     assert patient(0.0).meta.config.read_timeout == 60.0
 
 
