@@ -60,6 +60,12 @@ def edit_first(prefix: str, right: bytes, wrong: bytes) -> Callable[[Store], obj
     return lambda store: edit(next(store.list(prefix)).path, right, wrong)(store)
 
 
+def change_a_blob(store: Store) -> None:
+    path = next(store.list("cache/blobs/")).path
+    data = store.read(path)
+    store.write(path, bytes([data[0] ^ 1]) + data[1:])
+
+
 def drop_blobs_of_a_record(store: Store) -> None:
     for info in list(store.list("cache/blobs/")):
         store.delete(info.path)
@@ -122,7 +128,7 @@ HARMS: dict[str, tuple[str, Callable[[Store], object]]] = {
     "a chain without its first move": ("channel", drop_first_move),
     "a channel of no engine": ("head", lambda store: store.delete(f"{TWO}/manifest.json")),
     "a channel of another manifest": ("head", edit(f"{TWO}/manifest.json", b'"builder"', b'"bilder"')),
-    "a blob of other bytes": ("blob", edit_first("cache/blobs/", b"o", b"0")),
+    "a blob of other bytes": ("blob", change_a_blob),
     "a record cut short": ("record", edit_first("cache/actions/", b"}", b"")),
     "a record of another key": ("record", edit_first("cache/actions/", b'"stage_version": 1', b'"stage_version": 7')),
     "a record without its blobs": ("outputs", drop_blobs_of_a_record),
