@@ -188,15 +188,24 @@ class Mirror:
                         self._leave(f"{engine}: {self.target.uri} has another manifest of this build, which stays")
                 sent = {engine: data for engine, data in sent.items() if now[engine] == data}
         except (IntegrityError, NotFoundError) as err:
-            self._hold(str(err), group)
+            left = {engine: group[engine] for engine in group if self._is_here(engine)}
+            if len(left) == len(group):
+                self._hold(str(err), group)
+            elif left:  # the others were removed since they were listed
+                self._send_engines(left, publications)
             return
         for engine, data in sent.items():
             self._send_findings(engine, whole[engine], data)
 
+    def _is_here(self, engine: EngineId) -> bool:
+        return self.source.info(f"{engine.path}/{MANIFEST_NAME}") is not None
+
     def _hold(self, why: str, group: Collection[EngineId]) -> None:
         names = ", ".join(map(str, group))
         also = f"; {names} were published together, and none of them is sent" if len(group) > 1 else ""
-        self._leave(f"{why}{also}; mend it in {self.source.uri} (enginery verify --deep), and mirror again")
+        # What is wrong at the other end says so, and what to do.
+        advice = f"; mend it in {self.source.uri} (enginery verify --deep), and mirror again"
+        self._leave(f"{why}{also}{'' if why.startswith(f'{self.target.uri}: ') else advice}")
 
     def _without(self, publications: Collection[str]) -> Mapping[str, str]:
         """Return what a publication is without, for people; nothing where there are several, or it cannot be read."""
@@ -209,7 +218,8 @@ class Mirror:
         # Signatures before what they are over, so that nobody meets an attestation that is not vouched for yet.
         for folder in (SIGNATURES, FOLDER):
             for info in self.source.list(f"{engine.path}/{folder}/"):
-                self._send_document(info.path, self.source.read(info.path))
+                with suppress(NotFoundError):  # removed since it was listed
+                    self._send_document(info.path, self.source.read(info.path))
         if self._arrived(engine, manifest, data):
             self.done.engines.append(str(engine))
 

@@ -162,6 +162,31 @@ def test_where_one_of_a_publication_is_damaged_none_of_it_is_sent(tmp_path: Path
     assert EngineCatalog(target).engines() == sorted([*group, other])
 
 
+class Collected:
+    """A store from which an engine is removed between the first and the second look at its manifest."""
+
+    def __init__(self, store: Store, engine: EngineId) -> None:
+        self._store, self._manifest = store, f"{engine.path}/manifest.json"
+        self._looks = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def read(self, path: str) -> bytes:
+        self._looks += path == self._manifest
+        if self._looks == 2:
+            self._store.delete(self._manifest)
+        return self._store.read(path)
+
+
+def test_of_a_publication_one_that_is_collected_meanwhile_holds_up_no_other(tmp_path: Path) -> None:
+    shop, target = AnyShop(open_store(str(tmp_path / "source"))), open_store(str(tmp_path / "target"))
+    gone, other = shop.engines(TARGETS, "fp16-a")
+    done = Mirror(Collected(shop.store, gone), target).run()
+    assert (done.left, done.engines) == ([], [str(other)])
+    assert EngineCatalog(target).engines() == [other]
+
+
 def test_an_engine_with_parts_is_sent_once(tmp_path: Path) -> None:
     place = make_place(tmp_path, str(tmp_path / "source"), signed=False)
     names = world.publish_group(place, "swin", 1).keys()
