@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -199,12 +199,16 @@ class EngineCatalog:
         return found
 
     def send(
-        self, engines: Sequence[EngineId], other: EngineCatalog, without: Mapping[str, str] | None = None
+        self,
+        engines: Sequence[EngineId],
+        other: EngineCatalog,
+        without: Mapping[str, str] | None = None,
+        put: Collection[str] = (),
     ) -> list[bytes]:
         """Publish engines of one recipe in another store too, all at once and as they are; return the manifests that count there.
 
-        Their bytes are checked on the way; files that are there in their size are not sent again, and those whose blobs are there are
-        copied there, as by `publish`. Raises NotFoundError, StoreError and IntegrityError; nothing is visible there then that was not
+        Their bytes are checked on the way; files that are there in their size are not sent again, and those whose blobs
+        the caller has `put` there himself, by their paths, are copied there: another's may be damaged. Raises NotFoundError, StoreError and IntegrityError; nothing is visible there then that was not
         before.
         """
         names = [str(engine) for engine in engines]
@@ -213,8 +217,7 @@ class EngineCatalog:
         with leased(other.store, f"publish {', '.join(names)}", names):
             for engine, manifest, _data in sent:
                 paths = {f"{engine.path}/{name}": (name, entry) for name, entry in manifest.files.items()}
-                blobs = {blob_path(entry.digest) for entry in manifest.files.values()}
-                there = {path: info.size for path, info in other.store.infos({*paths, *blobs}).items()}
+                there = {path: info.size for path, info in other.store.infos(paths).items()}
                 # The receiver's scratch, so that a folder links the files instead of copying them once more.
                 with other.store.scratch() as folder:
                     for path, (name, entry) in paths.items():
@@ -223,7 +226,7 @@ class EngineCatalog:
                         (folder / name).parent.mkdir(exist_ok=True)  # a part's own
                         self.fetch(engine, name, entry, folder / name)
                         blob = blob_path(entry.digest)
-                        if there.get(blob) != entry.size or not _copied(other.store, blob, path):
+                        if blob not in put or not _copied(other.store, blob, path):
                             other.store.put_file(path, folder / name, entry.ref)
             return other._make_visible(
                 sent, without or {}, lambda engine, _manifest, data: self._send_signatures(engine, data, other)

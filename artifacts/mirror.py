@@ -58,6 +58,7 @@ class Mirror:
     warn: Callable[[str], None] = lambda _message: None
     judge: Trust | None = None
     done: Mirrored = field(default_factory=Mirrored)
+    _put: set[str] = field(default_factory=set)
 
     def run(self) -> Mirrored:
         """Copy, and return what was done. Raises StoreError; what was copied until then stays, and is whole."""
@@ -163,6 +164,7 @@ class Mirror:
             with self.target.scratch() as folder:
                 self.source.get_file(path, ref, folder / "file")
                 self.target.put_file(path, folder / "file", ref)
+                self._put.add(path)
         except IntegrityError as err:
             self._leave(str(err))
             return
@@ -180,7 +182,7 @@ class Mirror:
             sent = {engine: here.manifest_bytes(engine) for engine in whole}
             missing = [engine for engine, data in sent.items() if not self._has(engine, whole[engine], data)]
             if missing:
-                now = dict(zip(sent, here.send(list(sent), there, self._without(publications)), strict=True))
+                now = dict(zip(sent, here.send(list(sent), there, self._without(publications), self._put), strict=True))
                 for engine in missing:
                     if now[engine] == sent[engine]:
                         self._count(whole[engine].size)

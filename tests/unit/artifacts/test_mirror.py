@@ -187,6 +187,15 @@ def test_of_a_publication_one_that_is_collected_meanwhile_holds_up_no_other(tmp_
     assert EngineCatalog(target).engines() == [other]
 
 
+def test_a_blob_that_is_damaged_at_the_other_end_becomes_no_engines_file(tmp_path: Path) -> None:
+    shop, target = AnyShop(open_store(str(tmp_path / "source"))), open_store(str(tmp_path / "target"))
+    engine = shop.engine("fp16-a")
+    entry = shop.catalog.manifest(engine).files["model.plan"]
+    target.write(blob_path(entry.digest), bytes(entry.size))
+    Mirror(shop.store, target).run()
+    assert digest_bytes(target.read(f"{engine.path}/model.plan")) == entry.digest
+
+
 def test_an_engine_with_parts_is_sent_once(tmp_path: Path) -> None:
     place = make_place(tmp_path, str(tmp_path / "source"), signed=False)
     names = world.publish_group(place, "swin", 1).keys()
