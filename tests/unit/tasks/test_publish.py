@@ -407,10 +407,11 @@ def build_and_die(folder, limit):
     builder.build(builder.loaded.recipe, targets=("tensorrt-rtx:sm89",))
 
 
-def test_killed_at_any_instant_nothing_half_published_is_visible_and_the_next_build_completes(tmp_path):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_killed_at_any_instant_nothing_half_published_is_visible_and_the_next_build_completes(tmp_path, step):
     context = multiprocessing.get_context("fork")
     kills = 0
-    for limit in itertools.count(1):
+    for limit in itertools.count(1, step):
         folder = tmp_path / str(limit)
         folder.mkdir()
         child = context.Process(target=build_and_die, args=(folder, limit))
@@ -430,7 +431,7 @@ def test_killed_at_any_instant_nothing_half_published_is_visible_and_the_next_bu
         again.build(again.loaded.recipe, targets=("tensorrt-rtx:sm89",))
         assert len(catalog.manifests()) == 2
     # Two engines of one file and a manifest each, and records: there are many instants between those.
-    assert kills > 10
+    assert kills > 30 // step
 
 
 # ---- signatures and provenance
