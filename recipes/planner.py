@@ -7,7 +7,7 @@ Pure: records come through `lookup`, versions through `version`. The build runs 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -326,11 +326,22 @@ def _agreed(
         if verdict is None or verdict.passed:
             return engine, ()
         name = together.giving_way(engine)
+        broken = _broken(engine, made if name is None else [name])
+        base = replace(base, tolerated=tuple(dict.fromkeys((*base.tolerated, *broken))))
         if name is None:
             return base, verdict.reasons
         lower = made[name].given
         if lower is not None:  # which `giving_way` has seen to
             given_up[name][lower] = verdict
+
+
+def _broken(engine: EnginePlan, names: Iterable[str]) -> list[str]:
+    """Return which steps failed of parts of a combination that is given up: what takes their place may pass."""
+    own = [engine.together.get("engine")]
+    for name in names:
+        part = engine.parts[name]
+        own += [part.compile, part.engine_verify, part.benchmark]
+    return [step.id for step in own if step is not None and step.state in ("failed", "blocked")]
 
 
 def _lowered(recipe: Recipe, chosen: Selection) -> bool:

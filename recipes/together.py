@@ -30,9 +30,13 @@ class TogetherStages:
     parts: Mapping[str, EngineStages]
 
     def measured(self, engine: EnginePlan) -> dict[str, Step]:
-        """Measure the typed graphs of an engine's parts (`graph`), and what was compiled where it can be executed (`engine`)."""
+        """Measure the typed graphs of an engine's parts (`graph`), and what was compiled where it can be executed (`engine`).
+
+        Of graphs that are known to fail together no engine is measured: the combination is given up.
+        """
         found = {"graph": self._graphs(engine)}
-        if all(part.engine_verify is not None for part in engine.parts.values()):
+        known = self.verdict(found)
+        if (known is None or known.passed) and all(part.engine_verify is not None for part in engine.parts.values()):
             found["engine"] = self._engines(engine)
         return found
 

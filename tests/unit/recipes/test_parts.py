@@ -183,6 +183,46 @@ def test_where_parts_fail_together_the_farthest_from_its_source_gives_way_step_b
     ]
 
 
+def test_a_compilation_of_a_part_that_gives_way_may_fail():
+    """The graphs of the first combination fail together while its engines are compiled."""
+    far = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
+    facts = {
+        "verify:decoder:fp16": far,
+        "verify:together:encoder-fp16,decoder-fp16": read(0.1),
+        "verify:together:encoder-fp16,decoder-bf16": read(0.94),
+    }
+    fails = "compile:{}:tensorrt-rtx:sm89:fp16"
+
+    def status(part):
+        passing = World(facts={**facts, "verify:together:encoder-fp16,decoder-fp16": read(0.94)})
+        compiled = passing.build(gated(), JUDGED)[1]
+        (step,) = [step for step in compiled.steps if step.id == fails.format(part)]
+        world = World(facts=facts, failures={step.action.key: "crash: the compiler ended"})
+        return world.build(gated(), JUDGED)[1].status
+
+    assert status("decoder") == 0
+    assert status("encoder") == 1  # which is part of what passes
+
+
+def test_engines_of_a_combination_whose_graphs_fail_are_not_run_together():
+    graphs, engines = (
+        "verify:together:encoder-fp16,decoder-{}",
+        "verify:together:onnxruntime:cpu:encoder-fp16,decoder-{}",
+    )
+    far = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
+    facts = {"verify:decoder:fp16": far, "verify:decoder:onnxruntime:cpu:fp16": far, graphs.format("fp16"): read(0.1)}
+    facts |= {graphs.format("fp32"): read(0.94), engines.format("fp32"): read(0.94)}
+
+    def executed(document):
+        document["precision"]["fallback"] = {"fp16": ["fp32"]}
+        document["targets"] = [{"runtime": "onnxruntime"}]
+
+    _order, planned = World(facts=facts).build(gated(executed), JUDGED)
+    assert planned.status == 0
+    together = {step.id for step in planned.steps if step.id.startswith("verify:together:")}
+    assert together == {graphs.format("fp16"), graphs.format("fp32"), engines.format("fp32")}
+
+
 def test_where_no_part_is_left_to_give_way_nothing_is_published():
     every = [f"verify:together:encoder-{one},decoder-{other}" for one in BUILT for other in BUILT]
     world = World(facts=dict.fromkeys(every, read(0.5)))
