@@ -1,11 +1,11 @@
 """Why RT-DETR in fp16 is far from its source: which places its TopK chooses, and what is left where they are the source's.
 
     python bench/rtdetr_choice.py recipes/rtdetr-small.yaml --images 32
-    python bench/rtdetr_choice.py recipes/rtdetr.yaml --images 4
+    python bench/rtdetr_choice.py recipes/rtdetr.yaml --images 3
 
 Each image runs alone through the simplified fp32 graph and through the typed fp16 one (emulated as in the stage `verify`), as it is and
 with the indices of the fp32 graph's TopK put in the place of its own. `kept` is the graph whose nodes from the score head to the TopK
-stay fp32. Results go to bench/results/rtdetr_choice.json, one entry for a recipe.
+stay fp32. Results go to bench/results/rtdetr_choice.json, one entry for a recipe, with its command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import datetime as dt
 import json
 import shutil
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -146,11 +147,13 @@ def main() -> None:
         found = measure(asked.recipe, asked.images, asked.store or folder, asked.graph)
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     document = {
-        "command": "python bench/rtdetr_choice.py RECIPE --images N",
         "versions": {
             name: metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "transformers", "numpy")
         },
-        "recipes": {**before.get("recipes", {}), str(asked.recipe): found},
+        "recipes": {
+            **before.get("recipes", {}),
+            str(asked.recipe): {"command": f"python bench/rtdetr_choice.py {' '.join(sys.argv[1:])}", **found},
+        },
     }
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
