@@ -221,6 +221,8 @@ def test_engines_of_a_combination_whose_graphs_fail_are_not_run_together():
     assert planned.status == 0
     together = {step.id for step in planned.steps if step.id.startswith("verify:together:")}
     assert together == {graphs.format("fp16"), graphs.format("fp32"), engines.format("fp32")}
+    (step,) = [step for step in planned.steps if step.id == engines.format("fp32")]
+    assert not {"device", "driver"} & set(step.action.toolchain)  # of a GPU, which has no part in it
 
 
 def test_where_no_part_is_left_to_give_way_nothing_is_published():
