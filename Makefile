@@ -7,8 +7,10 @@ RECIPE ?= recipes/digits.yaml
 PARALLEL ?= -n logical --maxprocesses=4 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip compiles what it copies, but not what is installed editable; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
-COMPILE := $(BIN)/python -m compileall -q artifacts enginery flows tasks recipes/*.py
+# On all CPUs, in place of pip on one; some packages ship files that no Python compiles. What is installed editable, pip leaves
+# out, and where PYTHONDONTWRITEBYTECODE is set, nothing else would compile it.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+  $(BIN)/python -m compileall -q artifacts enginery flows tasks recipes/*.py
 
 .PHONY: help demo test test-fast test-slow test-long test-gpu check fix docs clean
 
@@ -17,13 +19,13 @@ help: ## what can be made
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[demo]'
 	$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	$(COMPILE)
 	@touch $@ $(VENV)/.demo
 

@@ -45,6 +45,7 @@ def s3(s3_store_uri: str) -> Iterator[Any]:
     client.close()
 
 
+@pytest.mark.long
 def test_a_mirror_killed_in_an_upload_sends_what_is_missing_and_gc_ends_what_nobody_completes(
     tmp_path: Path, s3_store_uri: str, s3: Any, faults: Faults
 ):
