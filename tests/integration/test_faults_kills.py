@@ -19,7 +19,10 @@ LEFT_OUT = (("build", "folder"), ("gc", "s3"))
 CASES = [(kind, store) for store in STORES for kind in KINDS if (kind, store) not in LEFT_OUT]
 
 
-@pytest.mark.parametrize(("kind", "store"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "store"),
+    [pytest.param(*case, marks=[pytest.mark.long] if case == ("build", "s3") else []) for case in CASES],
+)
 def test_what_is_killed_leaves_nothing_half_done(kind: str, store: str, tmp_path: Path):
     if store == "s3":
         pytest.importorskip("moto", reason="moto is not installed (pip install 'enginery[dev]')")
