@@ -76,8 +76,12 @@ class Remembered:
 def leave_plan(session: BuildSession) -> None:
     """Leave in the store the plan of a recipe that was just built, from what is there now. Raises nothing.
 
-    In a folder store that takes until what was built there is two seconds old, and another build; in S3 versions tell at once.
+    In a folder store that takes until what was built there is two seconds old, and another build: after one that has just built
+    something, nothing is planned. In S3 versions tell at once.
     """
+    built = any(outcome.state == "built" for outcome in session.outcomes.values())
+    if built and not _is_versioned(session.store.uri):
+        return
     memory, again = PlanMemory(session.store, session.selection.targets, session.host), session.anew()
     try:
         planned = again.plan()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -20,9 +21,10 @@ from artifacts.folder import FolderStore
 from artifacts.host import Gpu
 from artifacts.store import open_store
 from recipes.digests import Digests
+from recipes.errors import RecipeError
 from recipes.traces import FileTrace, trace_of
 from tasks import shared_plans
-from tasks.remembered import PlanMemory, plans_folder
+from tasks.remembered import PlanMemory, leave_plan, plans_folder
 from tasks.report import plan_report
 from tasks.session import BuildSession, open_session
 from tasks.toolchain import probe_host, version
@@ -491,3 +493,23 @@ def test_globs_leave_no_trace(coded: Path):
     (coded.parent / "a.txt").write_text("a")
     session = open_session(coded, open_store(str(coded.parent / "store")))
     assert trace_of(session.loaded, session.files) is None
+
+
+@pytest.mark.parametrize(("state", "plans"), [("built", 0), ("cached", 1)])
+def test_what_was_just_built_in_a_folder_is_not_planned_once_more_for_nothing(tmp_path, state, plans):
+    """Its files are too young to tell whether they change again, so that no plan of them could be left."""
+    asked = []
+
+    def plan():
+        asked.append(1)
+        raise RecipeError([])
+
+    session = SimpleNamespace(
+        outcomes={"publish": SimpleNamespace(state=state)},
+        store=FolderStore(tmp_path),
+        selection=SimpleNamespace(targets=()),
+        host=probe_host(),
+        anew=lambda: SimpleNamespace(plan=plan),
+    )
+    leave_plan(session)
+    assert len(asked) == plans
