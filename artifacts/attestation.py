@@ -16,7 +16,9 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from artifacts.errors import IntegrityError
-from artifacts.manifest import DeviceFacts, Digest, HostFacts, Instant, Manifest, Measured, Part
+from artifacts.manifest import DeviceFacts, HostFacts, Manifest
+from artifacts.manifest_base import Digest, Instant, Part
+from artifacts.manifest_gates import Measured
 
 ATTESTATION_SCHEMA: Final = 1
 FOLDER: Final = "verification"

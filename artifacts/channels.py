@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from artifacts.errors import ChannelError, IntegrityError, NotFoundError, StaleError, StoreError
 from artifacts.keys import canonical_json
-from artifacts.manifest import Digest, Instant, Name, Part
+from artifacts.manifest_base import Digest, Instant, Name, Part
 from artifacts.refs import digest_bytes
 from artifacts.store import Store
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from artifacts.host import DEVICE_FACTS, Gpu, Host
-from artifacts.manifest import EXPORTED_PROGRAM, BenchmarkFacts, Compatibility, FallbackFacts, Manifest, Profile
+from artifacts.manifest import EXPORTED_PROGRAM, Compatibility, FallbackFacts, Manifest, Profile
+from artifacts.manifest_benchmark import BenchmarkFacts
 from artifacts.timings import mean_ms
 
 CPU = "cpu"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from artifacts.attestation import Attestation
-    from artifacts.manifest import Manifest, Measured, WorstTensor
+    from artifacts.manifest import Manifest
+    from artifacts.manifest_gates import Measured
+    from artifacts.manifest_precision import WorstTensor
     from artifacts.resolve import Request, Resolution
 
 

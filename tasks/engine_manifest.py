@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from artifacts import manifest as m
 from artifacts.host import Host
+from artifacts.manifest_benchmark import BenchmarkFacts
+from artifacts.manifest_gates import Gates, Measured, MetricFacts, MetricGate, ParityFacts, ParityGate, Verification
+from artifacts.manifest_precision import (
+    CalibrationFacts,
+    CandidateFacts,
+    PrecisionFacts,
+    QuantizedFacts,
+    Refused,
+    WorstTensor,
+)
 from recipes.engine_stages import PLAN_NAMES
 from recipes.gates import judge, judge_together
 from recipes.parts import part_recipe
@@ -97,11 +107,11 @@ def engine_manifest(
         "fallback": _fallback(params) if engine.fallback else None,
     }
     if engine.parts:
-        whole = m.PrecisionFacts(
+        whole = PrecisionFacts(
             asked=params["asked"],
             given=params["given"],
             wish=_wish(loaded.recipe, engine),
-            tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
+            tried=tuple(_read(Refused, trial) for trial in params["tried"]),
             kept=(),
             io="float32" if all(part.precision.io == "float32" for part in facts.values()) else "native",
         )
@@ -149,13 +159,13 @@ def _part(
         inputs=_tensors(params["inputs"], typed.get("inputs", {})),
         outputs=_tensors(exported.get("outputs", {}), typed.get("outputs", {})),
         profiles=tuple(_read(m.Profile, profile) for profile in params["profiles"]),
-        precision=m.PrecisionFacts(
+        precision=PrecisionFacts(
             asked=params["asked"],
             given=params["given"],
             wish=_wish(recipe, engine),
-            tried=tuple(_read(m.Refused, trial) for trial in params["tried"]),
+            tried=tuple(_read(Refused, trial) for trial in params["tried"]),
             candidates=tuple(
-                _read(m.CandidateFacts, candidate.to_json(engine.chosen)) for candidate in engine.candidates
+                _read(CandidateFacts, candidate.to_json(engine.chosen)) for candidate in engine.candidates
             ),
             kept=tuple(compiled.get("kept", typed.get("kept", ()))),
             kept_why=typed.get("why_kept", {}),
@@ -181,7 +191,7 @@ def _saved_part(
         inputs=_tensors(params["inputs"], {}),
         outputs=_tensors(own["engine"]["outputs"], {}),
         profiles=tuple(_read(m.Profile, profile) for profile in params["profiles"]),
-        precision=m.PrecisionFacts(
+        precision=PrecisionFacts(
             asked=params["asked"],
             given=params["given"],
             wish=_wish(recipe, engine),
@@ -221,35 +231,35 @@ def _came_through(together: Mapping[str, Step], steps: Sequence[Step]) -> set[st
     return {step.id for step in steps if step.id in own} | {step.id for step in together.values()}
 
 
-def _summed_up(parts: Mapping[str, m.Verification], params: Mapping[str, Any]) -> m.Verification:
+def _summed_up(parts: Mapping[str, Verification], params: Mapping[str, Any]) -> Verification:
     """Return what is known of a whole: the farthest output of its parts, what they do together, and whether all passed."""
-    gate = _read(m.MetricGate, params["together"]) if "together" in params else None
+    gate = _read(MetricGate, params["together"]) if "together" in params else None
     together = {what: params["measured"].get(f"together/{what}") for what in ("graph", "engine")} if gate else {}
     verdicts = [judge_together(found, gate).passed for found in together.values() if found and gate]
 
-    def worst(what: str, found: Mapping[str, m.Measured]) -> m.Measured:
+    def worst(what: str, found: Mapping[str, Measured]) -> Measured:
         missing = [f"{name}: {one.reason}" for name, one in found.items() if not one.executed]
         if missing:
-            return m.Measured(executed=False, reason="; ".join(missing))
+            return Measured(executed=False, reason="; ".join(missing))
         parities = [one.parity for one in found.values() if one.parity is not None]
 
         def of(field: str, choose: Callable[[list[float]], float]) -> float | None:
             values = [getattr(parity, field) for parity in parities]
             return None if None in values else choose(values)
 
-        return m.Measured(
+        return Measured(
             executed=True,
-            parity=m.ParityFacts(
+            parity=ParityFacts(
                 relative_l2=of("relative_l2", max),
                 max_abs=of("max_abs", max),
                 cosine=of("cosine", min),
                 non_finite=sum(parity.non_finite for parity in parities),
             ),
-            metric=_read(m.MetricFacts, measured["metric"]) if (measured := together.get(what)) else None,
+            metric=_read(MetricFacts, measured["metric"]) if (measured := together.get(what)) else None,
         )
 
-    return m.Verification(
-        gates=m.Gates(parity=m.ParityGate(relative_l2=None, max_abs=None, cosine=None), metric=gate),
+    return Verification(
+        gates=Gates(parity=ParityGate(relative_l2=None, max_abs=None, cosine=None), metric=gate),
         passed=all(part.passed for part in parts.values()) and all(verdicts),
         graph=worst("graph", {name: part.graph for name, part in parts.items()}),
         engine=worst("engine", {name: part.engine for name, part in parts.items()}),
@@ -334,13 +344,13 @@ def _tensors(declared: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str,
     }
 
 
-def _quantized(given: Precision, typed: Mapping[str, Any], compiled: Mapping[str, Any]) -> m.QuantizedFacts | None:
+def _quantized(given: Precision, typed: Mapping[str, Any], compiled: Mapping[str, Any]) -> QuantizedFacts | None:
     """Say how much of the typed graph, and of the engine where its layers were listed, really is int8 or fp8."""
     if given not in QUANTIZED:
         return None
     layers = compiled.get("layers")
     counted = layers.get("quantized") if isinstance(layers, Mapping) else None
-    return m.QuantizedFacts(
+    return QuantizedFacts(
         nodes=typed.get("quantized") or None,
         of_nodes=typed.get("quantizable"),
         layers=counted["int8"] + counted["fp8"] if counted and not counted["unknown"] else None,
@@ -356,35 +366,35 @@ def _calibrations(used: Mapping[str, Step]) -> list[Step]:
     )
 
 
-def _calibration(digest: str | None, step: Step | None, part: str) -> m.CalibrationFacts | None:
+def _calibration(digest: str | None, step: Step | None, part: str) -> CalibrationFacts | None:
     if digest is None:
         return None
     facts = (step.facts if step is not None else None) or {}
     worst, report = facts.get("worst"), step is not None and step.record is not None and REPORT in step.record.outputs
-    return m.CalibrationFacts(
+    return CalibrationFacts(
         digest=digest,
         samples=facts.get("samples"),
         method=facts.get("method"),
         report=f"{part}/{REPORT}" if report and part else REPORT if report else None,
-        worst=_read(m.WorstTensor, worst) if worst is not None else None,
+        worst=_read(WorstTensor, worst) if worst is not None else None,
     )
 
 
-def _verification(params: Mapping[str, Any], recipe: Recipe, given: Precision) -> m.Verification:
+def _verification(params: Mapping[str, Any], recipe: Recipe, given: Precision) -> Verification:
     measured = params["measured"]
     executed = [facts for facts in (measured["graph"], measured["engine"]) if facts.get("executed")]
-    return m.Verification(
-        gates=_read(m.Gates, params["gates"]),
+    return Verification(
+        gates=_read(Gates, params["gates"]),
         passed=bool(executed) and all(judge(facts, recipe.acceptance, given).passed for facts in executed),
-        graph=_read(m.Measured, measured["graph"]),
-        engine=_read(m.Measured, measured["engine"]),
+        graph=_read(Measured, measured["graph"]),
+        engine=_read(Measured, measured["engine"]),
     )
 
 
-def _benchmark(step: Step | None) -> m.BenchmarkFacts | None:
+def _benchmark(step: Step | None) -> BenchmarkFacts | None:
     if step is None or step.record is None:
         return None
-    return _read(m.BenchmarkFacts, {**step.record.facts, "key": step.record.key})
+    return _read(BenchmarkFacts, {**step.record.facts, "key": step.record.key})
 
 
 def _step_facts(step: Step, built: Collection[str]) -> m.StepFacts:

@@ -19,7 +19,8 @@ from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.host import Gpu, Host
 from artifacts.keys import Action
 from artifacts.leases import Lease, leased
-from artifacts.manifest import DeviceFacts, HostFacts, Manifest, Measured
+from artifacts.manifest import DeviceFacts, HostFacts, Manifest
+from artifacts.manifest_gates import Measured
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.resolve import Request, refusals

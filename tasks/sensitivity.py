@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from artifacts.manifest import MetricGate, ParityGate
+from artifacts.manifest_gates import MetricGate, ParityGate
 from artifacts.refs import JSON
 from recipes.gates import Verdict, judge_by
 from tasks import precision, verify

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from artifacts.errors import IntegrityError
-from artifacts.manifest import FallbackFacts, Manifest, Measured, ProviderFacts, manifest_schema
+from artifacts.manifest import FallbackFacts, Manifest, ProviderFacts, manifest_schema
+from artifacts.manifest_gates import Measured
 from tests.engines import GOLDEN, make_manifest, manifest_document
 
 PUBLISHED_SCHEMA = Path(__file__).parents[3] / "docs" / "manifest-v1.schema.json"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from artifacts.channels import Speed
-from artifacts.manifest import Manifest, Verification
+from artifacts.manifest import Manifest
+from artifacts.manifest_gates import Verification
 from artifacts.promotion import compare_speed, objections
 from tests.engines import make_manifest, manifest_document
 
