@@ -344,21 +344,13 @@ def open_runner(
         providers = _providers(manifest.fallback, cache, device)
         return Runner(OrtRunner(plan, _profiles(manifest), threads=threads, providers=providers), manifest)
     if manifest.fallback is not None:
-        from tasks.engines.saved_run import open_saved
+        from tasks.engines.saved_run import Saved, open_saved
 
-        saved = manifest.fallback.saved[""]
-        inputs = {name: manifest.inputs[name].dtype for name in saved.inputs}
-        outputs = {name: manifest.outputs[name].dtype for name in saved.outputs}
-        execution: Execution = open_saved(
-            runtime,
-            plan,
-            saved.form,
-            inputs=inputs,
-            outputs=outputs,
-            profiles=_profiles(manifest),
-            threads=threads,
-            device=device,
-        )
+        facts = manifest.fallback.saved[""]
+        inputs = {name: manifest.inputs[name].dtype for name in facts.inputs}
+        outputs = {name: manifest.outputs[name].dtype for name in facts.outputs}
+        saved = Saved(plan, facts.form, inputs, outputs, _profiles(manifest), threads=threads, device=device)
+        execution: Execution = open_saved(runtime, saved)
         return Runner(execution, manifest)
     from tasks.engines.trt_run import PlanRunner, load_runtime
 

@@ -253,9 +253,7 @@ class BuildSession:
         """Keep the preimages of this build, so that the next plan can say what changed."""
         steps = {step.id: step.action.preimage() for step in planned.steps if step.record is not None and step.action}
         if steps:
-            kept = self._previous
-            if {**kept, **steps} != kept:
-                self._patiently(lambda: keep_latest(self.store, self.recipe_name, steps))
+            self._patiently(lambda: keep_latest(self.store, self.recipe_name, steps))
 
     def _run(self, step: Step, planned: Plan, future: Future[tuple[ActionRecord, bool]]) -> None:
         key = step.action.key if step.action is not None else ""

@@ -113,20 +113,20 @@ class Served:
     emulated: str | None = None
 
     def __init__(self, request: StageRequest) -> None:
-        from tasks.engines.saved_run import open_saved
+        from tasks.engines.saved_run import Saved, open_saved
 
         saved, types = request.params["measured"]["saved"], request.params["tensors"]
         self.outputs: list[str] = list(saved["outputs"])
         self._types = {name: types[name]["dtype"] for name in saved["inputs"]}
-        self._runner = open_saved(
-            request.params["executor"],
+        asked = Saved(
             request.inputs[saved["plan"]],
             saved["form"],
-            inputs=self._types,
-            outputs=dict.fromkeys(self.outputs, ""),
+            self._types,
+            dict.fromkeys(self.outputs, ""),
             profiles=(),
             cpu=True,  # no build holds a GPU for it
         )
+        self._runner = open_saved(request.params["executor"], asked)
 
     def __call__(self, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
         """Run once; `where` names the run in errors."""

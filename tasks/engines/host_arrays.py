@@ -12,11 +12,17 @@ from tasks.errors import CallError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def refuse_device_array(value: object, where: str) -> None:
-    """Raise CallError for what lies on a GPU; everything else is left to numpy."""
-    device = getattr(value, "__dlpack_device__", None)
-    if (device is not None and int(device()[0]) not in (1, 3)) or hasattr(value, "__cuda_array_interface__"):
-        raise CallError(f"{where} lies on a device; this engine takes its inputs on the host, give it there")
+class OnHost:
+    """What executions share that take and give arrays on the host, from any thread."""
+
+    def adopt(self, value: object, where: str) -> None:
+        """Refuse what lies on a GPU, with CallError; everything else is left to numpy."""
+        device = getattr(value, "__dlpack_device__", None)
+        if (device is not None and int(device()[0]) not in (1, 3)) or hasattr(value, "__cuda_array_interface__"):
+            raise CallError(f"{where} lies on a device; this engine takes its inputs on the host, give it there")
+
+    def make_current(self) -> None:
+        """Do nothing: there is no context of a thread."""
 
 
 def written(found: dict[str, Array], out: Mapping[str, Array], where: str) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tasks.engines.host_arrays import refuse_device_array, written
+from tasks.engines.host_arrays import OnHost, written
 from tasks.engines.profiles import Profile
 from tasks.errors import BackendError
 from tasks.onnx_files import brief
@@ -28,7 +28,7 @@ _ADVICE: Final = {
 }
 
 
-class OrtRunner:
+class OrtRunner(OnHost):
     """An ONNX file in an ONNX Runtime session. Sessions may be shared between threads."""
 
     def __init__(
@@ -66,10 +66,6 @@ class OrtRunner:
         self.device = "cpu" if self._session.get_providers()[0] == "CPUExecutionProvider" else "cuda:0"
         self.warnings: list[str] = []
 
-    def adopt(self, value: object, where: str) -> None:
-        """Refuse what lies on a GPU; leave everything else to numpy."""
-        refuse_device_array(value, where)
-
     def run(
         self, feeds: Mapping[str, Any], profile: int, out: Mapping[str, Any], where: str = "this call"
     ) -> dict[str, Any]:
@@ -80,9 +76,6 @@ class OrtRunner:
         except Exception as err:  # as above
             raise _failure(err, where) from err
         return written(dict(zip(self.outputs, values, strict=True)), out, where)
-
-    def make_current(self) -> None:
-        """Do nothing: any thread may use a session."""
 
     def close(self) -> None:
         """Drop the session."""

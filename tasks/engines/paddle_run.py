@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from tasks.code import plain_words
-from tasks.engines.profiles import Profile
-from tasks.engines.saved_run import Array, SavedRunner
+from tasks.engines.saved_run import Array, Saved, SavedRunner
 from tasks.errors import BackendError
 from tasks.paddle_model import loaded_paddle
 
@@ -21,31 +18,24 @@ _GPU_MEGABYTES = 256
 class PaddleRunner(SavedRunner):
     """A predictor of paddle.inference: on the first CUDA device where Paddle has one, else (or with `cpu`) on the CPU."""
 
-    def __init__(
-        self,
-        graph: Path,
-        inputs: Mapping[str, str],
-        outputs: Mapping[str, str],
-        profiles: Sequence[Profile],
-        *,
-        threads: int | None,
-        device: int | None,
-        cpu: bool = False,
-    ) -> None:
-        super().__init__(inputs, outputs, profiles)
+    def __init__(self, saved: Saved) -> None:
+        super().__init__(saved)
+        graph, device = saved.plan, saved.device
+        if isinstance(graph, bytes):
+            raise BackendError("bad data", f"the {saved.form} has its weights in a file of its own", "give its path")
         paddle = loaded_paddle()
         there = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
         if device is not None and device >= there:
             raise BackendError("no device", f"Paddle has no cuda:{device} here", "leave the device away")
         config = paddle.inference.Config(str(graph), str(graph.with_name(WEIGHTS)))
         config.disable_glog_info()
-        if there and not cpu:
+        if there and not saved.cpu:
             config.enable_use_gpu(_GPU_MEGABYTES, device or 0)
             self.device = f"cuda:{device or 0}"
         else:
             config.disable_gpu()
-        if threads is not None:
-            config.set_cpu_math_library_num_threads(threads)
+        if saved.threads is not None:
+            config.set_cpu_math_library_num_threads(saved.threads)
         try:
             self._predictor = paddle.inference.create_predictor(config)
         except Exception as err:  # its exceptions share no base class
@@ -56,7 +46,7 @@ class PaddleRunner(SavedRunner):
             ) from err
         own = list(self._predictor.get_input_names())
         # With one input its name is free; several have the recipe's names.
-        self._names = own if len(own) == len(inputs) == 1 else list(inputs)
+        self._names = own if len(own) == len(self.inputs) == 1 else list(self.inputs)
         # A predictor keeps its inputs between calls.
         self._lock = threading.Lock()
 
@@ -73,18 +63,4 @@ class PaddleRunner(SavedRunner):
         del self._predictor
 
 
-def load(
-    plan: Path | bytes,
-    form: str,
-    inputs: Mapping[str, str],
-    outputs: Mapping[str, str],
-    profiles: Sequence[Profile],
-    *,
-    threads: int | None,
-    device: int | None,
-    cpu: bool = False,
-) -> PaddleRunner:
-    """Load an inference model from its files (see `saved_run.open_saved`)."""
-    if isinstance(plan, bytes):
-        raise BackendError("bad data", f"the {form} has its weights in a file of its own", "give its path")
-    return PaddleRunner(plan, inputs, outputs, profiles, threads=threads, device=device, cpu=cpu)
+RUNNER = PaddleRunner

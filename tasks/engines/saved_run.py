@@ -7,13 +7,15 @@ computes on a GPU.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from tasks.engines.host_arrays import refuse_device_array, written
+from tasks.engines.host_arrays import OnHost, written
 from tasks.engines.profiles import Profile
 from tasks.errors import BackendError
 
@@ -26,24 +28,40 @@ _RUNNERS: Final = {
 }
 
 
-class SavedRunner:
-    """What both frameworks share; `_compute` takes arrays in the model's order and gives arrays in its order."""
+@dataclass(frozen=True)
+class Saved:
+    """A saved model, and how to run it.
 
-    def __init__(self, inputs: Mapping[str, str], outputs: Mapping[str, str], profiles: Sequence[Profile]) -> None:
-        """Take the element types by name of inputs and outputs, in the model's order; subclasses load the model."""
-        self.inputs = dict(inputs)
-        self.outputs = list(outputs)
-        self.types = {**inputs, **outputs}
-        self.profiles = list(profiles)
+    `form` is the manifest's; `inputs` and `outputs` are element types by name, in the model's order; `threads` bounds the threads
+    of the framework, for the whole process; `device` is a CUDA device (None: the first that the framework has, else the CPU);
+    with `cpu` none is used, also where there is one.
+    """
+
+    plan: Path | bytes
+    form: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    profiles: Sequence[Profile]
+    threads: int | None = None
+    device: int | None = None
+    cpu: bool = False
+
+
+class SavedRunner(OnHost, ABC):
+    """What both frameworks share."""
+
+    def __init__(self, saved: Saved) -> None:
+        """Keep what a caller asks of a runner; subclasses load the model."""
+        self.inputs = dict(saved.inputs)
+        self.outputs = list(saved.outputs)
+        self.types = {**saved.inputs, **saved.outputs}
+        self.profiles = list(saved.profiles)
         self.device = "cpu"
         self.warnings: list[str] = []
 
+    @abstractmethod
     def _compute(self, arrays: list[Array]) -> list[Array]:
-        raise NotImplementedError
-
-    def adopt(self, value: object, where: str) -> None:
-        """Refuse what lies on a GPU; leave everything else to numpy."""
-        refuse_device_array(value, where)
+        """Take arrays in the model's order, and return arrays in its order."""
 
     def run(
         self, feeds: Mapping[str, Any], profile: int, out: Mapping[str, Any], where: str = "this call"
@@ -59,29 +77,15 @@ class SavedRunner:
             raise BackendError(kind, f"{where}: {type(err).__name__}: {words}", advice) from err
         return written(dict(zip(self.outputs, values, strict=True)), out, where)
 
-    def make_current(self) -> None:
-        """Do nothing: any thread may use it."""
-
+    @abstractmethod
     def close(self) -> None:
         """Drop the model."""
 
 
-def open_saved(
-    framework: str,
-    plan: Path | bytes,
-    form: str,
-    *,
-    inputs: Mapping[str, str],
-    outputs: Mapping[str, str],
-    profiles: Sequence[Profile],
-    threads: int | None = None,
-    device: int | None = None,
-    cpu: bool = False,
-) -> SavedRunner:
+def open_saved(framework: str, saved: Saved) -> SavedRunner:
     """Load a saved source model whose bytes were checked, into its framework.
 
-    `form` is the manifest's; `threads` bounds the threads of the framework, for the whole process; `device` is a CUDA device (None: the first
-    that the framework has, else the CPU); with `cpu` none is used, also where there is one. Raises BackendError: "missing package", "no device", "bad data".
+    Raises BackendError: "missing package", "no device", "bad data".
     """
     module, extra = _RUNNERS[framework]
     try:
@@ -90,5 +94,5 @@ def open_saved(
         raise BackendError(
             "missing package", f"{framework} cannot be imported: {err}", f"install it: pip install '{extra}'"
         ) from err
-    runner: SavedRunner = opened.load(plan, form, inputs, outputs, profiles, threads=threads, device=device, cpu=cpu)
+    runner: SavedRunner = opened.RUNNER(saved)
     return runner
