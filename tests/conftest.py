@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.servers import careless_s3_server, s3_environment, s3_server
+from tests.servers import Faults, bad_network, careless_s3_server, s3_environment, s3_server
 
 # Machines that run tests are busy: how long an example takes says nothing about the code.
 settings.register_profile("enginery", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -72,6 +72,14 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def s3_environ(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Point this process, and its children, at the S3 server by the usual AWS variables; return its address."""
     return point_at(s3_endpoint, monkeypatch)
+
+
+@pytest.fixture
+def faults(s3_environ: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """The faults of a network between this process and the S3 server, which notes every request."""
+    with bad_network(s3_environ) as (address, rules):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        yield rules
 
 
 @pytest.fixture

@@ -22,17 +22,9 @@ from artifacts.store import open_store
 from tests.conftest import BUCKET
 from tests.engines import make_engine
 from tests.integration.building import enginery, environment
-from tests.servers import Faults, bad_network
+from tests.servers import Faults
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def faults(s3_environ: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The network before the S3 server, which notes every request."""
-    with bad_network(s3_environ) as (address, rules):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
-        yield rules
 
 
 @pytest.fixture

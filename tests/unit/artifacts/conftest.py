@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from artifacts.store import Store, open_store
-from tests.servers import Faults, bad_network
-
-
-@pytest.fixture
-def faults(s3_environ: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The faults of a network between this process and the S3 server."""
-    with bad_network(s3_environ) as (address, rules):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
-        yield rules
+from tests.servers import Faults
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tasks.engines.saved_run import Saved, open_saved
 from tasks.errors import BackendError, ModelCodeError
 from tasks.onnx_files import dims_of
 from tasks.onnx_sessions import GraphRunner
 from tasks.paddle_weights import read_weights
-from tasks.sources import run_export, run_reference
+from tasks.sources import run_export, run_reference, run_save
 from tests.unit.tasks.bundles import code_tar, frames, fresh, request, tensor
 
 pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
@@ -100,6 +101,27 @@ def saved(folder, *, pir, shape=(None, 3, 8, None)):
     subprocess.run([sys.executable, "net.py"], cwd=folder, env=flags, check=True, capture_output=True)
     suffix = ".json" if pir else ".pdmodel"
     return {f"model{suffix}": folder / f"net{suffix}", "model.pdiparams": folder / "net.pdiparams"}
+
+
+@pytest.mark.parametrize("source", ["a layer", ".json", ".pdmodel"])
+def test_a_saved_model_serves_what_the_source_gives_from_its_files_alone(tmp_path, source):
+    inputs = code(tmp_path) if source == "a layer" else saved(tmp_path, pir=source == ".json")
+    asked = request("save", params(), inputs, tmp_path)
+    facts = run_save(asked).facts
+    plan = asked.output_dir / facts["plan"]
+    assert plan.suffix == (".pdmodel" if source == ".pdmodel" else ".json")
+    told = request("reference", params(kind="parity", cases=CASES, input_seed=0), inputs, tmp_path)
+    run_reference(told)
+    arrays = load_file(told.output_dir / "reference.safetensors")
+    outputs = dict.fromkeys(facts["outputs"], "float32")
+    runner = open_saved("paddle", Saved(plan, facts["form"], {"image": "float32"}, outputs, profiles=(), cpu=True))
+    assert (facts["inputs"], list(outputs), runner.device) == (["image"], ["columns", "z"], "cpu")
+    for case in CASES:
+        name = case["name"]
+        for output, array in runner.run({"image": arrays[f"{name}/in/image"]}, 0, {}, name).items():
+            np.testing.assert_allclose(array, arrays[f"{name}/out/{output}"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(BackendError, match="has its weights in a file of its own"):
+        open_saved("paddle", Saved(plan.read_bytes(), facts["form"], {"image": "float32"}, outputs, profiles=()))
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21])
