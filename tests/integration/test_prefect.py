@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_SERVER_UI_ENABLED": "false"}
 START_SECONDS = 600.0  # of a machine that others keep busy
+EVENT_SECONDS = 30.0
 STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
 # Every line that a build may say on stderr in a pipe.
 SAID = re.compile(r"digits: \d+ of \d+ stages to run, \d+ cached|  ((run  |built|FAIL ) \S+ |\.\.\.   \S+) .*")
@@ -60,9 +61,17 @@ class Server:
             return json.load(answer)
 
     def last_run(self) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
-        """Return the last flow run, and the name and message of the state of each of its task runs, by name."""
+        """Return the last flow run, and the name and message of the state of each of its task runs, by name.
+
+        What became of a task run reaches the server as an event, which it takes in when it has time, also after the flow's end.
+        """
         (flow,) = self.ask("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
-        runs = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+        deadline = time.monotonic() + EVENT_SECONDS
+        while True:
+            runs = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+            if all(run["state"]["type"] != "RUNNING" for run in runs) or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
         states = {run["name"]: (run["state"]["name"], run["state"]["message"] or "") for run in runs}
         assert len(states) == len(runs), "a step has two task runs"
         return flow, states
