@@ -64,8 +64,8 @@ class EngineStages:
         toolchain = {RUNTIME_PACKAGES[target.runtime]: engine.runtime_version}
         return support_step(self.pipeline, target, here=waiting is None, toolchain=toolchain)
 
-    def compilation(self, engine: EnginePlan, precision: Precision, gate: Step) -> Compilation:
-        """Describe compiling for one GPU; nothing of other targets, and no name or path, enters the key."""
+    def compilation(self, engine: EnginePlan, precision: Precision, judged: Sequence[Step]) -> Compilation:
+        """Describe compiling for one GPU once what is `judged` has passed; nothing of other targets, and no name or path, enters the key."""
         params: dict[str, Any] = {"runtime": engine.runtime, "gpu": engine.gpu}
         if engine.runtime != "onnxruntime":  # which takes any shape, and none of the options
             params |= {
@@ -74,7 +74,7 @@ class EngineStages:
                 **compile_params(engine.options, engine.runtime),
             }
         inputs = graph_files(self.pipeline.typed(engine.typed or precision))
-        gates = [*self.portable_gates(), gate, *([engine.support] if engine.support is not None else [])]
+        gates = [*self.portable_gates(), *judged, *([engine.support] if engine.support is not None else [])]
         if engine.runtime == "tensorrt":
             # Which of a graph's types a weakly typed builder may use is a flag of it; the tactics are those of the device.
             params["precision"] = precision

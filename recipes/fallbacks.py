@@ -61,7 +61,7 @@ def fallbacks(
     for kind in get_args(Kind):
         asked, own = asking(recipe, kind), (runtime_of(recipe, kind), NAMES[kind])
         if any(chosen.includes(runtime, gpu) for runtime, gpu in (*asked, *([own] if asked else []))):
-            found.append(_planned(whole, parts, recipe, kind, together if kind == "onnx" else None))
+            found.append(_planned(whole, parts, recipe, kind, together))
     return found
 
 

@@ -230,14 +230,17 @@ class Pipeline:
     def verify_saved(self, executor: str) -> Step:
         """Measure what `save` made as `verify` does a graph: its framework runs it, in a process without the recipe's model."""
         params, own = self.measure("fallback")
-        framework = _FRAMEWORKS[self.recipe.source.framework]
         return self.steps.add(
             self.id("verify", "source"),
             params={**params, "executor": executor},
             inputs=[*saved_files(self.save), self.reference, *self.labelled],
-            toolchain=self.versions(*framework, "numpy") | own,
+            toolchain=self.serving_toolchain() | own,
             measured={"saved": self.save.facts},
         )
+
+    def serving_toolchain(self) -> dict[str, Any]:
+        """Return the versions that what a saved source gives depends on: of its framework, and of none of the recipe's code."""
+        return self.versions(*_FRAMEWORKS[self.recipe.source.framework], "numpy")
 
     @cached_property
     def reference(self) -> Output:

@@ -100,6 +100,19 @@ def plan(
 
 
 @dataclass(frozen=True)
+class Until:
+    """How far an engine is planned: to its typed graph alone, or compiled once `gates` have passed, in a precision up to `last`."""
+
+    compiled: bool = True
+    gates: tuple[Step, ...] = ()
+    last: Precision | None = None
+
+
+_COMPILED: Final = Until()
+_TYPED: Final = Until(compiled=False)
+
+
+@dataclass(frozen=True)
 class _Engines:
     """Describes what each engine takes beyond the portable steps: compile, verify where it can run, publish."""
 
@@ -122,11 +135,17 @@ class _Engines:
         return EnginePlan(name, target.runtime, version, gpu, asked, None, "run", options=options)
 
     def passing(
-        self, target: Target, gpu: str, asked: Asked, given_up: Mapping[Precision, Verdict] | None = None
+        self,
+        target: Target,
+        gpu: str,
+        asked: Asked,
+        given_up: Mapping[Precision, Verdict] | None = None,
+        until: Until = _COMPILED,
     ) -> EnginePlan:
         """Plan one engine up to its publication, of which it has the steps before where it is in the state `run`.
 
-        `given_up` has the precisions that pass by themselves, and are not taken all the same.
+        `given_up` has the precisions that pass by themselves, and are not taken all the same. Where the last precision that
+        `until` admits is tried in vain, none is given, and the last trial says why.
         """
         recipe = self.stages.pipeline.recipe
         base = self.base(target, gpu, asked)
@@ -157,7 +176,7 @@ class _Engines:
             if given_up is not None and precision in given_up:
                 trials.append(Trial(precision, given_up[precision]))
                 continue
-            engine, verdict = self._trial(base, precision, waiting)
+            engine, verdict = self._trial(base, precision, waiting, until)
             unbuilt = _unbuilt(engine) if left else None
             if unbuilt is not None:
                 own = self.stages.pipeline.steps.since(mark)
@@ -169,11 +188,15 @@ class _Engines:
                 return replace(engine, trials=tuple(trials))
             if verdict is None or verdict.passed:
                 return replace(engine, benchmark=self.stages.benchmark(engine), trials=tuple(trials))
+            if left and precision == until.last:
+                return replace(base, trials=tuple(trials))
         return replace(
             base, state="failed", why=f"no precision passed its gates: {_told(trials)}", trials=tuple(trials)
         )
 
-    def _trial(self, base: EnginePlan, precision: Precision, waiting: str | None) -> tuple[EnginePlan, Verdict | None]:
+    def _trial(
+        self, base: EnginePlan, precision: Precision, waiting: str | None, until: Until
+    ) -> tuple[EnginePlan, Verdict | None]:
         """Describe building one precision up to the verdict on it; `waiting` says what this host lacks to compile it."""
         recipe = self.stages.pipeline.recipe
         refused = refusal(base.runtime, base.gpu, precision, base.runtime_version or None)
@@ -190,10 +213,12 @@ class _Engines:
         )
         verdict = self._verdict(graph, source)
         wanted = replace(base, given=precision, typed=source, verify=graph)
+        if not until.compiled:
+            return wanted, verdict
         if waiting is not None and (verdict is None or verdict.passed):
             return replace(base, state="waiting", why=waiting), verdict
         reasons: list[str] = []
-        for made, origin in self._ways(wanted, precision, graph, verdict, reasons):
+        for made, origin in self._ways(wanted, precision, (graph, *until.gates), verdict, reasons):
             engine = replace(wanted, compile=made, refitted_from=origin)
             engine = replace(engine, engine_verify=self.stages.execute(engine, precision, again=bool(reasons)))
             verdict = self._verdict(graph, source) and self._judged(engine.engine_verify or graph, precision)
@@ -216,7 +241,7 @@ class _Engines:
             candidate, mark = Candidate(one, level), steps.mark()
             if search.skips(candidate):
                 continue
-            engine, verdict = self._trial(_at_level(base, level), one, waiting)
+            engine, verdict = self._trial(_at_level(base, level), one, waiting, _COMPILED)
             if engine.state == "waiting":
                 return engine
             timed = self.stages.timed(engine) if verdict is not None and verdict.passed else None
@@ -242,11 +267,16 @@ class _Engines:
         return judge(step.facts, self.stages.pipeline.recipe.acceptance, precision)
 
     def _ways(
-        self, engine: EnginePlan, precision: Precision, gate: Step, verdict: Verdict | None, reasons: Sequence[str]
+        self,
+        engine: EnginePlan,
+        precision: Precision,
+        gates: Sequence[Step],
+        verdict: Verdict | None,
+        reasons: Sequence[str],
     ) -> Iterator[tuple[Step, Base | None]]:
         """Yield the steps that can make a plan, the cheapest first, unless the graph has failed its gates."""
         if verdict is None or verdict.passed:
-            wanted = self.stages.compilation(engine, precision, gate)
+            wanted = self.stages.compilation(engine, precision, gates)
             yield from self.refits.ways(wanted, self.stages.pipeline.typed(engine.typed or precision), reasons)
 
 
@@ -299,23 +329,45 @@ def _agreed(
     While they do not pass together, one part after the other gives way, by its own chain.
     """
     given_up: dict[str, dict[Precision, Verdict]] = {name: {} for name in parts}
+    until, made = dict.fromkeys(parts, _COMPILED), dict[str, EnginePlan]()
+
+    def planned(name: str, until: Until) -> EnginePlan:
+        asked = built_in(whole.stages.pipeline.recipe.parts[name], precision)
+        return parts[name].passing(target, base.gpu, asked, given_up[name], until)
+
     while True:
-        made = {
-            name: engines.passing(
-                target, base.gpu, built_in(whole.stages.pipeline.recipe.parts[name], precision), given_up[name]
-            )
-            for name, engines in parts.items()
-        }
+        if together is not None:
+            graphs = {name: planned(name, _TYPED) for name in parts}
+            reasons = _failed(graphs)
+            if reasons:
+                return base, reasons
+            engine = replace(base, parts=graphs)
+            judged = together.graphs(engine)
+            verdict = together.verdict({"graph": judged})
+            if verdict is not None and not verdict.passed:
+                name = together.giving_way(engine)
+                base = _tolerant(base, _broken(made, given_up if name is None else [name]))
+                if name is None:
+                    return base, verdict.reasons
+                _give_up(given_up[name], graphs[name].given, verdict)
+                continue
+            until = {name: Until(gates=(judged,), last=one.given) for name, one in graphs.items()}
+        made = {name: planned(name, until[name]) for name in parts}
         # A compilation that failed before a part gave way, in this round or in one before.
-        tolerated = (*base.tolerated, *(step for one in made.values() for step in one.tolerated))
-        base = replace(base, tolerated=tuple(dict.fromkeys(tolerated)))
-        reasons = tuple(f"{name}: {one.why}" for name, one in made.items() if one.state == "failed")
+        base = _tolerant(base, (step for one in made.values() for step in one.tolerated))
+        reasons = _failed(made)
         if reasons:
             return base, reasons
         engine = replace(base, parts=made)
         waiting = next((one.why for one in made.values() if one.state == "waiting"), None)
         if waiting is not None:
             return replace(engine, state="waiting", why=waiting), ()
+        # What gave way when it was compiled is another combination, whose graphs are judged first.
+        unbuilt = {name: one.trials[-1].verdict for name, one in made.items() if one.given is None}
+        for name, verdict in unbuilt.items():
+            _give_up(given_up[name], until[name].last, verdict)
+        if unbuilt:
+            continue
         # What people call it by: the least exact that any part was given.
         given = min((one.given for one in made.values() if one.given is not None), key=EXACTNESS.__getitem__)
         engine = replace(engine, given=given)
@@ -326,21 +378,31 @@ def _agreed(
         if verdict is None or verdict.passed:
             return engine, ()
         name = together.giving_way(engine)
-        broken = _broken(engine, made if name is None else [name])
-        base = replace(base, tolerated=tuple(dict.fromkeys((*base.tolerated, *broken))))
+        executed = [step.id for step in engine.together.values() if step.state in ("failed", "blocked")]
+        base = _tolerant(base, [*executed, *_broken(made, made if name is None else [name])])
         if name is None:
             return base, verdict.reasons
-        lower = made[name].given
-        if lower is not None:  # which `giving_way` has seen to
-            given_up[name][lower] = verdict
+        _give_up(given_up[name], made[name].given, verdict)
 
 
-def _broken(engine: EnginePlan, names: Iterable[str]) -> list[str]:
+def _failed(made: Mapping[str, EnginePlan]) -> tuple[str, ...]:
+    return tuple(f"{name}: {one.why}" for name, one in made.items() if one.state == "failed")
+
+
+def _give_up(given_up: dict[Precision, Verdict], precision: Precision | None, verdict: Verdict | None) -> None:
+    if precision is None or verdict is None:
+        raise ValueError("nothing to give up")
+    given_up[precision] = verdict
+
+
+def _tolerant(base: EnginePlan, steps: Iterable[str]) -> EnginePlan:
+    return replace(base, tolerated=tuple(dict.fromkeys((*base.tolerated, *steps))))
+
+
+def _broken(made: Mapping[str, EnginePlan], names: Iterable[str]) -> list[str]:
     """Return which steps failed of parts of a combination that is given up: what takes their place may pass."""
-    own = [engine.together.get("engine")]
-    for name in names:
-        part = engine.parts[name]
-        own += [part.compile, part.engine_verify, part.benchmark]
+    parts = [made[name] for name in names if name in made]
+    own = [step for part in parts for step in (part.compile, part.engine_verify, part.benchmark)]
     return [step.id for step in own if step is not None and step.state in ("failed", "blocked")]
 
 

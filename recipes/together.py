@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes.engine_stages import PLAN_NAMES, RUNTIME_PACKAGES, EngineStages
 from recipes.gates import Verdict, judge_together, telling_parity
-from recipes.pipeline import Pipeline, graph_files, interface_of
+from recipes.pipeline import Pipeline, graph_files, interface_of, saved_files
 from recipes.plan import EnginePlan
 from recipes.schema import EXACTNESS, Precision, Together
 from recipes.steps import Output, Step
@@ -32,9 +32,11 @@ class TogetherStages:
     def measured(self, engine: EnginePlan) -> dict[str, Step]:
         """Measure the typed graphs of an engine's parts (`graph`), and what was compiled where it can be executed (`engine`).
 
-        Of graphs that are known to fail together no engine is measured: the combination is given up.
+        Of graphs that are known to fail together no engine is measured: the combination is given up. A saved source is no graph.
         """
-        found = {"graph": self._graphs(engine)}
+        if engine.fallback == "source":
+            return {"engine": self._saved(engine)}
+        found = {"graph": self.graphs(engine)}
         known = self.verdict(found)
         if (known is None or known.passed) and all(part.engine_verify is not None for part in engine.parts.values()):
             found["engine"] = self._engines(engine)
@@ -68,7 +70,8 @@ class TogetherStages:
         after = chain[chain.index(part.given) + 1 :]
         return after[0] if after else None
 
-    def _graphs(self, engine: EnginePlan) -> Step:
+    def graphs(self, engine: EnginePlan) -> Step:
+        """Run the typed graphs of a combination of precisions: what is compiled of one waits for it."""
         parts: dict[str, dict[str, Any]] = {}
         files: list[Output] = []
         for name, part in engine.parts.items():
@@ -98,8 +101,26 @@ class TogetherStages:
             toolchain |= self.whole.versions("onnx", "onnxruntime")
         return self._verify(f"{engine.runtime}:{engine.gpu}:{_named(engine, typed=False)}", parts, files, toolchain)
 
+    def _saved(self, engine: EnginePlan) -> Step:
+        parts: dict[str, dict[str, Any]] = {}
+        files: list[Output] = []
+        toolchain: dict[str, Any] = {}
+        saved: dict[str, Mapping[str, Any] | None] = {}
+        for name in engine.parts:
+            pipeline = self.parts[name].pipeline
+            parts[name] = {"subject": "fallback", "executor": engine.runtime, "tensors": pipeline.interface}
+            saved[name] = pipeline.save.facts
+            files += _in_folder(name, saved_files(pipeline.save))
+            toolchain |= pipeline.serving_toolchain()
+        return self._verify(engine.gpu, parts, files, toolchain, saved)
+
     def _verify(
-        self, subject: str, parts: dict[str, dict[str, Any]], files: list[Output], toolchain: dict[str, Any]
+        self,
+        subject: str,
+        parts: dict[str, dict[str, Any]],
+        files: list[Output],
+        toolchain: dict[str, Any],
+        saved: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> Step:
         params, own = self.whole.measure("together")
         del params["executor"]
@@ -110,6 +131,7 @@ class TogetherStages:
             params=params,
             inputs=[*files, run, *self.reference()],
             toolchain=toolchain | own | packages,
+            measured=saved,
         )
 
     def reference(self) -> list[Output]:

@@ -114,6 +114,8 @@ def _request_of(request: StageRequest, part: str) -> StageRequest:
     """Return a request as a stage of this part alone would get it."""
     params = dict(request.params["parts"][part])
     folder = f"{params.get('folder', part)}/"
+    if part in request.params.get("measured", {}):  # how the part was saved
+        params["measured"] = {"saved": request.params["measured"][part]}
     files = {name.removeprefix(folder): path for name, path in request.inputs.items() if name.startswith(folder)}
     return replace(request, params={"kind": "together", **params}, inputs=files)
 

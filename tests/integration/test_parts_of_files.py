@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -113,28 +114,38 @@ def manifests(store: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_detector_and_a_recogniser_of_two_files_are_built_and_read_together(tmp_path: Path):
-    onnx.save(detector(), tmp_path / "detector.onnx")
+    weights = {"save_as_external_data": True, "location": "its weights.bin", "size_threshold": 0}
+    onnx.save(detector(), tmp_path / "detector.onnx", **weights)
     shutil.copy(RECIPES / "digits" / "digits.onnx", tmp_path / "digits.onnx")
     files = {"detector": "detector.onnx", "recogniser": "digits.onnx"}
     sources = {name: {"source": {"framework": "onnx", "model": {"file": file}}} for name, file in files.items()}
-    path = written(tmp_path, sources, {"floor": 0.9, "max_drop": 0.02}, export={"simplifier": "none"})
+    bounds = {"floor": 0.9, "max_drop": 0.02}
+    path = written(tmp_path, sources, bounds, export={"simplifier": "none"}, fallback="source")
     ran, planned, _session = build(path, tmp_path / "store")
     assert planned.status == 0
-    assert {"fetch:detector:model", "fetch:recogniser:model", "reference:together"} <= ran
+    assert {"fetch:detector:model", "fetch:recogniser:model", "reference:together", "verify:together:source"} <= ran
     found = manifests(tmp_path / "store")
-    assert len(found) == 2
+    assert len(found) == 3
     for manifest in found:
         assert set(manifest["parts"]) == set(files)
-        assert set(manifest["provenance"]["source"]) == {"detector/model.onnx", "recogniser/model.onnx"}
+        of_detector = {"detector/model.onnx", "detector/its weights.bin"}
+        assert set(manifest["provenance"]["source"]) == {*of_detector, "recogniser/model.onnx"}
         assert manifest["verification"]["gates"]["metric"]["name"] == "top1"
-        assert manifest["verification"]["graph"]["metric"]["value"] > 0.9
+        judged = manifest["verification"]["engine" if manifest.get("fallback") else "graph"]
+        assert judged["metric"]["value"] > 0.9
         assert "reference:together" in {step["id"] for step in manifest["provenance"]["steps"]}
+    (spare,) = (manifest for manifest in found if manifest.get("fallback"))
+    assert {part: saved["form"] for part, saved in spare["fallback"]["saved"].items()} == dict.fromkeys(files, "ONNX")
+    author = hashlib.sha256((tmp_path / "digits.onnx").read_bytes()).hexdigest()
+    assert spare["files"]["recogniser/model.onnx"]["digest"] == author
     store = open_store(str(tmp_path / "store"))
-    (name,) = (one for one in EngineCatalog(store).engines() if one.target.startswith("onnxruntime"))
     pages = np.load(tmp_path / "pages.npz")
-    with load(pull(store, name, tmp_path / "pulled")) as engine:
-        ink = engine["detector"](page=pages["page"][:2])["ink"]
-    assert np.allclose(ink.max(axis=(1, 2, 3)), pages["page"][:2].sum(axis=(1, 2, 3)), rtol=1e-5)
+    served = [one for one in EngineCatalog(store).engines() if one.target.startswith("onnxruntime")]
+    assert len(served) == 2
+    for number, name in enumerate(served):
+        with load(pull(store, name, tmp_path / f"pulled{number}")) as engine:
+            ink = engine["detector"](page=pages["page"][:2])["ink"]
+        assert np.allclose(ink.max(axis=(1, 2, 3)), pages["page"][:2].sum(axis=(1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import pytest
 
 from recipes.fallbacks import CACHE, asking, providers_of, targets_of
 from tests.unit.recipes.simulated import GOOD, World, recipe
-from tests.unit.recipes.test_parts import PARTED, PARTS, parted
+from tests.unit.recipes.test_parts import JUDGED, PARTED, PARTS, gated, parted, read
 
 BAD = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 0.5}}
 STEPS = {"type:fp32", "verify:fp32", "verify:fallback", "publish:fallback:onnx"}
@@ -160,3 +160,42 @@ def test_of_a_model_in_parts_every_part_is_published_together_or_none(kind, step
     assert planned.engines[-1].state == "failed"
     assert planned.engines[-1].why.startswith("decoder: the fallback fails its gates: ")
     assert not any(one.startswith("publish:fallback") for one in order)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("onnx", "verify:together:onnxruntime:fallback:encoder-fp32,decoder-fp32"), ("source", "verify:together:source")],
+)
+def test_what_parts_do_together_is_judged_of_either_kind_in_what_serves_it(kind, step):
+    def asked(document):
+        document["fallback"] = kind
+
+    facts = {
+        "save": SAVED,
+        "save:decoder": {**SAVED, "plan": "decoder.pt2"},
+        "verify": {**GOOD, "outputs": OUTPUTS},
+        "verify:together:encoder-fp16,decoder-fp16": read(0.94),
+        "verify:together:encoder-fp32,decoder-fp32": read(0.94),
+    }
+    _order, planned = World(facts={**facts, step: read(0.95)}).build(gated(asked), JUDGED)
+    stated = planned.engines[-1].publish.action.params
+    assert (planned.engines[-1].state, planned.engines[-1].fallback) == ("cached", kind)
+    assert stated["together"] == {"name": "exact-match", "floor": 0.9, "max_drop": None}
+    assert stated["measured"]["together/engine"]["metric"]["value"] == 0.95
+    ran, planned = World(facts={**facts, step: read(0.5)}).build(gated(asked), JUDGED)
+    assert planned.engines[-1].why == "the fallback fails its gates: together: exact-match 0.5 < floor 0.9"
+    assert f"publish:fallback:{kind}" not in ran
+
+
+def test_each_saved_part_is_run_as_it_was_saved_by_its_framework():
+    def asked(document):
+        document["fallback"] = "source"
+
+    facts = {"save:encoder": SAVED, "save:decoder": {**SAVED, "plan": "decoder.pt2"}}
+    made = World(facts={**facts, "verify": {**GOOD, "outputs": OUTPUTS}, "verify:together:source": read(0.95)})
+    _order, planned = made.build(gated(asked), JUDGED)
+    (step,) = [step for step in planned.steps if step.id == "verify:together:source"]
+    assert step.action.params["measured"] == {"encoder": SAVED, "decoder": {**SAVED, "plan": "decoder.pt2"}}
+    assert {part["executor"] for part in step.action.params["parts"].values()} == {"torch"}
+    assert {"encoder/model.pt2", "decoder/model.pt2"} <= set(step.action.inputs)
+    assert not any(name.endswith("onnx") for name in step.action.inputs)

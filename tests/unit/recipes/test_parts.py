@@ -183,22 +183,90 @@ def test_where_parts_fail_together_the_farthest_from_its_source_gives_way_step_b
     ]
 
 
-def test_a_compilation_of_a_part_that_gives_way_may_fail():
-    """The graphs of the first combination fail together while its engines are compiled."""
-    far = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
+FAR = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
+
+
+def test_nothing_is_compiled_of_a_combination_whose_graphs_fail_together():
     facts = {
-        "verify:decoder:fp16": far,
+        "verify:decoder:fp16": FAR,
         "verify:together:encoder-fp16,decoder-fp16": read(0.1),
         "verify:together:encoder-fp16,decoder-bf16": read(0.94),
     }
-    fails = "compile:{}:tensorrt-rtx:sm89:fp16"
+    order, planned = World(facts=facts).build(gated(), JUDGED)
+    assert planned.status == 0
+    compiled = [step for step in order if step.startswith("compile")]
+    assert sorted(compiled) == ["compile:decoder:tensorrt-rtx:sm89:bf16", "compile:encoder:tensorrt-rtx:sm89:fp16"]
+    assert order.index("verify:together:encoder-fp16,decoder-bf16") < min(map(order.index, compiled))
+
+
+def test_what_is_compiled_waits_for_the_verdict_on_the_graphs_and_no_key_knows_of_it():
+    world = World(facts={"verify:together:encoder-fp16,decoder-fp16": read(0.94)})
+    first = world.plan(gated(), JUDGED)
+    (step,) = [step for step in first.steps if step.id == "compile:encoder:tensorrt-rtx:sm89:fp16"]
+    assert "verify:together:encoder-fp16,decoder-fp16" in step.after
+    (judged,) = [one for one in world.build(gated(), JUDGED)[1].steps if one.id == step.id]
+
+    def ungated(document):
+        document["acceptance"] = {}
+
+    (plain,) = [one for one in World().build(gated(ungated), PARTED)[1].steps if one.id == step.id]
+    assert judged.action.key == plain.action.key
+
+
+def test_the_combination_that_a_refused_compilation_leaves_is_judged_before_it_is_compiled():
+    """The compiler has no kernel for the decoder's types, and with those that come next the parts fail together."""
+    facts = {
+        "verify:together:encoder-fp16,decoder-fp16": read(0.94),
+        "verify:together:encoder-fp16,decoder-bf16": read(0.1),
+        "verify:together:encoder-bf16,decoder-bf16": read(0.1),
+        "verify:together:encoder-bf16,decoder-fp32": read(0.94),
+        "verify:together:encoder-fp16,decoder-fp32": read(0.94),
+        "verify:decoder:bf16": FAR,
+    }
+    passing = World(facts=facts).build(gated(), JUDGED)[1]
+    (refused,) = [step for step in passing.steps if step.id == "compile:decoder:tensorrt-rtx:sm89:fp16"]
+    world = World(facts=facts, failures={refused.action.key: "no kernel: for half"})
+    order, planned = world.build(gated(), JUDGED)
+    (engine,) = planned.engines
+    assert engine.state == "cached"
+    assert planned.status == 0
+    assert {name: part.given for name, part in engine.parts.items()} == {"encoder": "fp16", "decoder": "fp32"}
+    assert "compile:decoder:tensorrt-rtx:sm89:bf16" not in order
+    assert engine.publish.action.params["parts"]["decoder"]["tried"] == [
+        {"precision": "fp16", "reasons": ["no kernel: for half"]},
+        {"precision": "bf16", "reasons": ["together: exact-match 0.1 < floor 0.9"]},
+    ]
+
+
+def test_parts_that_wait_for_another_host_have_their_graphs_judged_here():
+    """So that a host with the GPU, which may lack the source's framework, compiles only what passes."""
+    world = World(facts={"verify:together:encoder-fp16,decoder-fp16": read(0.94)})
+    world.host = replace(world.host, runtimes={"onnxruntime": "1.31.1"})
+    order, planned = world.build(gated(), JUDGED)
+    assert planned.engines[0].state == "waiting"
+    assert "verify:together:encoder-fp16,decoder-fp16" in order
+
+
+def test_a_compilation_of_a_part_that_gives_way_may_fail():
+    """Graphs pass together, and engines do not, while one of them cannot be timed: what gives way takes that with it."""
+    graphs = {
+        "verify:decoder:onnxruntime:cpu:fp16": FAR,
+        "verify:together:encoder-fp16,decoder-fp16": read(0.94),
+        "verify:together:encoder-fp16,decoder-fp32": read(0.94),
+        "verify:together:onnxruntime:cpu:encoder-fp16,decoder-fp32": read(0.94),
+    }
+    engines = "verify:together:onnxruntime:cpu:encoder-fp16,decoder-fp16"
+
+    def timed(document):
+        document["precision"]["fallback"] = {"fp16": ["fp32"]}
+        document["targets"] = [{"runtime": "onnxruntime"}]
+        document["benchmark"] = {}
 
     def status(part):
-        passing = World(facts={**facts, "verify:together:encoder-fp16,decoder-fp16": read(0.94)})
-        compiled = passing.build(gated(), JUDGED)[1]
-        (step,) = [step for step in compiled.steps if step.id == fails.format(part)]
-        world = World(facts=facts, failures={step.action.key: "crash: the compiler ended"})
-        return world.build(gated(), JUDGED)[1].status
+        passing = World(facts={**graphs, engines: read(0.94)}).build(gated(timed), JUDGED)[1]
+        (step,) = [step for step in passing.steps if step.id == f"benchmark:{part}:onnxruntime:cpu:fp16"]
+        world = World(facts={**graphs, engines: read(0.1)}, failures={step.action.key: "crash: it ended"})
+        return world.build(gated(timed), JUDGED)[1].status
 
     assert status("decoder") == 0
     assert status("encoder") == 1  # which is part of what passes
@@ -209,8 +277,7 @@ def test_engines_of_a_combination_whose_graphs_fail_are_not_run_together():
         "verify:together:encoder-fp16,decoder-{}",
         "verify:together:onnxruntime:cpu:encoder-fp16,decoder-{}",
     )
-    far = {**GOOD, "parity": {**GOOD["parity"], "relative_l2": 5e-3}}
-    facts = {"verify:decoder:fp16": far, "verify:decoder:onnxruntime:cpu:fp16": far, graphs.format("fp16"): read(0.1)}
+    facts = {"verify:decoder:fp16": FAR, "verify:decoder:onnxruntime:cpu:fp16": FAR, graphs.format("fp16"): read(0.1)}
     facts |= {graphs.format("fp32"): read(0.94), engines.format("fp32"): read(0.94)}
 
     def executed(document):
