@@ -168,7 +168,8 @@ class Mover:
                 raise IntegrityError(f"{engine}: its file {name} is gone or cut; build it again, then promote it")
         if not self.catalog.is_visible(engine):
             raise ChannelError(
-                f"{engine} is not promoted to {channel}: what it is published together with is not complete; build it again"
+                f"{engine} is not promoted to {channel}: what it is published together with is not complete; wait until the "
+                "build that publishes it ends, or build it again"
             )
         return manifest, data
 

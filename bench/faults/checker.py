@@ -21,6 +21,7 @@ from artifacts.cache import blob_path
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import Channel, read_channel
 from artifacts.errors import IntegrityError, NotFoundError, StoreError, TrustError
+from artifacts.fresh_plans import unpack
 from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.publications import Publication, mark_path, publication_path, read_publication
 from artifacts.records import ActionRecord
@@ -43,7 +44,9 @@ INVARIANTS: Final[Mapping[str, str]] = {
     "blob": "Every blob has the SHA-256 that is its name.",
     "record": "Every record can be read, hashes to its key, and lies where its stage and key say.",
     "outputs": "Every blob that a record names is there (after blobs were removed: the record is a miss).",
-    "hint": "Every hint (cache/latest, cache/refit), host and timing fact is JSON.",
+    "hint": "Every hint (cache/latest, cache/refit), host, pin, lease, claim, rollout and timing fact is JSON.",
+    "plans": "Every shard of fresh plans is whole.",
+    "timing": "Every timing cache has the SHA-256 that its first line states.",
     "lost": "What was visible once stays: manifests byte for byte, moves of channels, records; but for what gc removed.",
     "told": "Who was told that a channel moved finds that move in its history once; who was refused, once at most.",
     "published": "A visible engine is one that a publisher was told of, byte for byte.",
@@ -55,14 +58,15 @@ _HINTS: Final = (
     "cache/latest/",
     "cache/refit/",
     "hosts/",
+    "rollouts/",
     "leases/",
     "claims/",
     "sweeps/",
     "pins/",
     "removed/",
 )
-# Of no concern here: caches of the compiler, fresh plans (checked by those who read them), what was set aside as damaged. `store.json` says the layout's version.
-_OTHER: Final = ("timing/", "cache/plans/", "quarantine/")
+# Of no concern here: what was set aside as damaged. `store.json` says the layout's version.
+_OTHER: Final = ("quarantine/",)
 _TEMPORARY: Final = (".part", ".lock", ".fresh", ".new", ".tmp")
 
 
@@ -162,6 +166,10 @@ class _Checker:
                 return "blob", self._blob
             case ["cache", "actions", _, _]:
                 return "record", self._record
+            case ["cache", "plans", _, _]:
+                return "plans", self._plans
+            case ["timing", _, name]:
+                return ("timing cache", self._timing) if name.endswith(".cache") else ("hint", self._hint)
             case ["store.json"]:
                 return "hint", self._hint
         if path.startswith(_HINTS):
@@ -307,6 +315,19 @@ class _Checker:
                 json.loads(self.store.read(path))
             except ValueError as err:
                 self._violation("hint", f"{path}: {err}")
+
+    def _plans(self, path: str) -> None:
+        with suppress(NotFoundError):  # removed since it was listed
+            try:
+                unpack(self.store.read(path))
+            except IntegrityError as err:
+                self._violation("plans", f"{path}: {err}")
+
+    def _timing(self, path: str) -> None:
+        with suppress(NotFoundError):  # removed since it was listed
+            stated, _newline, cache = self.store.read(path).partition(b"\n")
+            if stated != digest_bytes(cache).encode():
+                self._violation("timing", f"{path}: its first line states {stated[:12]!r}")
 
     def _unknown(self, path: str) -> None:
         self._violation("names", f"{path} has no place in the layout")

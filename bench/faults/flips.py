@@ -3,12 +3,14 @@
     python -m bench.faults.flips RESULT.json [--flips 40] [--seed N] [--store folder|s3]
 
 The store, a folder or moto's S3, has what builds and promotions leave: the records and blobs of a tiny recipe that was built with its real
-stages, signed engines with their provenance, their publications, a signed attestation, a channel, a pin, a host, a rollout, a claim, fresh plans. Each object is damaged by so many single bits, and
+stages, signed engines with their provenance, one with parts and a fallback among them, their publications, a signed attestation, a
+channel, a pin, a host, a rollout, a claim, fresh plans, a timing cache, a list of refittable plans, a recipe's last preimages. Each object is damaged by so many single bits, and
 cut to nothing, to its half, and by its last byte; then the reader of its kind is asked. What it may answer:
 
     refused     an error in words
     missed      nothing, and a warning that says why
     same        what it answers of the undamaged object: blanks, or words that nobody relies on
+    a hint      of the last two alone: other words, which explain a miss, or name a record that is looked up and checked itself
 
 Anything else is a finding: something damaged was used, or lost in silence, or ended in a traceback.
 """
@@ -38,16 +40,33 @@ from artifacts.host import Host
 from artifacts.layout import LAYOUT_NAME
 from artifacts.pins import pin, pins
 from artifacts.records import ActionRecord
+from artifacts.refits import Base, RefitIndex
 from artifacts.refs import digest_bytes
 from artifacts.rollouts import Rollout, change_rollout, read_rollout
 from artifacts.store import Store
 from bench.faults.kills import STORES, places_of
 from bench.faults.recipe import write_tiny
-from bench.faults.world import RECIPES, Place, build, engine, follow, promote, publish, write_json
+from bench.faults.world import (
+    RECIPES,
+    Place,
+    build,
+    engine,
+    follow,
+    promote,
+    publish,
+    publish_group,
+    write_json,
+)
 from enginery import client
+from tasks.latest import read_latest
+from tasks.timing import LentCache, TimingPlace
 
 HOST: Final = "builder"
 CLAIM: Final = "compile/made-up"
+TIMING: Final = TimingPlace("tensorrt", "10.16.1.11", "13", "linux", "x86_64", "580.1", "8.9", {"sm_count": 58})
+REFIT: Final = digest_bytes(b"made-up")
+# What they say is never taken for true: see `refits` and `latest`.
+HINTS: Final = frozenset({"refit", "latest"})
 
 
 @dataclass
@@ -102,6 +121,16 @@ class Reader:
                 case "claim":
                     with claimed(store, CLAIM, lambda: True):
                         return "taken"
+                case "timing cache":
+                    lent = LentCache(store, TIMING)
+                    if lent.lend(to / "lent"):
+                        return (to / "lent").read_bytes()
+                    self.warnings.append(lent.facts["not_lent"])
+                    return None
+                case "refit":
+                    return RefitIndex(store).bases(REFIT)
+                case "latest":
+                    return read_latest(store, parts[2].removesuffix(".json"))
                 case "publication" | "mark":  # that it is there is all that counts
                     return EngineCatalog(store).engines()
                 case "store.json":
@@ -110,7 +139,8 @@ class Reader:
                     pulled = client.pull(store, EngineId(*parts[1:4]), to, trust=self.place.judge).folder
                     client.check(pulled, trust=self.place.judge)
                     # A signature that holds is as good as another one.
-                    return {file.name: file.read_bytes() for file in pulled.iterdir() if not file.name.endswith(".sig")}
+                    whole = [file for file in pulled.rglob("*") if file.is_file() and file.suffix != ".sig"]
+                    return {str(file.relative_to(pulled)): file.read_bytes() for file in whole}
 
 
 def kind_of(path: str, attested: str) -> str:
@@ -132,8 +162,10 @@ def kind_of(path: str, attested: str) -> str:
                 "verification": "attestation",
             }
             return named.get(name, "engine's file")
-        case "cache" if parts[1] == "plans":
-            return "plans"
+        case "cache" if parts[1] in ("plans", "refit", "latest"):
+            return parts[1]
+        case "timing" if path.endswith(".cache"):
+            return "timing cache"
         case "channels" | "pins" | "hosts" | "rollouts" | "claims" | "publications":
             return parts[0].removesuffix("s")
         case "store.json":
@@ -150,6 +182,7 @@ def make_store(folder: Path, place: Place) -> Reader:
     for number in (1, 2):
         publish(place, RECIPES[0], number)
         promote(place, RECIPES[0], number)
+    publish_group(place, RECIPES[1], 1)
     catalog = EngineCatalog(place.store)
     pin(catalog, engine(RECIPES[0], 1), "bench", "because")
     catalog.record_host(Host.from_json({"name": HOST, "os": "Linux", "arch": "x86_64", "gpus": []}))
@@ -168,6 +201,9 @@ def make_store(folder: Path, place: Place) -> Reader:
     plans = {info.path: place.store.read(info.path) for info in place.store.list(PLANS)}
     with claimed(place.store, CLAIM, lambda: True):
         pass
+    RefitIndex(place.store).add(REFIT, Base(digest_bytes(b"compiled"), str(attested)))
+    (folder / "made.cache").write_bytes(b"what tactics took" * 100)
+    LentCache(place.store, TIMING).take_back(folder / "made.cache", {"reloads": True}, lambda _there, _made: (None, ""))
     return Reader(place, refs, folder / "scratch", f"{digest_bytes(found.to_bytes())[:SIGNATURE_DIGITS]}-", plans)
 
 
@@ -215,8 +251,10 @@ def _damage_each(place: Place, reader: Reader, flips: int, chance: random.Random
             _write(store, path, bad)
             tally.damages += 1
             answer = _answer(lambda path=path: reader.ask(path), reader.warnings, right)  # type: ignore[misc]
+            if kind in HINTS and answer.startswith(("used", "lost")):
+                answer = "a hint"
             tally.answers[answer.partition(":")[0]] += 1
-            if answer not in ("refused", "missed", "same"):
+            if answer not in ("refused", "missed", "same", "a hint"):
                 tally.findings.append(f"{path}: {how}: {answer}")
             _write(store, path, data)
     return dict(tallies)

@@ -95,9 +95,13 @@ class Round:
     def kill(self, action: Action, tally: Tally) -> None:
         """Start an action, and kill it at a random instant."""
         with self.actors.started(action, self.place) as running:
+            begin = time.perf_counter()
             alive = running.kill_after(self.chance.uniform(0, tally.usual_seconds))
+            taken = time.perf_counter() - begin
         tally.kills += alive
         tally.too_late += not alive
+        if not alive:  # the machine is quicker than when that was measured
+            tally.usual_seconds = round((tally.usual_seconds + taken) / 2, 4)
 
     def kill_and_complete(self, action: Action, tally: Tally, **may: bool) -> Any:
         """Kill an action, look, run it to its end, look again; return its value."""
@@ -284,20 +288,26 @@ def left_in_tmp(place: Place) -> list[str]:
 
 @contextmanager
 def places_of(kind: str, folder: Path, page: int = S3_PAGE) -> Iterator[Iterator[Place]]:
-    """Yield an endless supply of new stores, in folders or in one S3 server."""
+    """Yield an endless supply of new stores, in folders or in one S3 server: moto's (`s3`) or Ceph's (`radosgw`)."""
     with ExitStack() as stack:
         environment: Mapping[str, str] = {}
         if kind == "s3":
             from bench.faults.servers import s3_with_bucket
 
             environment = stack.enter_context(s3_with_bucket(_BUCKET, page))
+        elif kind == "radosgw":
+            from bench.faults.servers import radosgw_with_bucket
+
+            # Paths of its sockets have to be short.
+            short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-")))
+            environment = stack.enter_context(radosgw_with_bucket(_BUCKET, short))
 
         def supply() -> Iterator[Place]:
             number = 0
             while True:
                 number += 1
                 here = folder / f"{kind}-{number}"
-                uri = f"s3://{_BUCKET}/{folder.name}-{number}" if kind == "s3" else str(here / "store")
+                uri = str(here / "store") if kind == "folder" else f"s3://{_BUCKET}/{folder.name}-{number}"
                 place = make_place(here, uri, environment)
                 place.enter()
                 yield place

@@ -53,6 +53,7 @@ UNTRUE = {
         Told("group", 1, "why", Grouped(dict.fromkeys("ab", "0" * 64), [frozenset(), frozenset("a")])),
         "together",
     ),
+    "a promotion that was refused": (Told("promote", 1, "why", error="ChannelError: another"), "used"),
     "a publication that was refused": (Told("publish", 1, "why", error="NotFoundError: a blob"), "used"),
     "a collection that was refused": (Told("collect", 1, "why", error="StoreError: somebody"), "used"),
 }

@@ -12,6 +12,7 @@ import pytest
 from artifacts.catalog import EngineCatalog
 from artifacts.channels import channel_path
 from artifacts.folder import FolderStore
+from artifacts.fresh_plans import pack
 from artifacts.publications import publication_document
 from artifacts.store import Store
 from bench.faults.checker import INVARIANTS, check, lost
@@ -132,6 +133,10 @@ HARMS: dict[str, tuple[str, Callable[[Store], object]]] = {
     "a record cut short": ("record", edit_first("cache/actions/", b"}", b"")),
     "a record of another key": ("record", edit_first("cache/actions/", b'"stage_version": 1', b'"stage_version": 7')),
     "a record without its blobs": ("outputs", drop_blobs_of_a_record),
+    "plans cut short": ("plans", lambda store: store.write("cache/plans/profile/00", pack({"0": {}})[:-1])),
+    "a timing cache of other bytes": ("timing", lambda store: store.write("timing/t/x.cache", b"0" * 64 + b"\nbytes")),
+    "a timing fact of no JSON": ("hint", lambda store: store.write("timing/t/x.json", b"no")),
+    "a rollout of no JSON": ("hint", lambda store: store.write("rollouts/driver.json", b"no")),
     "a hint of no JSON": ("hint", lambda store: store.write("cache/latest/x.json", b"no")),
 }
 
