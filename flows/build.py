@@ -9,15 +9,18 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from artifacts.catalog import EngineCatalog
 from recipes.pools import portable_host
 from tasks.cache import run_session
 from tasks.forms import HostName, Jobs, RecipePath, StoreAddress, Targets, form
 from tasks.parameters import worker_session
+from tasks.report import engine_report, pooled_report
 from tasks.session import active_session
+from tasks.shown import leave_engines
 from tasks.toolchain import probe_host
 
 
@@ -42,7 +45,6 @@ async def build(
     if spread and waiting:
         from tasks.fleet import compile_on_pools
         from tasks.freshness import Freshness, engines_on, known_host
-        from tasks.report import engine_report
 
         versions = session.versions_read()
         there = known_host(session.store, on) if on is not None else None
@@ -56,8 +58,14 @@ async def build(
             planned = await asyncio.to_thread(engines_on, Path(recipe), session.store, there, versions, targets or ())
             document["engines"] = [engine_report(engine) for engine in planned]
         document["pools"] = [one.to_json() for one in asked]
+        if there is None:
+            catalog = EngineCatalog(session.store)
+            rows = await asyncio.to_thread(pooled_report, document["engines"], document["pools"], catalog)
+            document["engines"] = rows
         failed = document["status"] == 1 or any(one.state == "failed" for one in asked)
         document["status"] = 1 if failed else 3 if any(one.state == "waiting" for one in asked) else 0
+    if spread:
+        await leave_engines(document, session.store, get_run_logger().log)
     if document["status"] == 1:
         failures = [step["id"] for step in document["steps"] if step["state"] == "failed"]
         failures += [f"{one['target']} ({one['why']})" for one in document.get("pools", ()) if one["state"] == "failed"]

@@ -27,7 +27,7 @@ from tasks.remembered import leave_plan
 from tasks.report import report
 from tasks.server import wait_for_server
 from tasks.session import BuildSession, Outcome
-from tasks.shown import ProgressShown, leave_report, level_of
+from tasks.shown import ProgressShown, leave_engines, leave_stages, level_of
 
 if TYPE_CHECKING:
     from logging import Logger, LoggerAdapter
@@ -42,7 +42,7 @@ async def run_session(session: BuildSession, *, spread: bool = False) -> dict[st
     """Run what is stale of a session as tasks and return its report; whatever ends this flow ends the stages too.
 
     A recipe that is built whole here leaves its plan. Not one that is `spread` over pools or built for some targets: nobody
-    looks for that plan.
+    looks for that plan. What a spread build has of its engines is the caller's to leave, when its pools have ended.
     """
     try:
         planned = await drive(session, StageTasks(session), show_all=True)
@@ -53,7 +53,9 @@ async def run_session(session: BuildSession, *, spread: bool = False) -> dict[st
     document = report(session, planned)
     if session.retries:  # on a worker, where nobody waits at the prompt
         await wait_for_server(get_run_logger().warning)
-    await leave_report(document, session.store, get_run_logger().log)
+    await leave_stages(document, get_run_logger().log)
+    if not spread:
+        await leave_engines(document, session.store, get_run_logger().log)
     if planned.fresh and not (session.cancelled or session.selection.targets or spread):
         await asyncio.to_thread(leave_plan, session)
     return document

@@ -43,17 +43,22 @@ _POLLED_SECONDS: Final = 60.0  # workers ask every 10 s or so
 
 @dataclass(frozen=True)
 class Asked:
-    """What became of one target that was asked of a pool. `state`: built, failed or waiting; cached: it was not asked."""
+    """What became of one target that was asked of a pool. `state`: built, failed or waiting; cached: it was not asked.
+
+    `engines` are the paths of those that are published, in the store.
+    """
 
     target: str
     pool: str | None
     state: str
     why: str
     run: str | None = None
+    engines: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {"target": self.target, "pool": self.pool, "state": self.state, "why": self.why, "flow_run": self.run}
+        told = {"target": self.target, "pool": self.pool, "state": self.state, "why": self.why, "flow_run": self.run}
+        return {**told, "engines": list(self.engines)}
 
 
 async def compile_on_pools(
@@ -71,8 +76,11 @@ async def compile_on_pools(
         asked, wanted = [], []
         for (runtime, gpu), pool in pools.items():
             target = f"{runtime}:{gpu}"
-            if host is None and pool is not None and await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
-                asked.append(Asked(target, pool, "cached", "fresh for every host of the pool that was seen lately"))
+            fresh = host is None and pool is not None
+            there = await asyncio.to_thread(freshness.published, runtime, gpu, str(pool)) if fresh else ()
+            if there:
+                why = "fresh for every host of the pool that was seen lately"
+                asked.append(Asked(target, pool, "cached", why, engines=there))
             else:
                 wanted.append(_compile(client, line, target, pool, asking))
         return [*asked, *await asyncio.gather(*wanted)]
@@ -86,7 +94,7 @@ async def is_stale(planned: Plan, freshness: Freshness) -> bool:
     async with get_client() as client:
         pools = await Line(get_run_logger().warning).ask(partial(_pools_of, client, waiting))
     for (runtime, gpu), pool in pools.items():
-        if pool is None or not await asyncio.to_thread(freshness.holds, runtime, gpu, pool):
+        if pool is None or not await asyncio.to_thread(freshness.published, runtime, gpu, pool):
             return True
     return False
 
@@ -124,7 +132,10 @@ async def _compile(
             return Asked(target, pool, "waiting", told, str(run.id))
         if state is not None and state.is_completed():
             waits = state.name == "Waiting"
-            return Asked(target, pool, "waiting" if waits else "built", state.message or "", str(run.id))
+            if waits:
+                return Asked(target, pool, "waiting", state.message or "", str(run.id))
+            paths = [path for path in (state.message or "").split(", ") if path.startswith("engines/")]
+            return Asked(target, pool, "built", "", str(run.id), tuple(paths))
         if state is None or not state.is_crashed():
             what = (state.message or str(state.name)) if state is not None else "no state"
             return Asked(target, pool, "failed", what, str(run.id))

@@ -31,16 +31,22 @@ class Freshness:
     store: Store
     versions: Mapping[str, str | None]
 
-    def holds(self, runtime: str, gpu: str, pool: str) -> bool:
-        """Tell whether every engine of a target is published and fresh for each host of a pool. Raises StoreError."""
-        states = [
-            engine.state
-            for host, engines in self._plans
+    def published(self, runtime: str, gpu: str, pool: str) -> tuple[str, ...]:
+        """Return the paths of a target's engines where each is published and fresh for each host of a pool; else none.
+
+        Raises StoreError.
+        """
+        engines = [
+            engine
+            for host, planned in self._plans
             if pool in pools_of(host)
-            for engine in engines
+            for engine in planned
             if (engine.runtime, engine.gpu) == (runtime, gpu)
         ]
-        return bool(states) and all(state == "cached" for state in states)
+        facts = [engine.publish.facts if engine.publish is not None else None for engine in engines]
+        if not all(engine.state == "cached" and found for engine, found in zip(engines, facts, strict=True)):
+            return ()
+        return tuple(dict.fromkeys(str(found["path"]) for found in facts if found))
 
     @cached_property
     def _plans(self) -> list[tuple[Host, tuple[EnginePlan, ...]]]:

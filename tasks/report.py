@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.timings import timing_summary
 from recipes.gates import telling_parity
 from recipes.plan import EnginePlan, Plan
 from recipes.steps import Step
 from tasks.session import BuildSession
+
+if TYPE_CHECKING:
+    from artifacts.manifest import Manifest
+    from recipes.schema import Precision
 
 
 def report(session: BuildSession, planned: Plan) -> dict[str, Any]:
@@ -132,6 +138,58 @@ def _parted_report(engine: EnginePlan) -> dict[str, Any]:
             for name, part in parts.items()
         },
     }
+
+
+def pooled_report(
+    engines: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], catalog: EngineCatalog
+) -> list[dict[str, Any]]:
+    """Return the engines of a report with what pools did: published ones by their manifests, others by what became of them.
+
+    `pools` are those of `tasks.fleet.Asked`, as JSON. Raises StoreError, NotFoundError, IntegrityError.
+    """
+    asked = {one["target"]: one for one in pools}
+    found: list[dict[str, Any]] = []
+    for engine in engines:
+        pool = asked.get(f"{engine['runtime']}:{engine['gpu']}")
+        if pool is None:
+            found.append(dict(engine))
+            continue
+        published = (catalog.effective(EngineId(*path.split("/")[1:])) for path in pool["engines"])
+        mine = next((one for one in published if one.precision.asked == engine["precision"]["asked"]), None)
+        found.append({**engine, **(_published(mine) if mine is not None else _unpublished(pool))})
+    return found
+
+
+def figures(manifest: Manifest) -> tuple[int, float | None, float | None]:
+    """Return what a manifest says of an engine: bytes of its plan, relative L2, milliseconds at the median."""
+    measured = manifest.verification.engine if manifest.verification.engine.executed else manifest.verification.graph
+    given: Any = manifest.precision.given
+    precision: Precision = given
+    parity = telling_parity(measured.model_dump(), precision) or {}
+    timing = timing_summary(manifest.benchmark.model_dump()) if manifest.benchmark is not None else None
+    return manifest.files[manifest.plan].size, parity.get("relative_l2"), timing["p50_ms"] if timing else None
+
+
+def _published(manifest: Manifest) -> dict[str, Any]:
+    size, parity, _p50 = figures(manifest)
+    identity = manifest.identity
+    return {
+        "target": identity.target,
+        "precision": {"asked": manifest.precision.asked, "given": manifest.precision.given},
+        "state": "cached",
+        "why": "",
+        "size": size,
+        "parity": parity,
+        "benchmark": timing_summary(manifest.benchmark.model_dump()) if manifest.benchmark is not None else None,
+        "executed": manifest.verification.engine.executed,
+        "path": f"engines/{identity.recipe}/{identity.target}/{identity.build}",
+        "build": identity.build,
+    }
+
+
+def _unpublished(pool: Mapping[str, Any]) -> dict[str, Any]:
+    state = pool["state"] if pool["state"] in ("failed", "waiting") else "failed"
+    return {"state": state, "why": pool["why"] if state == pool["state"] else "its pool has published none"}
 
 
 _NOTHING = Step("nothing", "nothing", "blocked")

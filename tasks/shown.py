@@ -25,16 +25,14 @@ from prefect.artifacts import (
 from prefect.logging import get_logger
 
 from artifacts.catalog import EngineCatalog
-from artifacts.timings import timing_summary
-from recipes.gates import telling_parity
 from tasks.progress import Progress
+from tasks.report import figures
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from artifacts.manifest import Manifest
     from artifacts.store import Store
-    from recipes.schema import Precision
 
 BAR_SECONDS: Final = "ENGINERY_BAR_SECONDS"
 _LONG_SECONDS: Final = 5.0
@@ -109,14 +107,20 @@ def artifact_key(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-async def leave_report(document: Mapping[str, Any], store: Store, log: _Log) -> None:
-    """Leave the artifacts of a build, in the flow run that is under way; what fails is logged."""
+async def leave_stages(document: Mapping[str, Any], log: _Log) -> None:
+    """Leave the table of a build's stages in the flow run that is under way; what fails is logged."""
     recipe = document["recipe"]
-    made: list[Awaitable[object]] = [
-        acreate_table_artifact(
-            stage_rows(document["steps"]), artifact_key("stages", recipe), f"Stages of {recipe}, and why"
-        )
-    ]
+    rows = stage_rows(document["steps"])
+    await _leave([acreate_table_artifact(rows, artifact_key("stages", recipe), f"Stages of {recipe}, and why")], log)
+
+
+async def leave_engines(document: Mapping[str, Any], store: Store, log: _Log) -> None:
+    """Leave what a build knows of its engines, and links to their manifests; of a fleet's build also what pools did."""
+    recipe = document["recipe"]
+    made: list[Awaitable[object]] = []
+    if rows := document.get("pools"):
+        key = artifact_key("pools", recipe)
+        made.append(acreate_table_artifact(list(rows), key, f"What was asked of work pools for {recipe}"))
     try:
         before = previous_manifests(document, EngineCatalog(store))
         text = engines_markdown(document, before)
@@ -127,6 +131,10 @@ async def leave_report(document: Mapping[str, Any], store: Store, log: _Log) -> 
         name = f"{engine['target']} {engine['precision']['asked']}"
         link, key = f"{document['store']}/{engine['path']}/manifest.json", artifact_key("manifest", recipe, name)
         made.append(acreate_link_artifact(link, name, key, f"Manifest of {recipe} for {name}"))
+    await _leave(made, log)
+
+
+async def _leave(made: Sequence[Awaitable[object]], log: _Log) -> None:
     for one in made:
         try:
             await one
@@ -174,7 +182,7 @@ def engines_markdown(document: Mapping[str, Any], before: Mapping[tuple[str, str
     for engine in document["engines"]:
         asked, given = engine["precision"]["asked"], engine["precision"]["given"]
         old = before.get((engine["runtime"], engine["gpu"], asked))
-        size, parity, p50 = _figures(old) if old is not None else (None, None, None)
+        size, parity, p50 = figures(old) if old is not None else (None, None, None)
         timing = engine["benchmark"] or {}
         cells = (
             engine["target"],
@@ -193,15 +201,6 @@ def engines_markdown(document: Mapping[str, Any], before: Mapping[tuple[str, str
         f"Store: `{document['store']}`",
     ]
     return "\n".join(lines)
-
-
-def _figures(manifest: Manifest) -> tuple[int, float | None, float | None]:
-    measured = manifest.verification.engine if manifest.verification.engine.executed else manifest.verification.graph
-    given: Any = manifest.precision.given
-    precision: Precision = given
-    parity = telling_parity(measured.model_dump(), precision) or {}
-    timing = timing_summary(manifest.benchmark.model_dump()) if manifest.benchmark is not None else None
-    return manifest.files[manifest.plan].size, parity.get("relative_l2"), timing["p50_ms"] if timing else None
 
 
 def _beside(now: float | None, then: float | None, spec: str, *, known: bool) -> str:

@@ -134,6 +134,14 @@ def test_both_engines_are_built_with_one_export_and_drift_rebuilds_exactly_what_
     assert [one["state"]["name"] for one in tasks].count("Completed") == 1  # in the pools it was cached
     first = {f"tensorrt-rtx-{OLD}-sm89", f"tensorrt-rtx-{NEW}-sm120", f"onnxruntime-{version('onnxruntime')}-cpu"}
     assert engines(fleet) == first
+    # What a person sees of the run that they asked for: every engine, with figures, also of those that pools have compiled.
+    shown = fleet.server.artifacts(run)
+    rows = [line for line in shown["engines-digits"]["data"].splitlines() if line.startswith(("| tensorrt", "| onnx"))]
+    assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == first
+    assert all(re.search(r" \| cached \| \d+ \| \d\.\de-\d\d \| - \| `engines/digits/", row) for row in rows), rows
+    assert len([key for key in shown if key.startswith("manifest-digits-")]) == 3
+    asked = json.loads(shown["pools-digits"]["data"])
+    assert {(one["pool"], one["state"]) for one in asked} == {(SM89, "built"), (SM120, "built")}
 
     store = open_store(fleet.store)
     watching = fleet.run(
@@ -245,7 +253,8 @@ def test_a_person_comes_before_the_night(fleet: Fleet):
     assert all(night["created"] < first["created"] for night in later)
     assert all(night["start_time"] > first["end_time"] for night in later)
     # What the night asks for waits in the night's queue as well, on the pools of the GPUs too.
-    (asked,) = fleet.runs("build night.yaml") or until(lambda: fleet.runs("build night.yaml"))
+    # The second night found the first one's build waiting, and asked for no other.
+    (asked,) = until(lambda: fleet.runs("build night.yaml"))
     assert ended(fleet, asked["id"])["state_name"] == "Completed"
     asked_by_night = [asked, *fleet.runs("compile night.yaml tensorrt-rtx:sm89")]
     assert [run["work_queue_name"] for run in asked_by_night] == ["nightly", "nightly"]

@@ -114,14 +114,20 @@ def _healthy(address: str) -> bool:
         return False
 
 
-def later(document: dict[str, Any]) -> None:
-    """Change what `one_engine` leaves, as an edit that is merged later."""
+def timed(document: dict[str, Any]) -> None:
+    """Leave one engine, whose speed is measured."""
     one_engine(document)
+    document["benchmark"] = {"batches": [1], "seconds": 0.1}
+
+
+def later(document: dict[str, Any]) -> None:
+    """Change what `timed` leaves, as an edit that is merged later."""
+    timed(document)
     document["export"]["opset"] = 20
 
 
 def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_path: Path):
-    recipe = copy_digits(tmp_path, one_engine)
+    recipe = copy_digits(tmp_path, timed)
     steps = _build(tmp_path, {**server.env, "ENGINERY_BAR_SECONDS": "0"})
     flow, shown = server.last_run()
     assert flow["name"] == f"build {recipe.name}"
@@ -137,7 +143,8 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
     assert {row["stage"]: row["why"] for row in rows}["export"] == "miss: never built"
     assert float(first["progress-export"]["data"]) == 100.0
     assert first["progress-export"]["description"].startswith("export")
-    assert re.search(r"\| \d\.\de-\d\d \|", first["engines-digits"]["data"])  # nothing was built before
+    found = re.search(r"\| (\d\.\de-\d\d) \| (\d+\.\d{3}) \|", first["engines-digits"]["data"])
+    assert found is not None  # nothing was built before
 
     copy_digits(tmp_path, later)
     steps = _build(tmp_path, server.env)
@@ -146,9 +153,8 @@ def test_a_server_shows_every_step_with_what_became_of_it(server: Server, tmp_pa
     (link,) = (text["data"] for name, text in second.items() if name.startswith("manifest-digits-onnxruntime"))
     path = re.search(r"\(file://(.*)\)", link)[1]
     assert json.loads(Path(path).read_text())["identity"]["recipe"] == "digits"
-    assert re.search(
-        r"\| \d\.\de-\d\d \(\d\.\de-\d\d\) \|", second["engines-digits"]["data"]
-    )  # beside the build before
+    beside = r"\| \d\.\de-\d\d \((\d\.\de-\d\d)\) \| \d+\.\d{3} \((\d+\.\d{3})\) \|"
+    assert re.search(beside, second["engines-digits"]["data"]).groups() == found.groups()  # those of the build before
     assert any("opset 18 -> 20" in row["why"] for row in json.loads(second["stages-digits"]["data"]))
     said = server.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [flow["id"]]}}, "limit": 200})
     assert any(line["message"].startswith("export ") and line["task_run_id"] for line in said)

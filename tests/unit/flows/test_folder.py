@@ -1,4 +1,4 @@
-"""What a run of `build/folder` asks for: once, however often it asks, and anew when it is retried."""
+"""What a run of `build/folder` asks for: once, however often it asks, anew when it is retried, and not what waits already."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ def test_a_retried_run_asks_for_other_builds(tmp_path: Path, monkeypatch: pytest
         keys.append(idempotency_key)
         return SimpleNamespace(id="r")
 
+    async def waiting(_store: str | None) -> dict[str, str]:
+        return {"two.yaml": "there"}
+
     monkeypatch.setattr(folder, "arun_deployment", ask)
+    monkeypatch.setattr(folder, "_waiting", waiting)
     monkeypatch.chdir(tmp_path)
-    write_recipe(tmp_path, "one")
+    for name in ("one", "two"):
+        write_recipe(tmp_path, name)
     for count in (1, 1, 2):
         this_run = SimpleNamespace(get_id=lambda: "f", get_run_count=lambda count=count: count)
         monkeypatch.setattr(folder, "this_run", this_run)
         with disable_run_logger():
-            asyncio.run(folder.build_folder.fn(".", str(tmp_path / "store")))
+            found = asyncio.run(folder.build_folder.fn(".", str(tmp_path / "store")))
+        assert found == [{"recipe": "one.yaml", "flow_run": "r"}, {"recipe": "two.yaml", "flow_run": "there"}]
     assert len(keys) == 3
     assert keys[0] == keys[1] != keys[2]

@@ -31,26 +31,27 @@ def test_a_target_is_fresh_where_every_host_of_its_pool_would_plan_it_so(tmp_pat
     assert len(waiting) == 6  # the portable pool cannot tell
     versions = session.versions_read()
 
-    def holds(pool=POOL):
-        return Freshness(recipe, store, versions).holds("tensorrt-rtx", "sm89", pool)
+    def published(pool=POOL):
+        return Freshness(recipe, store, versions).published("tensorrt-rtx", "sm89", pool)
 
-    assert not holds()  # no host is known
+    assert not published()  # no host is known
     seen(store, replace(HERE, name="a"))
     seen(store, replace(HERE, name="b"))  # of the same kind: planned once
     assert len(known_kinds(store)) == 1
-    assert holds()
-    assert not holds("gpu-sm89-rtx0.9")
+    (path,) = published()
+    assert store.info(f"{path}/manifest.json")
+    assert not published("gpu-sm89-rtx0.9")
     # Another patch of the version is of the same pool, and has no engine yet.
     patched = ".".join([*VERSION.split(".")[:2], "999.1"])
     seen(store, replace(HERE, name="c", runtimes={**HERE.runtimes, "tensorrt-rtx": patched}))
-    assert not holds()
+    assert not published()
     gone = store.root / seen_path(host_path("c"))
     for path in (gone, store.root / host_path("c")):
         if path.exists():
             os.utime(path, (path.stat().st_mtime - VANISHED_SECONDS - 9,) * 2)
-    assert holds()
+    assert published()
     (tmp_path / "one.onnx").write_bytes(b"another graph")
-    assert not holds()
+    assert not published()
 
 
 def test_what_was_planned_with_other_packages_is_not_made_here(tmp_path):
