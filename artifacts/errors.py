@@ -49,11 +49,11 @@ class IntegrityError(ArtifactError):
 
 
 class RefusedError(ArtifactError):
-    """An engine may not be loaded here; `reasons` has each rule that it breaks, in words."""
+    """An engine may not be loaded here, or not be what `verb` says; `reasons` has each rule that it breaks, in words."""
 
-    def __init__(self, engine: str, reasons: Sequence[str], advice: str = "") -> None:
+    def __init__(self, engine: str, reasons: Sequence[str], advice: str = "", verb: str = "loaded") -> None:
         self.reasons = tuple(reasons)
-        super().__init__(f"{engine} is not loaded: {'; '.join(reasons)}" + (f" ({advice})" if advice else ""))
+        super().__init__(f"{engine} is not {verb}: {'; '.join(reasons)}" + (f" ({advice})" if advice else ""))
 
 
 class TrustError(ArtifactError):

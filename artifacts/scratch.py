@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from artifacts.errors import StoreError
-from artifacts.files import os_faults, store_error
+from artifacts.files import make_folders, os_faults, store_error
 
 _LOCK: Final = ".lock"
 _FRESH: Final = ".fresh"
@@ -54,6 +54,15 @@ def held_folder(folder: Path) -> Iterator[Path]:
     with held_name(folder) as path:
         path.mkdir(mode=0o700)
         yield path
+
+
+@contextmanager
+def locked_folder(folder: Path, lock: str) -> Iterator[Path]:
+    """Yield a folder, made where it is not, under the lock of this name in it, which the kernel drops with its holder. Raises OSError."""
+    make_folders(folder)
+    with (folder / lock).open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield folder
 
 
 def sweep(folder: Path) -> None:

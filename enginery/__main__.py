@@ -20,6 +20,7 @@ MODULES: Final[dict[str, tuple[str, ...]]] = {
     "enginery.recipe_commands": ("validate", "plan", "build"),
     "enginery.inspect_commands": ("inspect",),
     "enginery.catalog_commands": ("list", "show", "resolve", "pull"),
+    "enginery.export_commands": ("export",),
     "enginery.run_commands": ("run", "verify"),
     "enginery.bench_commands": ("bench",),
     "enginery.channel_commands": ("promote", "rollback", "history"),

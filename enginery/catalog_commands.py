@@ -76,7 +76,7 @@ def list_engines(
     elif manifests:
         print_engines(manifests)
     elif name is not None:
-        note(_none_of(catalog, name))
+        note(none_of(catalog, name))
     else:
         note(f"no engines in {catalog.store.uri}; build some: enginery build RECIPE --store {store}")
 
@@ -228,7 +228,7 @@ def _resolve(
     if resolution.best is not None and resolution.best.fallback is not None:
         note(fallback_words(resolution.best))
     if not resolution.candidates:
-        note(_none_of(catalog, name))
+        note(none_of(catalog, name))
     elif resolution.best is None:
         note(f"none of the {len(resolution.candidates)} engines of {name} may be loaded there:")
         print_candidates(resolution)
@@ -247,7 +247,8 @@ def recipe_name(recipe: str) -> str:
     return load(Path(recipe)).recipe.name
 
 
-def _none_of(catalog: EngineCatalog, name: str) -> str:
+def none_of(catalog: EngineCatalog, name: str) -> str:
+    """Say that a recipe has no engines, and which recipes have."""
     recipes = list(dict.fromkeys(engine.recipe for engine in catalog.engines()))
     near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
     if near:

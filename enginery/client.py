@@ -15,10 +15,8 @@ file that `ENGINERY_TRUST` names (docs/security.md). Only `trust=UNCHECKED` swit
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,7 +28,7 @@ from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.refs import digest_bytes, require_match
 from artifacts.resolve import Request, Resolution, refusals
 from artifacts.resolve import resolve as choose
-from artifacts.scratch import held_folder, sweep
+from artifacts.scratch import held_folder, locked_folder, sweep
 from artifacts.signing import SIGNATURE_BYTES, SIGNATURE_NAME
 from artifacts.store import Store
 from enginery.trusting import Unchecked, trust_of
@@ -119,7 +117,7 @@ def pull(
     try:
         make_folders(folder.parent)
         # A folder of its own: what is swept there must never be the user's.
-        with _locked(to.absolute() / _PULLING) as private:
+        with locked_folder(to.absolute() / _PULLING, "pull") as private:
             if not _is_whole(folder, manifest, data):
                 _bring(catalog, name, manifest, data, folder, private)
             _put_signature(folder, signatures.get(by) if by is not None else None, private)
@@ -316,12 +314,3 @@ def _is_whole(folder: Path, manifest: Manifest, data: bytes) -> bool:
     except (OSError, StoreError, IntegrityError):
         return False
     return True
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """Hold a folder's lock, which the kernel drops with its holder."""
-    make_folders(folder)
-    with (folder / "pull").open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield folder

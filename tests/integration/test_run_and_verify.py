@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from enginery.__main__ import command_line
 from enginery.client import pull
 from tasks.toolchain import probe_host
 from tests.integration.building import RECIPES, build, link_store
+from tests.triton import triton_config
 from tests.unit.test_product import fenced
 
 HELD_OUT = RECIPES / "digits" / "heldout.npz"
@@ -275,3 +277,28 @@ def test_the_code_in_the_document_on_serving_runs(catalog, tmp_path, capsys):
     exec(compile(code, "serving.md", "exec"), found)
     assert found["logits"].shape == (16, 10)
     assert "digits-onnx/onnxruntime" in capsys.readouterr().out
+
+
+def test_an_engine_that_was_built_is_exported_for_triton_and_gives_what_it_gave(run, catalog, engine, tmp_path):
+    """Triton itself is not here: its configuration is read with its protobuf, its graph by the runtime of its backend."""
+    models = tmp_path / "models"
+    run("export", "triton", "digits-onnx", "--out", str(models))
+    config = triton_config((models / "digits-onnx" / "config.pbtxt").read_text())
+    manifest = catalog.manifest(engine)
+    (given,) = config["input"]
+    assert (config["name"], config["platform"]) == ("digits-onnx", "onnxruntime_onnx")
+    assert config["max_batch_size"] == max(one.max[0] for part in manifest.profiles for one in part.inputs.values())
+    assert config["instance_group"] == [{"kind": "KIND_CPU"}]
+    papers = models / "digits-onnx" / "enginery" / engine.target
+    assert {path.name for path in papers.iterdir()} == {"manifest.json", *manifest.files} - {manifest.plan}
+    session = onnxruntime.InferenceSession(models / "digits-onnx" / "1" / "model.onnx")
+    (declared,) = session.get_inputs()
+    assert (declared.name, declared.type) == (given["name"], "tensor(float)")
+    assert declared.shape[1:] == [int(size) for size in given["dims"]]
+    image = np.load(HELD_OUT)[given["name"]][:16]
+    run("run", str(engine), "--input", str(HELD_OUT), "--rows", "16", "--output", str(tmp_path / "out.npz"))
+    outputs = dict(
+        zip((one.name for one in session.get_outputs()), session.run(None, {given["name"]: image}), strict=True)
+    )
+    (output,) = config["output"]
+    assert np.array_equal(outputs[output["name"]], np.load(tmp_path / "out.npz")[output["name"]])

@@ -41,7 +41,7 @@ SPARED = {
     "rich.table",
 }
 COMMANDS = (
-    "validate", "plan", "build", "inspect", "list", "show", "resolve", "pull", "run", "verify", "promote", "rollback", "history", "sign",
+    "validate", "plan", "build", "inspect", "list", "show", "resolve", "pull", "export", "run", "verify", "promote", "rollback", "history", "sign",
     "gc", "pin", "unpin", "host", "doctor", "schema", "watch", "hosts", "rollout",
 )  # fmt: skip
 

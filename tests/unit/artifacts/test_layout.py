@@ -40,7 +40,7 @@ def test_a_store_of_the_layout_before_is_read_and_gets_the_document_with_the_fir
 
 
 COMMANDS = (
-    "list", "show digits", "resolve digits", "pull digits --to pulled", "verify", "verify --deep", "verify --execute", "gc",
+    "list", "show digits", "resolve digits", "pull digits --to pulled", "export triton digits --out models", "verify", "verify --deep", "verify --execute", "gc",
     "gc --dry-run", "pin", "pin digits", "unpin digits", "history digits --channel production",
     "rollback digits --channel production", "promote digits --channel production", "sign digits --key KEY", "host --record",
     "plan recipes/digits.yaml", "build recipes/digits.yaml", "run digits --input x=1x4", "bench digits", "watch recipes/digits.yaml", "hosts",

@@ -1,0 +1,148 @@
+"""Engines for other servers: a Triton model repository, its engines fetched and checked as `pull` does, written whole."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from artifacts.errors import StoreError
+from artifacts.files import create_file, make_folders, sync_file, sync_folder
+from artifacts.manifest import MANIFEST_NAME
+from artifacts.scratch import held_folder, locked_folder, sweep
+from artifacts.signing import SIGNATURE_NAME
+from artifacts.store import Store
+from enginery.client import PulledEngine, pull
+from enginery.triton import PAPERS, Served, TritonModel, Wishes, triton_models
+
+if TYPE_CHECKING:
+    from artifacts.trust import Trust
+    from enginery.trusting import Unchecked
+
+CONFIG: Final = "config.pbtxt"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """One model of a repository: its folder, the engines it serves, and whether it was there already, byte for byte."""
+
+    folder: Path
+    engines: tuple[str, ...]
+    kept: bool
+
+
+def export_triton(
+    store: Store,
+    recipes: Sequence[Sequence[Served]],
+    to: Path,
+    *,
+    wishes: Wishes | None = None,
+    channel: str | None = None,
+    trust: Trust | Unchecked | None = None,
+    pulled: Callable[[PulledEngine], None] = lambda _engine: None,
+) -> list[ExportedModel]:
+    """Write a Triton model repository at `to` from the engines that were resolved for each recipe: one for each kind of GPU.
+
+    Every engine is pulled first, so all that `pull` refuses is refused here, and nothing is written then. A repository that is
+    not there appears as a whole; in one that is, each model is exchanged as a whole, and models of others stay. Raises what
+    `pull` does, RefusedError where Triton cannot serve an engine, and StoreError.
+    """
+    models = [model for served in recipes for model in triton_models(served, wishes or Wishes())]
+    twice = {model.name for model in models if sum(other.name == model.name for other in models) > 1}
+    if twice:
+        raise StoreError(
+            f"two models would be named {', '.join(sorted(twice))}; export them into repositories of their own"
+        )
+    to = to.absolute()
+    try:
+        make_folders(to.parent)
+        # Beside the repository, on its disk: Triton takes each folder in it for a model.
+        with locked_folder(to.parent / f".{to.name}.exporting", "export") as private:
+            sweep(private)
+            with held_folder(private) as temporary:
+                engines = {str(one.engine.identity): one.engine for served in recipes for one in served}
+                found = {
+                    name: pull(store, engine, temporary / "engines", channel=channel, trust=trust)
+                    for name, engine in engines.items()
+                }
+                for engine in found.values():
+                    pulled(engine)
+                fresh = temporary / "repository"
+                fresh.mkdir(mode=0o755)
+                for model in models:
+                    _write(fresh / model.name, model, found)
+                sync_folder(fresh)
+                return _place(fresh, to, models, temporary)
+    except OSError as err:
+        raise StoreError(f"{to}: {err.strerror or err}; free some space, or give another folder") from err
+
+
+def _write(folder: Path, model: TritonModel, found: Mapping[str, PulledEngine]) -> None:
+    """Write one model's folder; files are linked from the engines that were pulled, on the same disk."""
+    folder.mkdir()
+    papers = {
+        f"{PAPERS}/{one.manifest.identity.target}/{name}": one.folder / name
+        for one in (found[engine] for engine in _engines(model))
+        for name in (MANIFEST_NAME, SIGNATURE_NAME)
+        if (one.folder / name).exists()
+    }
+    served = {place: found[engine].folder / file for place, (engine, file) in model.files.items()}
+    for place, source in {**served, **papers}.items():
+        path = folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _link(source, path)
+    with create_file(folder / CONFIG, 0o644) as stream:
+        stream.write(model.config.encode())
+        sync_file(stream)
+    for inner, _folders, _files in os.walk(folder):
+        sync_folder(Path(inner))
+
+
+def _link(source: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(source)
+    except OSError:  # a file system without hard links, or with too many of this file
+        import shutil
+
+        shutil.copyfile(source, path)
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _place(fresh: Path, to: Path, models: Sequence[TritonModel], temporary: Path) -> list[ExportedModel]:
+    """Put what was written in its place by renaming."""
+    if not to.exists():
+        fresh.rename(to)
+        sync_folder(to.parent)
+        return [ExportedModel(to / model.name, _engines(model), kept=False) for model in models]
+    for model in models:
+        if (to / model.name).exists() and not (to / model.name / PAPERS).is_dir():
+            raise StoreError(
+                f"{to / model.name} was not written by enginery export; move it away, or give another --out"
+            )
+    done = []
+    for model in models:
+        place = to / model.name
+        kept = place.is_dir() and _alike(place, fresh / model.name)
+        if not kept:
+            if place.exists():
+                place.rename(temporary / f"old-{model.name}")
+            (fresh / model.name).rename(place)
+        done.append(ExportedModel(place, _engines(model), kept))
+    sync_folder(to)
+    return done
+
+
+def _engines(model: TritonModel) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(engine for engine, _file in model.files.values()))
+
+
+def _alike(first: Path, second: Path) -> bool:
+    """Tell whether two folders hold the same files with the same bytes."""
+    names = [sorted(str(path.relative_to(root)) for path in root.rglob("*")) for root in (first, second)]
+    return names[0] == names[1] and all(
+        filecmp.cmp(first / name, second / name, shallow=False) for name in names[0] if (first / name).is_file()
+    )
