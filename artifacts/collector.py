@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
 from artifacts.catalog import EngineCatalog, EngineId
-from artifacts.channels import read_channel
+from artifacts.channels import channel_path, read_channel
 from artifacts.claims import CLAIMS
 from artifacts.errors import IntegrityError, NotFoundError
 from artifacts.fresh_plans import PLANS
@@ -191,16 +191,18 @@ class Collector:
             for path in objects
             if path.startswith("channels/") and len(parts := path.split("/")) == 4 and path.endswith(".json")
         ]
-        return dict(zip(places, self._each(self._channel, places), strict=True))
+        return dict(zip(places, self._each(lambda place: self._channel(place, objects), places), strict=True))
 
-    def _channel(self, place: tuple[str, str, str]) -> tuple[Named, ...] | None:
+    def _channel(self, place: tuple[str, str, str], objects: dict[str, ObjectInfo]) -> tuple[Named, ...] | None:
         try:
             channel = read_channel(self.store, *place)
         except IntegrityError as err:
             self.warn(f"{err}; all engines of {place[0]}/{place[1]} stay")
             return None
         moves = [signed.move for signed in channel.moves] if channel is not None else []
+        # The last of them was written when the store says so, whatever the clock of whoever wrote it.
         until = [_seconds(move.time) for move in moves[1:]]
+        until[-1:] = [max(end, objects[channel_path(*place)].modified) for end in until[-1:]]
         return tuple(Named(move.build, end) for move, end in zip(moves, [*until, None], strict=False))
 
     def _documents(

@@ -12,7 +12,7 @@ from typing import Any
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.channels import Channel, Move, SignedMove, move_channel
 from artifacts.errors import ChannelError, IntegrityError, NotFoundError, TrustError
-from artifacts.leases import leased
+from artifacts.leases import Lease, leased
 from artifacts.manifest import Manifest
 from artifacts.promotion import MAX_SLOWER, compare_speed, objections
 from artifacts.refs import digest_bytes
@@ -41,10 +41,12 @@ class Mover:
         TrustError, SigningError, StoreError, IntegrityError, NotFoundError.
         """
         # From here on no garbage collector removes it: what is checked is what the channel will name.
-        with leased(self.catalog.store, f"promote {engine}", [str(engine)]):
-            return self._promote(engine, channel, waived, max_slower)
+        with leased(self.catalog.store, f"promote {engine}", [str(engine)]) as lease:
+            return self._promote(engine, channel, waived, max_slower, lease)
 
-    def _promote(self, engine: EngineId, channel: str, waived: Collection[str], max_slower: float) -> SignedMove | None:
+    def _promote(
+        self, engine: EngineId, channel: str, waived: Collection[str], max_slower: float, lease: Lease
+    ) -> SignedMove | None:
         manifest, data = self._engine(engine, channel)
         if self.trust is not None:
             self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
@@ -71,7 +73,7 @@ class Mover:
                 "action": "promote",
                 "waived": [objection.waiver for objection in against],
                 "speed": None if speed is None else speed.model_dump(mode="json"),
-                **self._fields(engine.build, manifest, data),
+                **self._fields(engine.build, manifest, data, lease),
             }
 
         return self._move(engine.recipe, engine.target, channel, decide)
@@ -82,6 +84,13 @@ class Mover:
         Raises as `promote`; ChannelError where there is nothing to go back to, and where somebody else moved the channel at the
         same time: of two who roll back what both see, the second would go one further back than either means.
         """
+        with leased(self.catalog.store, f"rollback {channel} of {recipe}/{target}", [f"{recipe}/{target}"]) as lease:
+            move = self._rollback(recipe, target, channel, build, lease)
+        if move is None:
+            raise AssertionError("a rollback always moves")
+        return move
+
+    def _rollback(self, recipe: str, target: str, channel: str, build: str | None, lease: Lease) -> SignedMove | None:
         first: list[Move] = []
 
         def decide(found: Channel | None) -> dict[str, Any]:
@@ -107,13 +116,9 @@ class Mover:
                 raise IntegrityError(f"{engine}: its manifest is not the one that was promoted in move {goal.sequence}")
             if self.trust is not None:
                 self.trust.check_engine(manifest, data, self.catalog.signatures(engine, data), channel)
-            return {"action": "rollback", "restores": goal.sequence, **self._fields(goal.build, manifest, data)}
+            return {"action": "rollback", "restores": goal.sequence, **self._fields(goal.build, manifest, data, lease)}
 
-        with leased(self.catalog.store, f"rollback {channel} of {recipe}/{target}", [f"{recipe}/{target}"]):
-            move = self._move(recipe, target, channel, decide)
-        if move is None:
-            raise AssertionError("a rollback always moves")
-        return move
+        return self._move(recipe, target, channel, decide)
 
     def _move(
         self, recipe: str, target: str, channel: str, decide: Callable[[Channel | None], dict[str, Any] | None]
@@ -182,12 +187,14 @@ class Mover:
             self.catalog.warn(f"{err}; so its speed is not compared")
             return None
 
-    def _fields(self, build: str, manifest: Manifest, data: bytes) -> dict[str, Any]:
+    def _fields(self, build: str, manifest: Manifest, data: bytes, lease: Lease) -> dict[str, Any]:
         git = manifest.provenance.git
+        # By the store's clock: a collector counts the grace period of what was replaced from here.
+        now = dt.datetime.fromtimestamp(lease.now(), dt.timezone.utc)
         return {
             "build": build,
             "manifest": digest_bytes(data),
-            "time": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "time": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "by": self.by,
             "reason": self.reason,
             "commit": None if git is None else f"{git.commit}{' (changed)' if git.dirty else ''}",

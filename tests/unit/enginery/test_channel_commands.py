@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from artifacts.catalog import EngineCatalog, EngineId
-from artifacts.channels import read_channel
+from artifacts.channels import move_channel, read_channel
+from artifacts.collector import Collector
 from artifacts.errors import ChannelError
 from artifacts.folder import FolderStore
+from artifacts.garbage import Policy
 from artifacts.manifest import Manifest
+from artifacts.store import ObjectInfo
 from enginery import bench_commands, catalog_commands, channel_commands, run_commands, sign_commands
 from enginery.moving import Mover
 from tests.engines import make_engine
@@ -175,6 +181,50 @@ def test_rollbacks_that_lead_nowhere(shell: Shell) -> None:
     shell.store.delete(f"{first.path}/manifest.json")
     assert "nothing at engines/digits" in shell("rollback", "digits", "--channel", "production", status=1).stderr
     assert shell.names() == ["fp16-a", "fp16-b"]
+
+
+class OtherClock(FolderStore):
+    """A store whose clock is not this host's, as a server's need not be."""
+
+    ahead = 0.0
+
+    def info(self, path: str) -> ObjectInfo | None:
+        found = super().info(path)
+        return None if found is None else replace(found, modified=found.modified + self.ahead)
+
+    def infos(self, paths: Collection[str]) -> dict[str, ObjectInfo]:
+        return {path: found for path in paths for found in [self.info(path)] if found is not None}
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for found in super().list(prefix):
+            yield replace(found, modified=found.modified + self.ahead)
+
+
+@pytest.mark.parametrize("days", [-2, 2])
+def test_a_movers_clock_two_days_off_does_not_change_what_gc_removes(shell: Shell, days: int) -> None:
+    """What a channel named until a moment ago stays for the grace period, and no longer, by the store's clock."""
+    store = OtherClock(shell.store.root)
+    store.ahead = days * 86400.0
+    builds = [shell.publish(f"fp16-{name}") for name in "abcd"]
+    mover = Mover(EngineCatalog(store), "me")
+    for build in builds[:3]:
+        mover.promote(build, "production")
+    times = [signed.move.time for signed in read_channel(store, "digits", SM89, "production").moves]
+    expected = dt.datetime.now(dt.timezone.utc) + dt.timedelta(days=days)
+    assert all(
+        abs(dt.datetime.fromisoformat(f"{time[:-1]}+00:00") - expected) < dt.timedelta(minutes=10) for time in times
+    )
+    old = time.time() - 10 * 86400.0
+    for path in store.root.rglob("*.plan"):
+        os.utime(path.with_name("manifest.json"), (old, old))
+        os.utime(path, (old, old))
+    policy = Policy(keep_days=0, keep_newest=0, keep_moves=0, grace=86400.0)
+    gone = {removal.path for removal in Collector(store, policy).collect().removed}
+    assert {build.build for build in builds if f"{build.path}/manifest.json" in gone} == {"fp16-d"}
+    # Nor does the time that an earlier release wrote, by its host's clock.
+    fields = {"action": "promote", "build": "fp16-a", "manifest": None, "by": "me", "time": "2026-01-01T00:00:00Z"}
+    move_channel(store, "digits", SM89, "production", lambda _found: fields)
+    assert Collector(store, policy).collect().removed == ()
 
 
 class Overtaken(FolderStore):
