@@ -2,8 +2,9 @@
 
 rollouts/<id>.json      one change (a runtime's version, a driver), the hosts that have it, and what each has to rebuild
 
-The first host with something to rebuild is the canary: it rebuilds alone. When all of its engines have passed their gates
-the others follow. An engine that fails, of any host, halts the rollout with the reason: nothing more begins until a person
+Hosts with one kind of GPU that became the same share a rollout. The first with something to rebuild is the canary: it rebuilds
+alone. When all of its engines have passed their gates, or `enough` of them, the others follow, and no two build the same engine at
+once; what takes long begins first, so that no GPU waits for another's last one. An engine that fails, of any host, halts the rollout with the reason: nothing more begins until a person
 resumes it (what failed is tried again, or accepted as it is) or abandons it. A host that vanishes leaves, so that nobody
 waits for it, and is in again when it is back; if it was the canary, another host becomes it.
 """
@@ -14,13 +15,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from random import uniform
 from typing import Any, Final, Literal
 
 from artifacts.checked import dump_checked, parse_checked
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, StoreError
+from artifacts.host import Gpu
 from artifacts.hosts import Change
 from artifacts.store import Store
 
@@ -29,6 +31,7 @@ ROLLOUTS: Final = "rollouts/"
 # no sign of life for as long as a lease lives.
 ASK_AGAIN_SECONDS: Final = 120.0
 LOST_SECONDS: Final = 600.0
+CANARY_ENGINES: Final = 20
 _SCHEMA: Final = 1
 _MOST_TRIES: Final = 40
 _MOST_LOG: Final = 200
@@ -45,7 +48,8 @@ class RolloutError(ArtifactError):
 class Rebuild:
     """One engine that a change made stale on a host: of which recipe (name and file), what replaces it, and what became of it.
 
-    `target` is RUNTIME:GPU; `since` (seconds, UTC) is when the state began, or the last sign of life of one that is building.
+    `target` is RUNTIME:GPU; `since` (seconds, UTC) is when the state began, or the last sign of life of one that is building;
+    `seconds` is how long the compilation took that made what it replaces.
     """
 
     recipe: str
@@ -58,6 +62,7 @@ class Rebuild:
     since: float = 0.0
     engine: str | None = None
     reason: str = ""
+    seconds: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -80,7 +85,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One change on its way through the hosts; every method returns it as it is afterwards."""
+    """One change on its way through the hosts; every method returns it as it is afterwards.
+
+    `enough` of the canary's engines have to pass before the others follow; 0: all.
+    """
 
     id: str
     changes: tuple[str, ...]
@@ -90,6 +98,7 @@ class Rollout:
     proven: bool = False
     members: Mapping[str, Member] = field(default_factory=dict)
     log: tuple[str, ...] = ()
+    enough: int = CANARY_ENGINES
 
     @property
     def state(self) -> State:
@@ -114,6 +123,50 @@ class Rollout:
         member = self.members.get(host)
         allowed = self.proven or host == self.canary
         return member is not None and not (member.left or self.halted or self.abandoned) and allowed
+
+    def turn(self, host: str, now: float, done: Collection[tuple[str, str, str]] = ()) -> tuple[Rebuild, ...]:
+        """Return what a host begins next: what one recipe has to rebuild there, of what is due or asked for, and not `done`.
+
+        The canary goes by the digest of a name, which makes what it proves first a sample. Later what took longest is first. What
+        another host builds now, or has built, comes last: then it is found made.
+        """
+        member = self.members.get(host)
+        if member is None or not self.may_build(host):
+            return ()
+        wanted = [one for one in member.rebuilds if one.state == "requested" or _is_due(one, now)]
+        wanted = [one for one in wanted if one.key not in done]
+        others = [one for name, other in self.members.items() if name != host for one in other.rebuilds]
+        busy = {one.key for one in others if one.state == "building" and abs(now - one.since) < LOST_SECONDS}
+        made = {one.key for one in others if one.state == "passed"}
+
+        def order(one: Rebuild) -> tuple[int, float, str]:
+            sample = hashlib.sha256(repr(one.key).encode()).hexdigest()
+            return (2 if one.key in busy else 1 if one.key in made else 0, -one.seconds if self.proven else 0.0, sample)
+
+        if not wanted:
+            return ()
+        first = min(wanted, key=order)
+        return tuple(one for one in wanted if one.file == first.file and order(one)[0] == order(first)[0])
+
+    def alive(self, host: str, keys: Collection[tuple[str, str, str]], now: float) -> Rollout:
+        """Say that a host builds these, and that whoever does it has not forgotten what else was asked of it."""
+        member = self.members[host]
+
+        def sign(one: Rebuild) -> Rebuild:
+            if one.key in keys and one.state != "passed":
+                return replace(one, state="building", since=now)
+            return replace(one, since=now) if one.state == "requested" else one
+
+        return self.with_member(host, replace(member, rebuilds=tuple(map(sign, member.rebuilds))))
+
+    def requested(self, host: str, keys: Collection[tuple[str, str, str]], now: float) -> Rollout:
+        """Say that these are asked of a host; what passed stays so."""
+        member = self.members[host]
+        rebuilds = tuple(
+            replace(one, state="requested", since=now) if one.key in keys and one.state != "passed" else one
+            for one in member.rebuilds
+        )
+        return self.with_member(host, replace(member, rebuilds=rebuilds))
 
     def joined(self, host: str, rebuilds: Iterable[Rebuild], at: str) -> Rollout:
         """Take up a host, or what else it has to rebuild; what it has rebuilt already stays as it is."""
@@ -200,6 +253,7 @@ class Rollout:
             value["proven"],
             members,
             tuple(value["log"]),
+            value.get("enough", 0),  # of releases in which all had to pass
         )
 
     def with_member(self, host: str, member: Member) -> Rollout:
@@ -225,9 +279,13 @@ class Rollout:
     def proved(self, at: str) -> Rollout:
         """Let the other hosts follow if the canary has passed."""
         member = self.members.get(self.canary) if self.canary is not None else None
-        if self.proven or self.halted or self.abandoned or member is None or not member.rebuilds or not member.passed:
+        if self.proven or self.halted or self.abandoned or member is None or not member.rebuilds:
             return self
-        return replace(self, proven=True).said(at, f"the canary {self.canary} passed; the other hosts follow")
+        passed = sum(one.state == "passed" for one in member.rebuilds)
+        if passed < min(self.enough or len(member.rebuilds), len(member.rebuilds)):
+            return self
+        told = "passed" if member.passed else f"passed with {passed} of {len(member.rebuilds)} engines"
+        return replace(self, proven=True).said(at, f"the canary {self.canary} {told}; the other hosts follow")
 
 
 def _is_due(one: Rebuild, now: float) -> bool:
@@ -240,10 +298,11 @@ def _named(one: Rebuild) -> str:
     return f"{one.recipe} {one.target} {one.asked}"
 
 
-def rollout_id(changes: Iterable[Change]) -> str:
+def rollout_id(changes: Iterable[Change], gpus: Iterable[Gpu] = ()) -> str:
     """Return the name of the rollout of a change: what hosts that became the same have in common, whatever they were.
 
-    GPUs count by model and capability and not by which one of them it is.
+    GPUs count by model and capability and not by which one of them it is. What one kind of GPU proves holds for no other: `gpus`
+    are those of the host.
     """
     became = sorted(
         {
@@ -252,6 +311,7 @@ def rollout_id(changes: Iterable[Change]) -> str:
         }
     )
     first = re.sub(r"[^A-Za-z0-9.]+", "-", became[0]).strip("-") if became else "nothing"
+    became += sorted({f"on {gpu.name} {gpu.compute_capability}" for gpu in gpus})
     return f"{first[:60]}-{hashlib.sha256(json.dumps(became).encode()).hexdigest()[:8]}"
 
 

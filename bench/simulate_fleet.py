@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -21,6 +22,10 @@ from typing import Any
 import simpy
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from artifacts.rollouts import CANARY_ENGINES  # noqa: E402  of this checkout
+
 RESULTS = ROOT / "bench" / "results"
 
 ASSUMED: dict[str, Any] = {
@@ -34,7 +39,7 @@ ASSUMED: dict[str, Any] = {
     "benchmark_seconds": 20.0,
     "start_seconds": 8.0,  # a flow run: its process, Prefect's import, inputs from the store; without the GPU
     "upgrade_seconds": 600.0,  # drain, driver, reboot
-    "canary_engines": 20,  # how many of a kind have to pass before its other hosts follow
+    "canary_engines": CANARY_ENGINES,  # how many of a kind have to pass before its other hosts follow: the default
 }
 
 
@@ -58,6 +63,7 @@ class Scenario:
     timing_caches: bool = True
     waves: bool = True
     slots: int = 2
+    longest_first: bool = True  # once the others follow, as artifacts.rollouts has it
     canary_engines: int = ASSUMED["canary_engines"]
     same_speed: bool = False
     bad_driver: bool = False
@@ -145,9 +151,9 @@ def simulate(engines: list[Engine], gpus: dict[str, int], scenario: Scenario, as
     for kind, names in run.gpus.items():
         queue = [one for one in engines if one.kind == kind]
         passed = env.event()
-        if not scenario.waves:
-            passed.succeed()
         pool = _Pool(env, run, queue, passed, scenario, assumed, known)
+        if not scenario.waves:
+            pool.follow()
         for index, name in enumerate(names):
             env.process(pool.host(name, first=index == 0))
     env.run()
@@ -166,6 +172,12 @@ class _Pool:
     assumed: dict[str, Any]
     known: set[tuple[str, str]]
     done: int = 0
+
+    def follow(self) -> None:
+        """Let the other hosts build too: from now on what takes long begins first."""
+        if self.scenario.longest_first:
+            self.queue.sort(key=lambda one: -(one.cold + one.rest))
+        self.passed.succeed()
 
     def host(self, name: str, *, first: bool) -> Iterator[simpy.Event]:
         """Upgrade a host when its wave comes, then let its worker take from the queue until that is empty."""
@@ -194,7 +206,7 @@ class _Pool:
                 if self.done >= self.scenario.canary_engines:
                     self.run.stopped.add(kind)  # gates fail: whoever watches stops the rollout
             elif not self.passed.triggered and (self.done >= self.scenario.canary_engines or not self.queue):
-                self.passed.succeed()
+                self.follow()
 
 
 def summary(run: Run, engines: list[Engine]) -> dict[str, Any]:
@@ -219,8 +231,10 @@ def summary(run: Run, engines: list[Engine]) -> dict[str, Any]:
 SCENARIOS = (
     Scenario("waves, two flow runs a worker, no timing caches", timing_caches=False),
     Scenario("timing caches that halve a compilation"),
+    Scenario("first come, first served", timing_caches=False, longest_first=False),
     Scenario("no waves", timing_caches=False, waves=False),
     Scenario("five engines have to pass, not twenty", timing_caches=False, canary_engines=5),
+    Scenario("all engines of a kind have to pass on its first host", timing_caches=False, canary_engines=10**9),
     Scenario("one flow run a worker", timing_caches=False, slots=1),
     Scenario("every GPU as fast as the H100", timing_caches=False, same_speed=True),
     Scenario("a driver whose engines fail their gates, with waves", timing_caches=False, bad_driver=True),
@@ -267,7 +281,7 @@ def main() -> None:
         engines = engines_of(ASSUMED, seconds, same_speed=scenario.same_speed)
         run = simulate(engines, ASSUMED["gpus"], scenario, ASSUMED)
         rows.append({"scenario": asdict(scenario), **summary(run, engines)})
-        if not scenario.bad_driver:
+        if not scenario.bad_driver and scenario.canary_engines <= len(engines):
             runs[scenario.name] = run
         print(scenario.name, rows[-1]["minutes_to_fresh"], rows[-1]["busy_share"], rows[-1]["built"], flush=True)
     document = {

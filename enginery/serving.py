@@ -19,6 +19,7 @@ from prefect.runner import Runner
 from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
+from artifacts.rollouts import CANARY_ENGINES
 from flows.watch import rebuild, watch
 from tasks.server import asked, wait_for_server
 
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 _POLL_SECONDS: Final = 5.0
 
 
-def serve_host(host: str, recipes: list[str], store: str, every: float, *, pools: bool = False) -> None:
+def serve_host(
+    host: str, recipes: list[str], store: str, every: float, *, pools: bool = False, canary: int = CANARY_ENGINES
+) -> None:
     """Deploy both for this host and run what is asked of it, until interrupted. Times are seconds.
 
     With `pools` rebuilds are asked of the fleet's deployment `rebuild/pools`, and this host serves its looks alone.
     """
-    asyncio.run(_serve(host, recipes, store, every, pools=pools))
+    asyncio.run(_serve(host, recipes, store, every, pools=pools, canary=canary))
 
 
 class _HostRunner(Runner):
@@ -83,14 +86,14 @@ class _HostRunner(Runner):
         return self._begun in self._scheduled_run_poller._submitting_flow_run_ids  # noqa: SLF001
 
 
-async def _serve(host: str, recipes: list[str], store: str, every: float, *, pools: bool) -> None:
+async def _serve(host: str, recipes: list[str], store: str, every: float, *, pools: bool, canary: int) -> None:
     await wait_for_server(get_logger("runner").warning)
     runner = _HostRunner(name=f"host {host}", query_seconds=_POLL_SECONDS, limit=None)
     shared: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": [f"host:{host}"]}
     looking = await watch.ato_deployment(
         host,
         interval=every,
-        parameters={"recipes": recipes, "store": store, "pools": pools},
+        parameters={"recipes": recipes, "store": store, "pools": pools, "canary": canary},
         description="Records what this host is, and which engines a change made stale.",
         **shared,
     )

@@ -46,6 +46,12 @@ def watch(
     pools: Annotated[
         bool, typer.Option("--pools", help="With --serve: rebuilds go through the fleet's work pools (docs/fleet.md).")
     ] = False,
+    canary: Annotated[
+        int,
+        typer.Option(
+            "--canary", min=0, help="Engines of a change's first host that pass before others follow; 0: all."
+        ),
+    ] = 20,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,9 +76,9 @@ def watch(
         from enginery.serving import serve_host
         from tasks.toolchain import probe_host
 
-        serve_host(probe_host().name, [str(path) for path in paths], opened.uri, every, pools=pools)
+        serve_host(probe_host().name, [str(path) for path in paths], opened.uri, every, pools=pools, canary=canary)
         return
-    found = look(opened, paths, warn=lambda text: note(f"warning: {text}"))
+    found = look(opened, paths, warn=lambda text: note(f"warning: {text}"), enough=canary)
     document = found.to_json()
     if as_json:
         print_json(document)

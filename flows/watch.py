@@ -12,26 +12,31 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.events import emit_event
 
+from artifacts.rollouts import CANARY_ENGINES
 from flows.build import build
 from recipes.loader import load
 from tasks.drift import look, missing_versions, request
-from tasks.forms import Jobs, Pools, Recipes, RolloutName, StoreAddress
+from tasks.forms import Canary, Jobs, Pools, Recipes, RolloutName, StoreAddress
 from tasks.gpu_slots import GpuSlots
 from tasks.parameters import RETRIES, worker_store
 from tasks.rebuilding import rebuild_due
+from tasks.report import report
 from tasks.session import BuildSession, activate, open_session
 from tasks.toolchain import probe_host
 
 
 @flow(name="watch", persist_result=False, validate_parameters=True)
-async def watch(recipes: Recipes = ("recipes",), store: StoreAddress = None, pools: Pools = False) -> dict[str, Any]:
+async def watch(
+    recipes: Recipes = ("recipes",), store: StoreAddress = None, pools: Pools = False, canary: Canary = CANARY_ENGINES
+) -> dict[str, Any]:
     """Record this host and what changed; emit `enginery.host.drifted`, and `enginery.rebuild.due` for what is to be rebuilt.
 
     `recipes` are recipes or folders of them, as paths. With `pools` what is due is asked of `rebuild/pools`, else of this
     host's own deployment. Returns what was found.
     """
     opened, log = worker_store(store), get_run_logger()
-    found = await asyncio.to_thread(look, opened, [Path(one) for one in recipes], warn=log.warning, pools=pools)
+    paths = [Path(one) for one in recipes]
+    found = await asyncio.to_thread(look, opened, paths, warn=log.warning, pools=pools, enough=canary)
     host = found.record.host.name
     resource = {"prefect.resource.id": f"enginery.host.{host}", "prefect.resource.name": host}
     document = found.to_json()
@@ -67,7 +72,11 @@ async def rebuild(rollout: RolloutName, store: StoreAddress = None, jobs: Jobs =
         )
 
     async def run(recipe: str, targets: list[str]) -> dict[str, Any]:
-        with activate(recipe, await asyncio.to_thread(session, recipe, targets)):
+        opening = await asyncio.to_thread(session, recipe, targets)
+        planned = await asyncio.to_thread(opening.plan)
+        if planned.fresh and all(engine.state == "cached" for engine in planned.engines):  # by another host
+            return report(opening, planned)
+        with activate(recipe, opening):
             state: Any = await build(recipe, store=opened.uri, targets=targets, jobs=jobs, return_state=True)
         document: Any = await state.aresult(raise_on_failure=False)
         if isinstance(document, BaseException):

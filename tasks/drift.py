@@ -20,7 +20,7 @@ from artifacts.errors import NotFoundError
 from artifacts.host import Host
 from artifacts.hosts import VANISHED_SECONDS, Drift, HostRecord, change_host, changes, host_ages, see_host
 from artifacts.records import ActionRecord
-from artifacts.rollouts import Rebuild, Rollout, change_rollout, read_rollout, rollout_id
+from artifacts.rollouts import CANARY_ENGINES, Rebuild, Rollout, change_rollout, read_rollout, rollout_id
 from artifacts.store import Store
 from recipes.errors import RecipeError
 from recipes.files import gather
@@ -87,12 +87,13 @@ def look(
     host: Host | None = None,
     warn: Warn = lambda _text: None,
     pools: bool = False,
+    enough: int = CANARY_ENGINES,
 ) -> Look:
     """Record this host in the store, judge what changed by the recipes (files, or folders of them), and say what is due.
 
     Nothing is planned where nothing changed. With `pools` the fleet's work pools rebuild: of targets without a
-    pool of their own nothing is judged, and files are named as in every checkout. `host` is for tests. Raises StoreError,
-    IntegrityError.
+    pool of their own nothing is judged, and files are named as in every checkout. A rollout that begins here goes on to other hosts
+    when `enough` engines have passed (0: all). `host` is for tests. Raises StoreError, IntegrityError.
     """
     found = host if host is not None else probe_host()
     path = host_path(found.name)
@@ -110,7 +111,7 @@ def look(
             before, judgement = (record.owed if both != judgement else before), both
             owed = record.owed if earlier.lost else None
         owed = (owed or record.owed or unfinished.before) if judgement.lost else owed
-        joined = _join(store, found.name, before, found, judgement) if judgement.stale else None
+        joined = _join(store, before, found, judgement, enough) if judgement.stale else None
         for other in record.open:
             if other != joined:
                 change_rollout(store, other, _leaves(other, found.name))
@@ -170,6 +171,7 @@ def judge(
                         engine.asked,
                         why,
                         replaces=name,
+                        seconds=_seconds(engine),
                     )
                 )
     return Judgement(tuple(stale), tuple(lost))
@@ -186,17 +188,17 @@ def recipe_files(paths: Iterable[Path]) -> list[Path]:
 
 def request(store: Store, rollout: str, host: str, rebuilds: Iterable[Rebuild]) -> None:
     """Note that rebuilds are asked for, before they are: who dies in between, or is not heard, leaves them to a later look."""
-    for one in rebuilds:
-        mark(store, rollout, host, one, state="requested", since=time.time())
+    keys = {one.key for one in rebuilds}
+    change_there(store, rollout, lambda found: found.requested(host, keys, time.time()))
 
 
-def _join(store: Store, host: str, old: Host, new: Host, judgement: Judgement) -> str:
+def _join(store: Store, old: Host, new: Host, judgement: Judgement, enough: int) -> str:
     changed = changes(old, new)
-    name = rollout_id(changed)
+    name = rollout_id(changed, new.gpus)
 
     def join(found: Rollout | None) -> Rollout:
-        rollout = found or Rollout(name, tuple(map(str, changed)))
-        return rollout.joined(host, judgement.stale, instant())
+        rollout = found or Rollout(name, tuple(map(str, changed)), enough=enough)
+        return rollout.joined(new.name, judgement.stale, instant())
 
     change_rollout(store, name, join)
     return name
@@ -231,15 +233,15 @@ def _advance(store: Store, name: str, host: str, path: str) -> Rollout:
     return change_rollout(store, name, advance)
 
 
-def mark(store: Store, rollout: str, host: str, one: Rebuild, **fields: Any) -> Rollout:
-    """Say in the store what became of one rebuild. Raises NotFoundError, StoreError, IntegrityError."""
+def change_there(store: Store, rollout: str, change: Callable[[Rollout], Rollout]) -> Rollout:
+    """Change a rollout that is there. Raises NotFoundError, StoreError, IntegrityError."""
 
-    def marked(found: Rollout | None) -> Rollout:
+    def changed(found: Rollout | None) -> Rollout:
         if found is None:
             raise NotFoundError(store.uri, f"rollouts/{rollout}.json")
-        return found.marked(host, one.key, instant(), **fields)
+        return change(found)
 
-    return change_rollout(store, rollout, marked)
+    return change_rollout(store, rollout, changed)
 
 
 def _plans(path: Path, store: Store, old: Host, new: Host, warn: Warn, *, pools: bool) -> list[tuple[EnginePlan, ...]]:
@@ -288,6 +290,12 @@ def _recorded(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             if isinstance(found, str) and package not in _NO_PACKAGES:
                 recorded.setdefault(package, found)
     return recorded
+
+
+def _seconds(engine: EnginePlan) -> float:
+    """Return how long the compilation of an engine that is there took."""
+    compiled = engine.compile.record if engine.compile is not None else None
+    return round(compiled.seconds, 1) if compiled is not None else 0.0
 
 
 def _why(engine: EnginePlan) -> str:

@@ -61,6 +61,9 @@ Recipes = Annotated[
 Pools = Annotated[
     bool, form("Pools", "Rebuilds go through the work pools of the fleet, and not through this host's own deployment.")
 ]
+Canary = Annotated[
+    int, form("Canary", "So many engines of the first host have to pass before others follow; 0: all of them.", ge=0)
+]
 RolloutName = Annotated[
     str, form("Rollout", "Its name, as `enginery rollout` lists it.", examples=["tensorrt-rtx-1.7.1.116-0a1b2c3d"])
 ]

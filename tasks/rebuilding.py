@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Final
 
 from artifacts.catalog import EngineCatalog, EngineId
-from artifacts.errors import IntegrityError, NotFoundError
+from artifacts.errors import IntegrityError, NotFoundError, StoreError
 from artifacts.promotion import compare_speed, objections
-from artifacts.rollouts import Rebuild, read_rollout
+from artifacts.rollouts import Rebuild, Rollout, read_rollout
 from artifacts.store import Store
-from tasks.drift import mark
+from tasks.drift import change_there, instant
 
 _ALIVE_SECONDS: Final = 60.0
 # Builds the targets of a recipe (file, targets) and returns the report of that build.
@@ -26,15 +27,7 @@ async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> di
     What `build` raises is no verdict on an engine: it stays asked for, and a later look asks again.
     """
     done: set[tuple[str, str, str]] = set()
-    while True:
-        found = await asyncio.to_thread(read_rollout, store, rollout)
-        now = time.time()
-        member = found.members.get(host)
-        asked = [one for one in member.rebuilds if one.state == "requested"] if member is not None else []
-        wanted = [one for one in (*found.due(host, now), *asked) if one.key not in done]
-        if not wanted or not found.may_build(host):
-            break
-        together = [one for one in wanted if one.file == wanted[0].file]
+    while together := await asyncio.to_thread(_begin, store, rollout, host, done):
         done |= {one.key for one in together}
         await _together(store, rollout, host, together, build)
     member = (await asyncio.to_thread(read_rollout, store, rollout)).members.get(host)
@@ -48,6 +41,19 @@ async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> di
     }
 
 
+def _begin(store: Store, rollout: str, host: str, done: Collection[tuple[str, str, str]]) -> list[Rebuild]:
+    """Choose what a host builds next and mark it so, in one write: no other host that chooses now takes the same."""
+    chosen: list[Rebuild] = []
+
+    def begin(found: Rollout) -> Rollout:
+        now = time.time()
+        chosen[:] = found.turn(host, now, done)
+        return found.alive(host, {one.key for one in chosen}, now) if chosen else found
+
+    change_there(store, rollout, begin)
+    return chosen
+
+
 async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuild], build: Build) -> None:
     """Build what one recipe has to rebuild, and mark each engine with its verdict."""
     targets = list(dict.fromkeys(one.target for one in rebuilds))
@@ -55,27 +61,36 @@ async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuil
         async with _alive(store, rollout, host, rebuilds):
             report = await build(rebuilds[0].file, targets)
     except BaseException:
+        keys = {one.key for one in rebuilds}
         with contextlib.suppress(Exception):
-            for one in rebuilds:
-                mark(store, rollout, host, one, state="requested", since=time.time())
+            change_there(store, rollout, lambda found: found.requested(host, keys, time.time()))
         raise
-    for one in rebuilds:
-        fields = await asyncio.to_thread(verdict, EngineCatalog(store), one, report)
-        await asyncio.to_thread(mark, store, rollout, host, one, since=time.time(), **fields)
+
+    def judged() -> None:
+        verdicts = [(one, verdict(EngineCatalog(store), one, report)) for one in rebuilds]
+
+        def mark(found: Rollout) -> Rollout:
+            for one, fields in verdicts:
+                found = found.marked(host, one.key, instant(), since=time.time(), **fields)
+            return found
+
+        change_there(store, rollout, mark)
+
+    await asyncio.to_thread(judged)
 
 
 @contextlib.asynccontextmanager
 async def _alive(store: Store, rollout: str, host: str, rebuilds: list[Rebuild]) -> AsyncIterator[None]:
-    """Say that these are being built, now and every minute."""
+    """Say every minute that these are being built: else all that is asked of this host counts as lost, and is asked for again."""
+    keys = {one.key for one in rebuilds}
 
     async def say() -> None:
         while True:
-            for one in rebuilds:
-                await asyncio.to_thread(mark, store, rollout, host, one, state="building", since=time.time())
             await asyncio.sleep(_ALIVE_SECONDS)
+            change = partial(change_there, store, rollout, lambda found: found.alive(host, keys, time.time()))
+            with contextlib.suppress(StoreError):  # the next minute says it too
+                await asyncio.to_thread(change)
 
-    for one in rebuilds:
-        await asyncio.to_thread(mark, store, rollout, host, one, state="building", since=time.time())
     saying = asyncio.ensure_future(say())
     try:
         yield

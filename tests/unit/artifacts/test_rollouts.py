@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,9 +7,11 @@ from hypothesis import strategies as st
 
 from artifacts.errors import IntegrityError, NotFoundError
 from artifacts.folder import FolderStore
+from artifacts.host import Gpu
 from artifacts.hosts import Change
 from artifacts.rollouts import (
     ASK_AGAIN_SECONDS,
+    CANARY_ENGINES,
     LOST_SECONDS,
     Rebuild,
     Rollout,
@@ -77,6 +80,59 @@ def test_what_was_asked_for_and_got_lost_is_asked_for_again():
     assert len(building.due("one", 100.0 + LOST_SECONDS)) == 2
 
 
+def engines(count: int) -> list[Rebuild]:
+    return [replace(A, recipe=f"r{index}", file=f"r{index}.yaml", seconds=float(index)) for index in range(count)]
+
+
+def test_the_others_follow_when_enough_of_many_engines_passed_and_all_of_few():
+    many = engines(CANARY_ENGINES + 5)
+    rollout = NEW.joined("one", many, "t").joined("two", many, "t")
+    for one in many[: CANARY_ENGINES - 1]:
+        rollout = rollout.marked("one", one.key, "t", state="passed")
+    assert (rollout.state, rollout.turn("two", 0)) == ("canary", ())
+    rollout = rollout.marked("one", many[CANARY_ENGINES].key, "t", state="passed")
+    assert rollout.state == "rolling"
+    assert "passed with 20 of 25 engines" in rollout.log[-1]
+    strict = replace(NEW, enough=0).joined("one", many, "t")
+    for one in many[:-1]:
+        strict = strict.marked("one", one.key, "t", state="passed")
+    assert strict.state == "canary"
+    assert strict.marked("one", many[-1].key, "t", state="passed").proven
+
+
+def test_hosts_share_the_work_longest_first_and_build_nothing_twice_at_once():
+    many = engines(8)
+    rollout = replace(NEW, enough=1).joined("one", many, "t").joined("two", many, "t").joined("three", many, "t")
+    (sample,) = rollout.turn("one", 0)
+    assert sample != many[-1]  # by its name, and not the longest
+    rollout = rollout.alive("one", {sample.key}, 0).marked("one", sample.key, "t", state="passed")
+    taken = []
+    for host in HOSTS:
+        ((chosen),) = rollout.turn(host, 0)
+        taken.append(chosen.seconds)
+        rollout = rollout.alive(host, {chosen.key}, 0)
+    left = [one.seconds for one in reversed(many) if one.key != sample.key]
+    assert taken == left[:3]
+    assert rollout.turn("two", LOST_SECONDS + 1, {many[-2].key})[0].seconds == 7.0  # whoever has built that is silent
+    # What others build or have built comes when there is nothing else: then it is found made, or waited for.
+    done = {one.key for one in many if one.key not in (sample.key, many[-1].key)}
+    (made,) = rollout.turn("two", 1, done)
+    assert made.key == sample.key
+    (waits,) = rollout.turn("two", 1, {*done, made.key})
+    assert waits.key == many[-1].key
+
+
+def test_what_is_asked_of_a_host_that_is_at_work_is_not_lost():
+    rollout = both().requested("one", {A.key, B.key}, 100.0)
+    later = 101.0 + ASK_AGAIN_SECONDS
+    assert len(rollout.due("one", later)) == 2
+    at_work = rollout.alive("one", {A.key}, later)
+    assert at_work.due("one", later + 1) == ()
+    assert [one.state for one in at_work.members["one"].rebuilds] == ["building", "requested"]
+    passed = at_work.marked("one", A.key, "t", state="passed")
+    assert passed.requested("one", {A.key}, later).members == passed.members
+
+
 def test_a_canary_that_vanishes_is_replaced_and_comes_back_as_one_of_the_others():
     rollout = both().without("one", "not seen for 900 s", "t")
     assert (rollout.canary, rollout.due("two", 0), rollout.due("one", 0)) == ("two", (A,), ())
@@ -142,6 +198,13 @@ def test_a_rollout_is_named_by_what_hosts_became():
     assert first != rollout_id([Change("tensorrt-rtx", "1.6", "1.7"), Change("driver", "1", "2")])
     card = [rollout_id([Change("gpu", None, f"L4 sm89 GPU-{index}")]) for index in (1, 2)]
     assert card[0] == card[1] != rollout_id([Change("gpu", None, "H100 sm90 GPU-1")])
+    # What one kind of GPU proves holds for no other.
+    driver = [Change("driver", "570.1", "580.1")]
+    kinds = [
+        rollout_id(driver, [Gpu(name, uuid, sm, 1 << 30, 1)])
+        for name, uuid, sm in (("T4", "a", "sm75"), ("T4", "b", "sm75"), ("L4", "c", "sm89"))
+    ]
+    assert kinds[0] == kinds[1] != kinds[2]
 
 
 def test_rollouts_are_changed_by_compare_and_swap(tmp_path):
