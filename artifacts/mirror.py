@@ -161,14 +161,27 @@ class Mirror:
         if there is not None and there.size == ref.size:
             return
         try:
-            with self.target.scratch() as folder:
-                self.source.get_file(path, ref, folder / "file")
-                self.target.put_file(path, folder / "file", ref)
-                self._put.add(path)
+            if not self._copied_within(path, ref):
+                with self.target.scratch() as folder:
+                    self.source.get_file(path, ref, folder / "file")
+                    self.target.put_file(path, folder / "file", ref)
+            self._put.add(path)
         except IntegrityError as err:
             self._leave(str(err))
             return
         self._count(ref.size)
+
+    def _copied_within(self, path: str, ref: ArtifactRef) -> bool:
+        """Have the service copy an object where both stores lie in one bucket, and tell whether it did."""
+        if not (self.source.uri.startswith("s3://") and self.target.uri.startswith("s3://")):
+            return False
+        from artifacts.s3 import S3Store
+
+        source, target = self.source, self.target
+        if not (isinstance(source, S3Store) and isinstance(target, S3Store) and source.bucket == target.bucket):
+            return False
+        target.copy_from(source, path, ref)
+        return True
 
     def _send_engines(self, group: Mapping[EngineId, Manifest | None], publications: Collection[str]) -> None:
         """Send engines that were published together: all of them, or nothing where one cannot be."""

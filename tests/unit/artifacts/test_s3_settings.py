@@ -82,8 +82,12 @@ def test_what_objects_are_written_with(s3_store_uri: str, monkeypatch: pytest.Mo
     store.write("small", b"1", if_absent=True)
     store.put_file("large", source, ref)
     store.copy("small", "copy")
+    store.copy("large", "large copy")
+    assert store.touch("small")
+    mirrored = open_store(f"{s3_store_uri}/mirrored")
+    mirrored.copy_from(store, "large", ref)
     bucket, _slash, prefix = store.uri.removeprefix("s3://").partition("/")
-    for path in ("small", "large", "copy", "store.json"):
+    for path in ("small", "large", "copy", "large copy", "mirrored/large", "store.json"):
         head = store._client.head_object(Bucket=bucket, Key=f"{prefix}/{path}")
         assert (head["ServerSideEncryption"], head["StorageClass"]) == ("aws:kms", "STANDARD_IA"), path
         assert head["SSEKMSKeyId"].endswith("alias/engines")

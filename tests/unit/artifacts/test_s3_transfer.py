@@ -12,6 +12,7 @@ import pytest
 from artifacts.cache import blob_path
 from artifacts.catalog import EngineCatalog
 from artifacts.errors import IntegrityError, StoreError
+from artifacts.mirror import Mirror
 from artifacts.refs import digest_bytes
 from artifacts.s3 import S3Store
 from artifacts.s3_multipart import PART_BYTES
@@ -97,6 +98,39 @@ def test_unchanged_blobs_are_not_sent_again_and_a_publication_sends_no_bytes(
     manifest = len(second.to_bytes())
     assert max(sizes) == manifest
     assert sum(sizes) < manifest + 1000  # a lease besides
+
+
+def test_a_mirror_within_a_bucket_is_copied_by_the_service_and_what_is_damaged_is_not(
+    s3_store_uri: str, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = open_store(f"{s3_store_uri}/source"), open_store(f"{s3_store_uri}/target")
+    plan = b"plan" * 1000
+    EngineCatalog(source).publish(make_engine(source, tmp_path, plan, recipe="digits", target="t", build="a"))
+    blob = blob_path(digest_bytes(plan))
+    faults.requests.clear()
+    bodies: list[bytes] = []
+
+    def keep(params: dict[str, Any], **_more: object) -> None:
+        bodies.append(params["body"] if isinstance(params["body"], bytes) else params["body"].getvalue())
+
+    with monkeypatch.context() as patch:
+        # With what the copy is written with, whatever the source has.
+        patch.setenv("ENGINERY_S3_SSE", "aws:kms")
+        patch.setenv("ENGINERY_S3_KMS_KEY", "alias/copies")
+        target._client.meta.events.register("before-call.s3.PutObject", keep)
+        assert Mirror(source, target).run().left == []
+    assert len([line for line in faults.requests if line.startswith("PUT") and line.endswith(f"target/{blob}")]) == 1
+    assert bodies
+    assert not any(plan in body for body in bodies)
+    assert target.read(blob) == plan
+    bucket, _slash, prefix = target.uri.removeprefix("s3://").partition("/")
+    head = target._client.head_object(Bucket=bucket, Key=f"{prefix}/{blob}")
+    assert (head["ServerSideEncryption"], head["SSEKMSKeyId"].rpartition(":")[2]) == ("aws:kms", "alias/copies")
+    assert {name.lower(): value for name, value in head["Metadata"].items()} == {"sha256": digest_bytes(plan)}
+    damaged = open_store(f"{s3_store_uri}/damaged")
+    source.write(blob, plan[:-1] + b"!")
+    assert any("SHA-256" in said for said in Mirror(source, damaged).run().left)
+    assert damaged.info(blob) is None
 
 
 def test_what_is_too_large_for_one_copy_is_copied_in_parts(
