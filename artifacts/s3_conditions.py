@@ -4,7 +4,9 @@ Some services take `If-None-Match` and `If-Match` and ignore them in silence (me
 and `rclone serve s3` 1.75.2; moto 5.2.5 honours both, as Amazon S3 is documented to: User Guide, "How
 to prevent object overwrites with conditional writes"). So each condition is tried out once for each
 endpoint and bucket of a process, on an object of its own under `tmp/`. Where it is ignored, a write
-is refused, unless `ENGINERY_S3_LOCKS` names a folder that all writers of the store share.
+is refused, unless `ENGINERY_S3_LOCKS` names a folder that all writers of the store share. There the kernel drops the lock of a
+writer that was killed, while what it had sent may still be on its way, and would overwrite what the next one writes. So a writer
+leaves a mark while its request is under way, and the next one waits until that has arrived, or cannot any more.
 
 Ceph's radosgw 16.2 compares the ETag of `If-Match`, with its quotes, with one that has none, so that it refuses every write:
 what is refused although the object is still of this version is sent without quotes, which RFC 9110 (8.8.3) does not know.
@@ -12,13 +14,14 @@ what is refused although the object is still of this version is sent without quo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 Condition = Literal["IfNoneMatch", "IfMatch"]
 TRIES: Final = 5
 LOCKS: Final = "ENGINERY_S3_LOCKS"
+# A request that a killed process had sent may be carried out after its end; none of a small document takes so long.
+UNDER_WAY_SECONDS: Final = 120.0
+_LOOK_SECONDS: Final = 0.5
 _HEADERS: Final[Mapping[Condition, str]] = {"IfNoneMatch": "If-None-Match", "IfMatch": "If-Match"}
 # The ETag of no object: they are digests or end in the number of parts.
 _NO_ETAG: Final = '"enginery-no-such-version"'
@@ -60,21 +66,45 @@ class ConditionalWriter:
         """Write an object that must not exist, and tell whether it was written. Raises StoreError, boto3's errors."""
         if self._honours("IfNoneMatch"):
             return self._put(key, data, "IfNoneMatch", "*")
-        with self._locked(key, "IfNoneMatch"):
+        with self._locked(key, "IfNoneMatch") as mark:
+            self._wait_for(mark, key)
             if self._etag(key) is not None:
                 return False
-            self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
+            self._put_marked(mark, key, data)
             return True
 
     def put_over(self, key: str, data: bytes, etag: str) -> bool:
         """Write over the object of this ETag, and tell whether it was written. Raises StoreError, boto3's errors."""
         if self._honours("IfMatch"):
             return self._put(key, data, "IfMatch", etag)
-        with self._locked(key, "IfMatch"):
+        with self._locked(key, "IfMatch") as mark:
+            self._wait_for(mark, key)
             if self._etag(key) != etag:
                 return False
-            self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
+            self._put_marked(mark, key, data)
             return True
+
+    def _put_marked(self, mark: Path, key: str, data: bytes) -> None:
+        """Write under a lock; a process that is killed meanwhile leaves the mark, which says what was under way."""
+        with os_faults(str(mark)):
+            mark.write_text(hashlib.md5(data, usedforsecurity=False).hexdigest())
+        try:
+            self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
+        finally:
+            with os_faults(str(mark)):
+                mark.unlink(missing_ok=True)
+
+    def _wait_for(self, mark: Path, key: str) -> None:
+        """Wait until what a killed writer had sent is there, or it was so long ago that it will not come any more."""
+        with os_faults(str(mark)), suppress(FileNotFoundError):
+            sent, clock = mark.read_text(), mark.with_suffix(".now")
+            while (self._etag(key) or "").strip('"') != sent:
+                clock.touch()  # ages are told by the folder's clock
+                age = clock.stat().st_mtime - mark.stat().st_mtime
+                clock.unlink()
+                if age > UNDER_WAY_SECONDS:
+                    return
+                time.sleep(_LOOK_SECONDS)
 
     def _put(self, key: str, data: bytes, condition: Condition, value: str) -> bool:
         from botocore.exceptions import ClientError
@@ -159,8 +189,8 @@ class ConditionalWriter:
         return False
 
     @contextmanager
-    def _locked(self, key: str, condition: Condition) -> Iterator[None]:
-        """Hold a lock that all writers share, where the user has named a folder for it. Raises StoreError where not."""
+    def _locked(self, key: str, condition: Condition) -> Iterator[Path]:
+        """Hold a lock that all writers share, where the user has named a folder for it; yield where its mark is. Raises StoreError."""
         from filelock import FileLock
 
         folder = os.environ.get(LOCKS, "")
@@ -175,7 +205,7 @@ class ConditionalWriter:
             with os_faults(f"{LOCKS}={folder}"):
                 make_folders(Path(folder).absolute())
                 stack.enter_context(FileLock(Path(folder).absolute() / f"{name}.lock", mode=0o666))
-            yield
+            yield Path(folder).absolute() / f"{name}.sent"
 
 
 def back_off(attempt: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,49 @@ def test_a_service_that_refuses_conditions_needs_locks(
     monkeypatch.setenv("ENGINERY_S3_LOCKS", "/dev/null/locks")
     with pytest.raises(StoreError, match="ENGINERY_S3_LOCKS=/dev/null/locks: "):
         store.write("b", b"1", if_absent=True)
+
+
+_KILLED = """
+import os, signal, sys
+from artifacts.store import open_store
+store = open_store(sys.argv[1])
+version = store.read_versioned("a")[1]
+def dies(params, **_more):
+    if params["url"].endswith("/a"):
+        os.kill(os.getpid(), signal.SIGKILL)
+store._client.meta.events.register("before-call.s3.PutObject", dies)
+store.write("a", b"late", if_version=version)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_writer_had_sent_under_a_lock_is_waited_for(
+    store: Store, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its lock is gone with it, and its request may still come: it must not overwrite what is written after it."""
+    faults.dropped_headers = frozenset({"if-none-match", "if-match"})
+    locks = tmp_path / "locks"
+    monkeypatch.setenv("ENGINERY_S3_LOCKS", str(locks))
+    monkeypatch.setattr("artifacts.s3_conditions.UNDER_WAY_SECONDS", 1.0)
+    store.write("a", b"1", if_absent=True)
+    assert not list(locks.glob("*.sent"))
+    killed = subprocess.run([sys.executable, "-c", _KILLED, store.uri], cwd=REPOSITORY, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (mark,) = locks.glob("*.sent")
+    left = mark.read_text()
+    began = time.monotonic()
+    assert store.write("a", b"2", if_version=store.read_versioned("a")[1]) is True
+    assert time.monotonic() - began > 0.9
+    assert not list(locks.glob("*.sent"))
+    # Where it does come, whoever waited sees it, and does not write over it what they decided before.
+    mark.write_text(left)
+    monkeypatch.setattr("artifacts.s3_conditions.UNDER_WAY_SECONDS", 60.0)
+    version, late = store.read_versioned("a")[1], threading.Timer(0.3, open_store(store.uri).write, ("a", b"late"))
+    late.start()
+    assert store.write("a", b"3", if_version=version) is False
+    late.join()
+    assert store.read("a") == b"late"
+    assert store.write("a", b"3", if_version=store.read_versioned("a")[1]) is True
 
 
 def test_broken_downloads_go_on_where_they_broke(store: Store, faults: Faults, tmp_path: Path) -> None:
