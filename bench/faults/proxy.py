@@ -19,7 +19,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -270,8 +270,19 @@ class Campaign:
         return tuple(signed.move.id for signed in found.moves) if found is not None else ()
 
 
-def campaign(server: str, operations: int, seed: int, share: float, folder: Path, actors: Actors) -> Tally:
-    """Do so many operations on a new store of one server, a share of whose requests fail; return what they came to."""
+def campaign(
+    server: str,
+    operations: int,
+    seed: int,
+    share: float,
+    folder: Path,
+    actors: Actors,
+    tell: Callable[[Tally], None] = lambda _tally: None,
+) -> Tally:
+    """Do so many operations on a new store of one server, a share of whose requests fail; return what they came to.
+
+    `tell` gets what they came to until then after each, so that a long run that is stopped has told it.
+    """
     begin = time.perf_counter()
     with ExitStack() as stack:
         if server == "rclone":
@@ -289,8 +300,9 @@ def campaign(server: str, operations: int, seed: int, share: float, folder: Path
         run = Campaign(through, real, actors, seed)
         for _ in range(operations):
             run.step()
-    run.tally.faults = dict(weather.made)
-    run.tally.seconds = round(time.perf_counter() - begin, 1)
+            run.tally.faults = dict(weather.made)
+            run.tally.seconds = round(time.perf_counter() - begin, 1)
+            tell(run.tally)
     return run.tally
 
 
@@ -303,16 +315,27 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.2, help="of the requests that meet a fault")
     parser.add_argument("--servers", default=",".join(SERVERS))
     given = parser.parse_args()
-    servers, actors, tallies = given.servers.split(","), Actors(), {}
+    servers, actors = given.servers.split(","), Actors()
+    tallies: dict[str, Any] = {}
     for server in servers:
+
+        def tell(tally: Tally, server: str = server) -> None:
+            tallies[server] = vars(tally)
+            command = (
+                f"python -m bench.faults.proxy RESULT.json --operations {given.operations} --servers {given.servers}"
+            )
+            command += f" --seed {given.seed} --share {given.share}"
+            about = {
+                "what": "bench/faults/proxy.py",
+                "command": command,
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            }
+            write_json(given.result, {**about, "seed": given.seed, "share": given.share, "by_server": tallies})
+
         with tempfile.TemporaryDirectory() as base:
-            tally = campaign(server, given.operations // len(servers), given.seed, given.share, Path(base), actors)
-        tallies[server] = vars(tally)
+            count = given.operations // len(servers)
+            tally = campaign(server, count, given.seed, given.share, Path(base), actors, tell)
         print(f"{server}: {vars(tally)}", flush=True)
-        write_json(
-            given.result,
-            {"what": "bench/faults/proxy.py", "seed": given.seed, "share": given.share, "by_server": tallies},
-        )
     if any(tally["violations"] for tally in tallies.values()):
         raise SystemExit(1)
 
