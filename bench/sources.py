@@ -1,17 +1,20 @@
-"""Build recipes from an empty store and write what each architecture became: exporter, opset, precisions, parity, sizes, seconds.
+"""Build shipped recipes, each from an empty store, and write what each architecture became; then the tables of docs/sources.md.
 
-    python bench/sources.py recipes/resnet50.yaml recipes/swin-tiny.yaml
+    python -m bench.sources                       all of them, the small ones first: hours on two busy cores
+    python -m bench.sources --stale               those that today's stages would build otherwise, or whose recipe has changed
+    python -m bench.sources recipes/resnet50.yaml
+    python -m bench.sources --docs                only the tables, from what was measured
 
-Figures are those of the manifests that `enginery build` published and of its report; docs/sources.md is written from them. A
-recipe's entry in bench/results/sources.json takes the place of the one it had there; the others stay. `--variant NAME` gives the
-entry a name of its own (recipe#NAME). Seconds are the sum of the stages' own, beside
-whatever else the machine did: the load is written with them.
+Figures are those of the manifests that `enginery build` published and of its report. A recipe's entry in
+bench/results/sources.json takes the place of the one it had there; the others stay. `--variant NAME` gives the entry a name of its
+own (recipe#NAME). Seconds are the sum of the stages' own, beside whatever else the machine did: the load is written with them.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import json
 import os
 import platform
@@ -24,7 +27,9 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sources.json"
+from bench.sources_table import DOCUMENT, RESULTS, ROOT, TABLES, entries, written
+from recipes.steps import STAGE_VERSIONS
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -51,6 +56,9 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
     return {
         "recipe": str(recipe),
         "export": exported(yaml.safe_load(recipe.read_text()), report, store),
+        "recipe_sha256": digest(recipe),
+        "stage_versions": dict(STAGE_VERSIONS),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "status": done.returncode,
         "load_before": load,
@@ -59,6 +67,33 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
         "engines": [published(engine, store) for engine in report["engines"]],
         **together(report, store),
     }
+
+
+def digest(recipe: Path) -> str:
+    """Return the digest of what a recipe says, its comments apart."""
+    return hashlib.sha256(json.dumps(yaml.safe_load(recipe.read_text())).encode()).hexdigest()
+
+
+def stale() -> list[Path]:
+    """Return the recipes whose entry is not of today's stages and of the recipe as it is."""
+    measured = entries()
+    return [
+        recipe
+        for recipe in shipped()
+        if (entry := measured.get(recipe.stem)) is None
+        or entry.get("stage_versions") != dict(STAGE_VERSIONS)
+        or entry.get("recipe_sha256") != digest(recipe)
+    ]
+
+
+def shipped() -> list[Path]:
+    """Return the recipes of the tables, the least work first."""
+    slow = ["swin-tiny", "resnet50", "paddle-resnet50", "hunyuan-small", "swin-tiny-int8", "rtdetr"]
+    names = [name for rows in TABLES.values() for name in rows]
+    return [
+        Path("recipes", f"{name}.yaml")
+        for name in sorted(names, key=lambda name: slow.index(name) if name in slow else -1)
+    ]
 
 
 def together(report: dict[str, Any], store: Path) -> dict[str, Any]:
@@ -123,27 +158,30 @@ def measured(verification: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", nargs="+", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", type=Path)
+    parser.add_argument("--stale", action="store_true", help="those that are not as today's code would build them")
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/sources.md alone")
     parser.add_argument("--variant")
     parser.add_argument("--store", type=Path, help="keep the store there, and take what it has (default: an empty one)")
     arguments = parser.parse_args()
-    for recipe in arguments.recipes:
+    os.chdir(ROOT)
+    for recipe in [] if arguments.docs else arguments.recipes or (stale() if arguments.stale else shipped()):
         with tempfile.TemporaryDirectory() as folder:
             entry = measure(recipe, arguments.store or Path(folder, "store"))
         name = entry["recipe"] + (f"#{arguments.variant}" if arguments.variant else "")
         before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         document = {
-            "command": "python bench/sources.py RECIPE...",
+            "command": "python -m bench.sources",
             "cpu": f"{len(os.sched_getaffinity(0))} x {platform.machine()}, no GPU",
             "python": platform.python_version(),
-            "versions": {name: metadata.version(name) for name in PACKAGES},
             "recipes": {**before.get("recipes", {}), name: entry},
         }
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
         for engine in entry["engines"]:
             given, parity = engine["precision"], (engine.get("parity") or {}).get("relative_l2")
-            print(f"{name}: {engine['target']} {given['asked']} -> {given['given']}, relative_l2 {parity}")
+            print(f"{name}: {engine['target']} {given['asked']} -> {given['given']}, relative_l2 {parity}", flush=True)
+    DOCUMENT.write_text(written(DOCUMENT.read_text(), entries()))
 
 
 if __name__ == "__main__":

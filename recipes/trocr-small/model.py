@@ -1,4 +1,4 @@
-"""TrOCR at a small size and seeded random weights, in three graphs: image encoder, first step and later steps of decoding.
+"""TrOCR at a small size, in three graphs: image encoder, first step and later steps of decoding.
 
 The decoder's cache enters and leaves as plain tensors: a key and a value for each layer, [batch, heads, past, size of a head].
 Keys and values of the image are computed from the encoder's states in each step, so that they need no tensors of their own.
@@ -6,13 +6,12 @@ Keys and values of the image are computed from the encoder's states in each step
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import TrOCRConfig, TrOCRForCausalLM, ViTConfig, ViTModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-LAYERS, HEADS, HIDDEN, VOCABULARY, IMAGE = 2, 4, 64, 96, 32
-START = 2
+LAYERS, HEADS, HIDDEN, VOCABULARY = 2, 4, 64, 32
+HEIGHT, WIDTH, PATCH = 32, 128, 16
 
 
 class Small(nn.Module):
@@ -21,7 +20,13 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-        vision = ViTConfig(**sizes, intermediate_size=4 * HIDDEN, image_size=IMAGE, patch_size=8, initializer_range=0.2)
+        vision = ViTConfig(
+            **sizes,
+            intermediate_size=4 * HIDDEN,
+            image_size=(HEIGHT, WIDTH),
+            patch_size=PATCH,
+            initializer_range=0.1,
+        )
         text = TrOCRConfig(
             vocab_size=VOCABULARY,
             d_model=HIDDEN,
@@ -30,7 +35,8 @@ class Small(nn.Module):
             decoder_attention_heads=HEADS,
             decoder_ffn_dim=4 * HIDDEN,
             max_position_embeddings=64,
-            init_std=0.2,
+            dropout=0.0,
+            init_std=0.1,
         )
         vision._attn_implementation = text._attn_implementation = "eager"  # noqa: SLF001  the library's own way to choose
         self.vision = ViTModel(vision, add_pooling_layer=False)
@@ -45,7 +51,7 @@ class Encoder(nn.Module):
         self.vision = model.vision
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, 32, 32] float32 -> [N, 17, 64] float32."""
+        """[N, 3, 32, 128] float32 -> [N, 17, 64] float32."""
         return self.vision(pixel_values).last_hidden_state
 
 
@@ -57,7 +63,7 @@ class Decoder(nn.Module):
         self.text = model.text
 
     def forward(self, input_ids: Tensor, states: Tensor, **past: Tensor) -> tuple[Tensor, ...]:
-        """[N, T] int64 and [N, 17, 64] float32 (and key_L, value_L [N, 4, P, 16]) -> scores [N, T, 96], keys and values."""
+        """[N, T] int64 and [N, 17, 64] float32 (and key_L, value_L [N, 4, P, 16]) -> scores [N, T, 32], keys and values."""
         own = DynamicCache()
         for layer in range(LAYERS if past else 0):
             own.update(past[f"key_{layer}"], past[f"value_{layer}"], layer)
@@ -84,14 +90,3 @@ def encoder(model: Small) -> nn.Module:
 def decoder(model: Small) -> nn.Module:
     """Return the parts `first` and `step`, which differ in their inputs."""
     return Decoder(model)
-
-
-def reference(model: Small, images: Tensor, steps: int) -> Tensor:
-    """Decode greedily without any cache: [N, 3, 32, 32] -> tokens [N, steps] int64."""
-    with torch.inference_mode():
-        states = model.vision(images).last_hidden_state
-        tokens = torch.full((len(images), 1), START)
-        for _ in range(steps):
-            scores = model.text(input_ids=tokens, encoder_hidden_states=states, use_cache=False).logits
-            tokens = torch.cat([tokens, scores[:, -1:].argmax(-1)], dim=1)
-    return tokens[:, 1:]
