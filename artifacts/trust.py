@@ -1,6 +1,6 @@
 """Whom a host believes: which keys may sign engines and move channels, of which recipes, and until when.
 
-A policy is one file (docs/security.md). Its rules are pure: `TrustPolicy.from_document` reads it,
+A policy is one file (docs/trust.md). Its rules are pure: `TrustPolicy.from_document` reads it,
 `Trust` judges what a store holds. A signature has no time that could be believed, so a key's validity
 is compared with the judge's own clock: when a key expires, what it signed is refused until another
 key has signed it too.

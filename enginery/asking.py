@@ -44,7 +44,7 @@ TrustOption = Annotated[
         "--trust",
         metavar="FILE",
         envvar="ENGINERY_TRUST",
-        help="Trust policy: whose signatures count (docs/security.md).",
+        help="Trust policy: whose signatures count (docs/trust.md).",
     ),
 ]
 InsecureOption = Annotated[

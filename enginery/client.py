@@ -10,7 +10,7 @@
 
 Imports no framework and no Prefect. A plan is executable code: nothing is handed out, or to a
 runtime, before its digest is checked, and its signature where there is a trust policy: the `trust` of a call, else the
-file that `ENGINERY_TRUST` names (docs/security.md). Only `trust=UNCHECKED` switches that off.
+file that `ENGINERY_TRUST` names (docs/trust.md). Only `trust=UNCHECKED` switches that off.
 """
 
 from __future__ import annotations
