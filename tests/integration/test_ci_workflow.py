@@ -165,7 +165,19 @@ def test_a_merge_starts_a_build_of_each_touched_recipe(house: Path):
     status, asked, _summary = run_job(house, "build", BEFORE=before, ENGINERY_STORE=store)
     assert status == 0
     named = "--flow-run-name build recipes/three.yaml --param recipe=recipes/three.yaml"
-    assert asked.splitlines()[1:] == [f"prefect deployment run build/recipe {named} --param store={store}"]
+    started = [f"prefect deployment run build/recipe {named} --param store={store}"]
+    assert asked.splitlines()[1:] == started
+    # A recipe that cannot be read fails the job, and keeps no other from being built.
+    (house / "recipes" / "one.yaml").write_text("enginery: 1\nname: one\ntargest: []\n")
+    commit(house)
+    status, asked, _summary = run_job(house, "build", BEFORE=before, ENGINERY_STORE=store)
+    assert (status, asked.splitlines()[1:]) == (2, started)
+
+
+def test_each_merge_has_a_group_of_its_own():
+    """Of runs that wait in one group, GitHub keeps the newest alone: what a merge before it touched would not be built."""
+    group = yaml.safe_load(WORKFLOW.read_text())["concurrency"]["group"]
+    assert "github.event_name == 'push' && github.sha || github.ref" in group
 
 
 BASE = """
