@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from prefect import get_run_logger
 
+from tasks.shown import leave_answer
+
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _MEANING: Final = {1: "something failed", 2: "the command is wrong", 3: "some wait for another host"}
 
@@ -24,7 +26,7 @@ class CommandError(RuntimeError):
 
 
 async def run_command(*arguments: str, store: str | None) -> Any:
-    """Run `enginery ARGUMENTS --json`, its stderr in the run's log, and return what it printed.
+    """Run `enginery ARGUMENTS --json`, its stderr in the run's log and what it prints as an artifact; return that.
 
     Raises CommandError. The child ends with this flow when that is cancelled.
     """
@@ -49,6 +51,8 @@ async def run_command(*arguments: str, store: str | None) -> Any:
         if process.returncode is None:
             process.kill()
     document = json.loads(out) if out.strip() else None
+    if document is not None:
+        await leave_answer(arguments[0], document, get_run_logger().log)
     if status:
         raise CommandError(f"enginery {arguments[0]}", status, "\n".join(said[-20:]), document)
     return document

@@ -6,6 +6,7 @@ warning in the run's log.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ BAR_SECONDS: Final = "ENGINERY_BAR_SECONDS"
 _LONG_SECONDS: Final = 5.0
 _UPDATE_SECONDS: Final = 2.0
 _LINKS: Final = 32
+_LONGEST_ANSWER: Final = 20_000
 _SEVERITY: Final = re.compile(r"\[(verbose|info|warning|error|internal_error)\] ", re.IGNORECASE)
 _LEVELS: Final = {
     "verbose": logging.DEBUG,
@@ -132,6 +134,17 @@ async def leave_engines(document: Mapping[str, Any], store: Store, log: _Log) ->
         link, key = f"{document['store']}/{engine['path']}/manifest.json", artifact_key("manifest", recipe, name)
         made.append(acreate_link_artifact(link, name, key, f"Manifest of {recipe} for {name}"))
     await _leave(made, log)
+
+
+async def leave_answer(command: str, document: Any, log: _Log) -> None:
+    """Leave what a command has printed: a list of rows as a table, else as text, of which the first part where it is long."""
+    key, title = artifact_key(command), f"What enginery {command} printed"
+    if isinstance(document, list):
+        await _leave([acreate_table_artifact(document, key, title)], log)
+        return
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    more = f"\n... ({len(text)} characters)" if len(text) > _LONGEST_ANSWER else ""
+    await _leave([acreate_markdown_artifact(f"```json\n{text[:_LONGEST_ANSWER]}{more}\n```", key, title)], log)
 
 
 async def _leave(made: Sequence[Awaitable[object]], log: _Log) -> None:

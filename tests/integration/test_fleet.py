@@ -76,7 +76,7 @@ def older(fleet: Fleet, installed: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(installed), fleet.env["PYTHONPATH"]])}
 
 
-def ask(fleet: Fleet, deployment: str = "build/recipe", **parameters: str) -> str:
+def ask(fleet: Fleet, deployment: str = "build/recipe", **parameters: Any) -> str:
     """Ask for a run, and return its id."""
     with urllib.request.urlopen(f"{fleet.server.api}/deployments/name/{deployment}") as answer:
         there = json.load(answer)["id"]
@@ -170,6 +170,37 @@ def test_both_engines_are_built_with_one_export_and_drift_rebuilds_exactly_what_
         began,
     )
     assert began <= most_seconds()
+
+
+def test_a_store_is_kept_in_order_from_prefect(fleet: Fleet):
+    """Verify, promote and collect, as the forms ask for them; what they found is shown, also where they refuse."""
+
+    def done(deployment: str, state: str = "COMPLETED", **parameters: Any) -> dict[str, Any]:
+        run = ended(fleet, ask(fleet, deployment, **(parameters or {"store": None})))
+        assert run["state_type"] == state, run["state"]
+        return run
+
+    rows = json.loads(fleet.server.artifacts(done("verify/store"))["verify"]["data"])
+    assert {(row["engine"].split("/")[1], row["state"]) for row in rows} == {
+        (target, "whole") for target in engines(fleet)
+    }
+    run = done("promote/engine", engine="-cpu/", channel="production", reason="from a form")
+    assert run["name"] == "promote -cpu/ to production"
+    moved = fleet.server.artifacts(run)["promote"]["data"]
+    catalog = EngineCatalog(open_store(fleet.store))
+    (engine,) = [one for one in catalog.engines("digits") if one.target.endswith("-cpu")]
+    assert str(engine) in moved
+    assert "from a form" in moved
+    assert [
+        one.path for one in open_store(fleet.store).list("channels/digits/") if one.path.endswith("/production.json")
+    ]
+    # No build can run an engine of TensorRT-RTX here: it is refused, and the run says why.
+    refused = done("promote/engine", "FAILED", engine="-sm120/", channel="production")
+    assert "not executed on its device" in refused["state"]["message"]
+    kept = fleet.server.artifacts(done("gc/store", dry_run=True))["gc"]["data"]
+    assert str(engine) in kept
+    (store,) = [one for one in fleet.server.ask("deployments/filter", {}) if one["entrypoint"].endswith(":verify")]
+    assert store["parameter_openapi_schema"]["properties"]["execute"]["title"] == "Execute"
 
 
 def test_a_build_outlives_a_worker_that_is_killed_in_a_compilation(fleet: Fleet):
