@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from random import uniform
 from typing import Any, Final, Literal
 
@@ -68,6 +69,15 @@ class Rebuild:
     def key(self) -> tuple[str, str, str]:
         """What tells it from the others of its host."""
         return self.recipe, self.target, self.asked
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing has become of it yet."""
+        return (self.state, self.since, self.engine, self.reason) == ("pending", 0.0, None, "")
+
+
+_SHARED: Final = ("recipe", "file", "target", "asked", "why", "replaces", "seconds")
+_shared: Final = attrgetter(*_SHARED)
 
 
 @dataclass(frozen=True)
@@ -235,15 +245,58 @@ class Rollout:
         members = {host: asdict(member) for host, member in self.members.items()}
         return {"schema": _SCHEMA, **asdict(replace(self, members={})), "members": members, "state": self.state}
 
+    def to_stored(self) -> dict[str, Any]:
+        """Return the rollout as a store keeps it: hosts of one kind rebuild the same engines, and each of these stands there once.
+
+        A host has a word for each of its engines: its place in `rebuilds`, and of one that somebody asked for
+        PLACE:SINCE:STATE:ENGINE:REASON, the last three by their places in `words`. Forty hosts of 1,900 engines are 1 MB then, not 30.
+        """
+        places: dict[tuple[Any, ...], int] = {}
+        words: dict[str | None, int] = {}  # hosts that find one engine made say the same of it
+        members: dict[str, Any] = {}
+        for host, member in self.members.items():
+            rows: list[str] = []
+            for one in member.rebuilds:
+                row = str(places.setdefault(_shared(one), len(places)))
+                if not one.is_untouched:
+                    told = [words.setdefault(text, len(words)) for text in (one.state, one.engine, one.reason)]
+                    row = ":".join((row, repr(float(one.since)), *map(str, told)))
+                rows.append(row)
+            members[host] = {"left": member.left, "rebuilds": " ".join(rows)}
+        own = asdict(replace(self, members={}))
+        return {
+            "schema": _SCHEMA,
+            **own,
+            "members": members,
+            "rebuilds": list(places),
+            "words": list(words),
+            "state": self.state,
+        }
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Rollout:
-        """Read back what `to_json` wrote. Raises KeyError, TypeError, ValueError or AttributeError for anything else."""
+        """Read back what `to_stored` wrote, or `to_json`. Raises KeyError, TypeError, ValueError or AttributeError else."""
         if value["schema"] != _SCHEMA:
             raise ValueError(f"schema {value['schema']!r}, this release reads {_SCHEMA}")
-        members = {
-            host: Member(tuple(Rebuild(**one) for one in member["rebuilds"]), member["left"])
-            for host, member in value["members"].items()
-        }
+        words = value.get("words", ())
+        shared = [Rebuild(**dict(zip(_SHARED, row, strict=True))) for row in value.get("rebuilds", ())]
+
+        def rebuild(row: str) -> Rebuild:
+            place, *told = row.split(":")
+            one = shared[int(place)]
+            if not told:
+                return one
+            since, *places = told
+            state, engine, reason = (words[int(index)] for index in places)
+            recipe, file, target, asked, why, replaces, seconds = _shared(one)
+            return Rebuild(recipe, file, target, asked, why, replaces, state, float(since), engine, reason, seconds)
+
+        def member(document: Mapping[str, Any]) -> Member:
+            rows = document["rebuilds"]
+            found = map(rebuild, rows.split()) if isinstance(rows, str) else (Rebuild(**row) for row in rows)
+            return Member(tuple(found), document["left"])
+
+        members = {host: member(document) for host, document in value["members"].items()}
         return cls(
             value["id"],
             tuple(value["changes"]),
@@ -345,7 +398,7 @@ def change_rollout(store: Store, rollout: str, change: Callable[[Rollout | None]
         wanted = change(found)
         if wanted == found:
             return wanted
-        data = dump_checked(wanted.to_json())
+        data = dump_checked(wanted.to_stored())
         if store.write(path, data, if_absent=True) if found is None else store.write(path, data, if_version=version):
             return wanted
         time.sleep(uniform(0, 0.05))

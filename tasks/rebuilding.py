@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from tasks.drift import change_there, instant
 _ALIVE_SECONDS: Final = 60.0
 # Builds the targets of a recipe (file, targets) and returns the report of that build.
 Build = Callable[[str, list[str]], Awaitable[dict[str, Any]]]
+_Judged = tuple[Rebuild, dict[str, Any]]  # and what is known of it afterwards
 
 
 async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> dict[str, list[dict[str, Any]]]:
@@ -27,9 +28,10 @@ async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> di
     What `build` raises is no verdict on an engine: it stays asked for, and a later look asks again.
     """
     done: set[tuple[str, str, str]] = set()
-    while together := await asyncio.to_thread(_begin, store, rollout, host, done):
+    judged: list[_Judged] = []
+    while together := await asyncio.to_thread(_go_on, store, rollout, host, done, judged):
         done |= {one.key for one in together}
-        await _together(store, rollout, host, together, build)
+        judged = await _together(store, rollout, host, together, build)
     member = (await asyncio.to_thread(read_rollout, store, rollout)).members.get(host)
     rebuilds = member.rebuilds if member is not None else ()
     return {
@@ -41,21 +43,25 @@ async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> di
     }
 
 
-def _begin(store: Store, rollout: str, host: str, done: Collection[tuple[str, str, str]]) -> list[Rebuild]:
-    """Choose what a host builds next and mark it so, in one write: no other host that chooses now takes the same."""
+def _go_on(
+    store: Store, rollout: str, host: str, done: Collection[tuple[str, str, str]], judged: Sequence[_Judged]
+) -> list[Rebuild]:
+    """Say what became of engines, choose what this host builds next and mark it so, in one write: nobody else takes the same."""
     chosen: list[Rebuild] = []
 
-    def begin(found: Rollout) -> Rollout:
+    def go_on(found: Rollout) -> Rollout:
         now = time.time()
+        for one, fields in judged:
+            found = found.marked(host, one.key, instant(), since=now, **fields)
         chosen[:] = found.turn(host, now, done)
         return found.alive(host, {one.key for one in chosen}, now) if chosen else found
 
-    change_there(store, rollout, begin)
+    change_there(store, rollout, go_on)
     return chosen
 
 
-async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuild], build: Build) -> None:
-    """Build what one recipe has to rebuild, and mark each engine with its verdict."""
+async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuild], build: Build) -> list[_Judged]:
+    """Build what one recipe has to rebuild, and return the verdict on each engine."""
     targets = list(dict.fromkeys(one.target for one in rebuilds))
     try:
         async with _alive(store, rollout, host, rebuilds):
@@ -66,17 +72,8 @@ async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuil
             change_there(store, rollout, lambda found: found.requested(host, keys, time.time()))
         raise
 
-    def judged() -> None:
-        verdicts = [(one, verdict(EngineCatalog(store), one, report)) for one in rebuilds]
-
-        def mark(found: Rollout) -> Rollout:
-            for one, fields in verdicts:
-                found = found.marked(host, one.key, instant(), since=time.time(), **fields)
-            return found
-
-        change_there(store, rollout, mark)
-
-    await asyncio.to_thread(judged)
+    catalog = EngineCatalog(store)
+    return await asyncio.to_thread(lambda: [(one, verdict(catalog, one, report)) for one in rebuilds])
 
 
 @contextlib.asynccontextmanager

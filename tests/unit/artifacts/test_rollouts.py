@@ -188,7 +188,17 @@ def test_whatever_happens_no_host_is_ahead_of_the_canary_and_what_passed_stays_p
         assert may or rollout.halted or rollout.abandoned or not waits
         failed = [f for m in rollout.members.values() for f in m.rebuilds if f.state == "failed"]
         assert not failed or rollout.halted or rollout.abandoned
-        assert Rollout.from_json(json.loads(json.dumps(rollout.to_json()))) == rollout
+        for document in (rollout.to_json(), rollout.to_stored()):
+            assert Rollout.from_json(json.loads(json.dumps(document))) == rollout
+
+
+def test_a_store_keeps_what_hosts_have_in_common_once():
+    many = engines(300)
+    one = len(json.dumps(NEW.joined("one", many, "t").to_stored()))
+    rollout = NEW
+    for index in range(20):
+        rollout = rollout.joined(f"host-{index}", many, "t")
+    assert len(json.dumps(rollout.to_stored())) < 2 * one
 
 
 def test_a_rollout_is_named_by_what_hosts_became():
