@@ -6,5 +6,5 @@ Map: `refs` (names of bytes), `keys` (the one key function), `records`, `manifes
 `resolve` (which engine may a host load), `signing` and `trust` (whose signatures count), `channels`,
 `promotion` (may an engine be promoted), `seen` (what a reader knows of channels), `store` (Protocol),
 `folder` and `s3` (implementations, over `files`, `scratch`, `s3_conditions` and `s3_faults`), `cache`
-(blobs and records), `checked` (documents with a digest), `fresh_plans`, `catalog` (engines), `errors`.
+(blobs and records), `checked` (documents with a digest), `fresh_plans`, `gathered`, `catalog` (engines), `errors`.
 """

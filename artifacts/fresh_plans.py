@@ -9,10 +9,12 @@ help and never needed: a shard that is lost, damaged or behind costs the time to
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from random import uniform
 from typing import Any, Final
 
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
@@ -24,7 +26,8 @@ SHARDS: Final = 64
 MAX_PLANS: Final = 1024  # of one shard; beyond that the oldest go
 _MAX_BYTES: Final = 256 << 20  # of one shard, unpacked
 _SCHEMA: Final = 1
-_TRIES: Final = 5
+_TRIES: Final = 8
+_LONGEST_WAIT: Final = 0.05  # seconds, times the tries before
 _ASKERS: Final = 16
 
 
@@ -42,13 +45,16 @@ class FreshPlans:
         found = self._all(shards)
         return {name: found[name] for name in names if name in found}
 
-    def add(self, plans: Mapping[str, Any]) -> None:
-        """Put plans in, over earlier ones of their names. Of many writers at once one may lose its plans. Raises StoreError."""
+    def add(self, plans: Mapping[str, Any], combine: Callable[[Any, Any], Any] = lambda _earlier, later: later) -> None:
+        """Put plans in, over earlier ones of their names, or as `combine` has both (the earlier one may be anything).
+
+        Of many writers at once one may lose its plans. Raises StoreError.
+        """
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, plan in plans.items():
             parts[_shard(name)][name] = plan
         for shard, part in parts.items():
-            self._merge(shard, part)
+            self._merge(shard, part, combine)
 
     def _all(self, shards: Iterable[str]) -> dict[str, Any]:
         shards = list(shards)
@@ -75,11 +81,13 @@ class FreshPlans:
             self.warn(f"{path}: {err}; recipes are planned anew, and the next build replaces it")
             return {}, version
 
-    def _merge(self, shard: str, plans: Mapping[str, Any]) -> None:
+    def _merge(self, shard: str, plans: Mapping[str, Any], combine: Callable[[Any, Any], Any]) -> None:
         path = self._path(shard)
-        for _attempt in range(_TRIES):
+        for attempt in range(_TRIES):
+            time.sleep(uniform(0, _LONGEST_WAIT * attempt))
             known, version = self._load(shard)
-            merged = {**{name: plan for name, plan in known.items() if name not in plans}, **plans}
+            merged = {name: plan for name, plan in known.items() if name not in plans}
+            merged |= {name: combine(known[name], plan) if name in known else plan for name, plan in plans.items()}
             data = pack(dict(list(merged.items())[-MAX_PLANS:]))
             try:
                 if self.store.write(path, data, if_absent=version is None, if_version=version):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from artifacts.errors import NotFoundError
+from artifacts.gathered import Gathered, GatheredStore
 from artifacts.store import ObjectInfo, Store
 
 
@@ -26,16 +27,41 @@ _ABSENT: Final = Sight(there=False)
 
 
 class ObservedStore:
-    """Reads objects, and notes in `sights` each that was asked for, there or not, or listed. It has nothing else of a store."""
+    """Reads objects, and notes in `sights` each that was asked for, there or not, or listed. It has nothing else of a store.
+
+    What was read across a network is kept in `texts`, until it is `directly` that objects are looked at anew.
+    """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store: Store | GatheredStore = store
+        self._real = store
         self.sights: dict[str, Sight] = {}
+        self.texts: dict[str, bytes] = {}
+
+    def through(self, gathered: Gathered) -> None:
+        """Look from now on at what was gathered, where that has it."""
+        self._store = GatheredStore(self._real, gathered)
+
+    def directly(self) -> None:
+        """Look from now on at the store alone."""
+        self._store = self._real
+        self.texts.clear()
+
+    def is_gathered(self, path: str) -> bool:
+        """Tell whether an object is looked at as it was gathered."""
+        return isinstance(self._store, GatheredStore) and path in self._store.gathered.asked
 
     @property
     def uri(self) -> str:
         """Where it is."""
         return self._store.uri
+
+    def gathered(self, path: str) -> tuple[bytes, str] | None:
+        """Return the bytes and the version of an object that was gathered with its text; nothing is noted."""
+        store = self._store
+        if not isinstance(store, GatheredStore) or path not in store.gathered.texts:
+            return None
+        return store.read_versioned(path)
 
     def read(self, path: str) -> bytes:
         """Return a small object. Raises NotFoundError, StoreError."""
@@ -45,6 +71,8 @@ class ObservedStore:
             self._note(path, _ABSENT)
             raise
         self._note(path, Sight(there=True, size=len(data), version=version))
+        if not self.uri.startswith("file:"):
+            self.texts[path] = data
         return data
 
     def info(self, path: str) -> ObjectInfo | None:

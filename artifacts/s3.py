@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
 _LISTED: Final = 250
-_PAGE: Final = 1000
+# What begins alike is listed together, in up to two pages of 1000.
+_TOGETHER: Final = 2000
 # A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
 _PREFIX_BYTES: Final = 120
 # Belongs to the store itself, stays where it is, and is read by nobody.
@@ -458,7 +459,7 @@ class S3Store:
                     yield item["Key"].removeprefix(base), item
 
 
-def groups_of(paths: Sequence[str], most: int = _PAGE, *, at: int = 0) -> Iterator[Sequence[str]]:
+def groups_of(paths: Sequence[str], most: int = _TOGETHER, *, at: int = 0) -> Iterator[Sequence[str]]:
     """Split sorted, different paths into groups of so many at most, each of all those that begin alike: a listing each.
 
     All agree before `at`.

@@ -162,7 +162,8 @@ def build(
     fresh = {path: found for path, found in memory.recall(paths).items() if found.is_latest}
     sessions = _sessions(paths, opened, target or [], known=fresh, jobs=jobs, taken=taken)
     # Of many, so that those which are fresh are found at once, and not one after the other.
-    plans = dict(zip(sessions, _plans(list(sessions.values())), strict=True)) if len(sessions) > 1 else {}
+    many = len(sessions) > 1 or not opened.uri.startswith("file:")
+    plans = dict(zip(sessions, _plans(list(sessions.values())), strict=True)) if many else {}
     found: list[tuple[BuildSession, Plan]] = []
     reports: list[dict[str, Any]] = []
     for path in paths:
@@ -263,11 +264,15 @@ def _plan_reports(
 
 def _plans(sessions: list[BuildSession]) -> list[Plan]:
     """Plan, many recipes at once where each waits for a store across the network."""
-    if len(sessions) < 2 or sessions[0].store.uri.startswith("file:"):
+    if not sessions or sessions[0].store.uri.startswith("file:"):
         return [session.plan() for session in sessions]
     from concurrent.futures import ThreadPoolExecutor
 
-    sessions[0].store.info(sessions[0].latest_path)  # boto3 makes its client in one thread
+    from artifacts.gathered import gather
+
+    gathered = gather(sessions[0].store, {session.recipe_name for session in sessions})
+    for session in sessions:
+        session.see(gathered)
     with ThreadPoolExecutor(_PLANNERS) as pool:
         return list(pool.map(lambda session: session.plan(), sessions))
 

@@ -41,8 +41,9 @@ _JITTER: Final = 0.3  # of the waits before new tries, so that a fleet does not 
 async def run_session(session: BuildSession, *, spread: bool = False) -> dict[str, Any]:
     """Run what is stale of a session as tasks and return its report; whatever ends this flow ends the stages too.
 
-    A recipe that is built whole here leaves its plan. Not one that is `spread` over pools or built for some targets: nobody
-    looks for that plan. What a spread build has of its engines is the caller's to leave, when its pools have ended.
+    Where nothing is stale in the end, the plan is left: of a recipe that is `spread` over pools, that of its portable stages,
+    which the next build of its folder asks for. What such a build has of its engines is the caller's to leave, when its pools
+    have ended.
     """
     try:
         planned = await drive(session, StageTasks(session), show_all=True)
@@ -56,7 +57,7 @@ async def run_session(session: BuildSession, *, spread: bool = False) -> dict[st
     await leave_stages(document, get_run_logger().log)
     if not spread:
         await leave_engines(document, session.store, get_run_logger().log)
-    if planned.fresh and not (session.cancelled or session.selection.targets or spread):
+    if planned.fresh and not session.cancelled:
         await asyncio.to_thread(leave_plan, session)
     return document
 

@@ -34,27 +34,35 @@ def read_latest(store: Store, recipe: str) -> Preimages:
         return {}
 
 
-def keep_latest(store: Store, recipe: str, steps: Preimages) -> None:
-    """Add the preimages of a build's steps to those that are kept, in place of those of the same names. Raises StoreError."""
+def keep_latest(
+    store: Store, recipe: str, steps: Preimages, known: tuple[bytes, str] | None = None
+) -> tuple[bytes, str] | None:
+    """Add the preimages of a build's steps to those that are kept, in place of those of the same names. Raises StoreError.
+
+    `known` is what is kept, and its version, as it was just seen. Returns both, where nothing had to be added.
+    """
     path = latest_path(recipe)
     for _try in range(_MOST_TRIES):
         found: Preimages
+        data, version = b"", None
         try:
-            data, version = store.read_versioned(path)
+            data, version = known or store.read_versioned(path)
             found = _preimages(data)
         except NotFoundError:
-            found, version = {}, None
+            found = {}
+        known = None
         wanted = canonical_json({**found, **steps})
-        if wanted == canonical_json(dict(found)):
-            return
+        if version is not None and wanted == canonical_json(dict(found)):
+            return data, version
         if (
             store.write(path, wanted, if_absent=True)
             if version is None
             else store.write(path, wanted, if_version=version)
         ):
-            return
+            return None
         time.sleep(uniform(0, _LONGEST_WAIT))
     store.write(path, wanted)  # no build fails because of it
+    return None
 
 
 def _preimages(data: bytes) -> Preimages:

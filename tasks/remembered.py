@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.errors import ArtifactError
+from artifacts.gathered import Pack, keep_packs
 from artifacts.host import Host
 from artifacts.observed import Sight
 from artifacts.refs import digest_bytes
@@ -76,7 +77,7 @@ class Remembered:
 def leave_plan(session: BuildSession) -> None:
     """Leave in the store the plan of a recipe that was just built, from what is there now. Raises nothing.
 
-    In a folder store that takes until what was built there is two seconds old, and another build: after one that has just built
+    What it takes to plan the same for another host, or with other targets, is left too (`artifacts.gathered`). In a folder store that takes until what was built there is two seconds old, and another build: after one that has just built
     something, nothing is planned. In S3 versions tell at once.
     """
     built = any(outcome.state == "built" for outcome in session.outcomes.values())
@@ -85,10 +86,11 @@ def leave_plan(session: BuildSession) -> None:
     memory, again = PlanMemory(session.store, session.selection.targets, session.host), session.anew()
     try:
         planned = again.plan()
+        again.finish(planned)
     except (ArtifactError, RecipeError):
         return
     memory.keep([(again, planned)], latest=True)
-    memory.share()
+    memory.share(plans=not session.selection.targets)  # nobody looks for a plan of some targets
 
 
 def plans_folder() -> Path | None:
@@ -109,6 +111,7 @@ class PlanMemory:
     most: int = MAX_PLANS
     warn: Callable[[str], None] = lambda _message: None
     _digests: Digests = field(default_factory=Digests)
+    _packs: dict[str, Pack] = field(default_factory=dict)
     _has_room: bool = False
 
     def recall(self, recipes: Iterable[Path]) -> dict[Path, Remembered]:
@@ -140,13 +143,22 @@ class PlanMemory:
             left = {session.latest_path: (stamps[self.store.uri] or {}).get(session.latest_path)} if latest else {}
             if not self._settled(self.store.uri, left.values()):
                 left = {}
+            if latest and _is_versioned(self.store.uri) and (pack := session.pack(plan)):
+                self._packs[session.recipe_name] = pack
             self._write(session, plan, known, left)
             if latest and list(known) == [self.store.uri]:
                 self._shared.offer(session, plan, known[self.store.uri], left)
 
-    def share(self) -> None:
-        """Leave in the store what builds have found fresh. Raises nothing."""
-        self._shared.share()
+    def share(self, *, plans: bool = True) -> None:
+        """Leave in the store what builds have found fresh, and what it takes to plan the same elsewhere. Raises nothing."""
+        if plans:
+            self._shared.share()
+        packs, self._packs = self._packs, {}
+        try:
+            if packs:
+                keep_packs(self.store, packs)
+        except ArtifactError:
+            return
 
     def _fresh(self, entries: Mapping[Path, dict[str, Any]]) -> dict[Path, Remembered]:
         """Return the reports of those entries of which every object is as it was."""

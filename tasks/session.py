@@ -15,13 +15,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from artifacts.cache import ActionCache
+from artifacts.cache import ActionCache, blob_path, record_path
 from artifacts.errors import ArtifactError, IntegrityError, NotFoundError, UnavailableError
+from artifacts.gathered import Gathered
 from artifacts.host import Host
 from artifacts.leases import Lease, leased
 from artifacts.observed import ObservedStore, Sight
+from artifacts.publications import PUBLICATIONS
 from artifacts.records import ActionRecord
 from artifacts.refits import Base, RefitIndex, refit_identity
 from artifacts.store import Store
@@ -101,6 +103,7 @@ class BuildSession:
         self._publishing = threading.Lock()
         self._published: dict[str, ActionRecord | Exception] = {}
         self._cancelled = threading.Event()
+        self._latest: tuple[bytes, str] | None = None
         self._lease: Lease | None = None
         self._leasing = threading.Lock()
         self._holders = 0
@@ -141,6 +144,33 @@ class BuildSession:
             found[seen.uri] = {**found.get(seen.uri, {}), **seen.sights}
         return found
 
+    def see(self, gathered: Gathered) -> None:
+        """Plan with what was gathered of the store, where that has it, until a step is built or a lease is taken."""
+        self._seen.through(gathered)
+
+    def pack(self, planned: Plan) -> dict[str, dict[str, list[Any]]]:
+        """Return what others can plan these steps with (`artifacts.gathered`), as this session read it; nothing where it was gathered."""
+        sights, pack = self._seen.sights, {}
+        for step in planned.steps:
+            if step.record is None:
+                continue
+            record = step.record
+            paths = [record_path(record.stage, record.key), *(blob_path(ref.digest) for ref in record.outputs.values())]
+            if record.stage == "publish":
+                shown = (f"{record.facts['path']}/", f"{PUBLICATIONS}/{self.recipe_name}/")
+                paths += [path for path in sights if path.startswith(shown)]
+            pack[step.id] = {
+                path: [seen.size, seen.version, _text(self._seen.texts.get(path))]
+                for path in paths
+                if (seen := sights.get(path)) is not None and seen.there and seen.version
+            }
+        if all(self._seen.is_gathered(path) for paths in pack.values() for path in paths):
+            return {}
+        if self._latest is not None:
+            data, version = self._latest
+            pack[""] = {self.latest_path: [len(data), version, _text(data)]}
+        return pack
+
     def versions_read(self) -> dict[str, str | None]:
         """Return the versions of packages that this session's plans asked for."""
         return dict(self._versions)
@@ -161,6 +191,7 @@ class BuildSession:
                 self._lease = self._patiently(lambda: self._lease_ends.enter_context(leased(self.store, what)))
                 with self._lock:
                     self._known.clear()
+                    self._seen.directly()
             self._holders += 1
         try:
             yield
@@ -253,7 +284,8 @@ class BuildSession:
         """Keep the preimages of this build, so that the next plan can say what changed."""
         steps = {step.id: step.action.preimage() for step in planned.steps if step.record is not None and step.action}
         if steps:
-            self._patiently(lambda: keep_latest(self.store, self.recipe_name, steps))
+            known = self._seen.gathered(self.latest_path)
+            self._latest = self._patiently(lambda: keep_latest(self.store, self.recipe_name, steps, known))
 
     def _run(self, step: Step, planned: Plan, future: Future[tuple[ActionRecord, bool]]) -> None:
         key = step.action.key if step.action is not None else ""
@@ -369,6 +401,7 @@ class BuildSession:
         with self._lock:
             self._attempts[key] = self._attempts.get(key, 0) + 1
             self._known.clear()
+            self._seen.directly()
             # Nor may what ran well in this session be handed out again: it is the maker of the input that has to run.
             self._running = {
                 other: running
@@ -411,16 +444,24 @@ class BuildSession:
         with self._lock:
             if (stage, key) in self._known:
                 return self._known[stage, key]
-        record = ActionCache(cast("Store", self._seen), self._warn_once, lambda: self._lease).lookup(stage, key)
+        gathered = self._seen.is_gathered(record_path(stage, key))
+        record = self._found(stage, key, (lambda _message: None) if gathered else self._warn_once)
+        if record is None and gathered:  # not as it was when it was packed: what the store itself says, counts
+            self._seen.directly()
+            record = self._found(stage, key, self._warn_once)
+        with self._lock:
+            return self._known.setdefault((stage, key), record)
+
+    def _found(self, stage: str, key: str, warn: Callable[[str], None]) -> ActionRecord | None:
+        record = ActionCache(cast("Store", self._seen), warn, lambda: self._lease).lookup(stage, key)
         if (
             record is not None
             and stage == "publish"
             and not all(is_published(record, cast("Store", one)) for one in self._shelves)
         ):
-            self._warn_once(f"publish {key[:12]}: what it published is gone; treated as a miss")
-            record = None
-        with self._lock:
-            return self._known.setdefault((stage, key), record)
+            warn(f"publish {key[:12]}: what it published is gone; treated as a miss")
+            return None
+        return record
 
     @cached_property
     def _shelves(self) -> tuple[ObservedStore, ...]:
@@ -453,6 +494,13 @@ class BuildSession:
     @cached_property
     def _previous(self) -> Preimages:
         return read_latest(self.store, self.recipe_name)
+
+
+def _text(data: bytes | None) -> str | None:
+    try:
+        return data.decode() if data is not None else None
+    except UnicodeDecodeError:
+        return None
 
 
 def open_session(

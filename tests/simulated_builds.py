@@ -7,6 +7,7 @@ from typing import Any
 
 from artifacts.cache import ActionCache, blob_path
 from artifacts.host import Host
+from artifacts.publications import mark_document, mark_path, publication_document, publication_path
 from artifacts.records import ActionRecord
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.store import Store
@@ -85,6 +86,9 @@ def _published(step: Step, store: Store) -> dict[str, Any]:
     build = f"{params['asked']}-{digest_bytes(repr(step.inputs).encode())[:16]}"
     path = f"engines/{params['recipe']}/{params['target']}/{build}"
     manifest, engine = f"the manifest of {path}".encode(), b"an engine"
+    recipe, name = params["recipe"], digest_bytes(params["recipe"].encode())[:16]
     store.write(f"{path}/model.plan", engine)
+    store.write(mark_path(path.removeprefix("engines/"), name), mark_document(recipe, name))
     store.write(f"{path}/manifest.json", manifest)
+    store.write(publication_path(recipe, name), publication_document({}, {}))
     return {"path": path, "build": build, "manifest": digest_bytes(manifest), "files": {"model.plan": len(engine)}}
