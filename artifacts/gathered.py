@@ -34,6 +34,15 @@ class Gathered:
     asked: frozenset[str] = frozenset()
     infos: Mapping[str, ObjectInfo] = field(default_factory=dict)
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    recipes: frozenset[str] = frozenset()  # of which something was packed
+
+    @cached_property
+    def marks(self) -> Mapping[str, Sequence[str]]:
+        """Paths of marks, by the folder that they are in."""
+        folders: dict[str, list[str]] = {}
+        for path in sorted(path for path in self.asked if mark_of(path) is not None):
+            folders.setdefault(path[: path.rfind("/") + 1], []).append(path)
+        return folders
 
 
 @dataclass(frozen=True)
@@ -62,19 +71,15 @@ class GatheredStore:
 
         A mark more than those says nothing (`artifacts.publications`) where one of them tells that the engine is published.
         """
-        known = self._marks.get(prefix, ())
+        known = self.gathered.marks.get(prefix, ())
         found = [info for path in known if (info := self.gathered.infos.get(path)) is not None]
         yield from found if known and len(found) == len(known) else self.store.list(prefix)
-
-    @cached_property
-    def _marks(self) -> Mapping[str, Sequence[str]]:
-        return _marks_of(self.gathered.asked)
 
 
 def gather(store: Store, recipes: Collection[str]) -> Gathered:
     """Return what packs tell of these recipes, by name, and a listing says is there. Raises nothing: what is not known is asked for."""
     try:
-        packs = FreshPlans(store, RECORDS_OF).read({_name(recipe) for recipe in recipes})
+        packs = FreshPlans(store, RECORDS_OF).read([_name(recipe) for recipe in recipes])
         stamps = dict(_stamps(packs.values()))
         infos = store.infos(stamps)
     except ArtifactError:
@@ -87,20 +92,13 @@ def gather(store: Store, recipes: Collection[str]) -> Gathered:
         and version
         and _stamp(info) == (size, version)
     }
-    return Gathered(frozenset(stamps), infos, texts)
+    known = frozenset(recipe for recipe in recipes if _name(recipe) in packs)
+    return Gathered(frozenset(stamps), infos, texts, known)
 
 
 def keep_packs(store: Store, packs: Mapping[str, Pack]) -> None:
     """Leave packs of recipes, by name; steps that others left stay. Raises StoreError."""
     FreshPlans(store, RECORDS_OF).add({_name(recipe): pack for recipe, pack in packs.items()}, combine=_combined)
-
-
-def _marks_of(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths of marks, by the folder that they are in."""
-    folders: dict[str, list[str]] = {}
-    for path in sorted(path for path in paths if mark_of(path) is not None):
-        folders.setdefault(path[: path.rfind("/") + 1], []).append(path)
-    return folders
 
 
 def _name(recipe: str) -> str:

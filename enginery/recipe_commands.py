@@ -273,8 +273,11 @@ def _plans(sessions: list[BuildSession]) -> list[Plan]:
     gathered = gather(sessions[0].store, {session.recipe_name for session in sessions})
     for session in sessions:
         session.see(gathered)
+    # Of those that were packed nothing is waited for: one after the other takes half as long as beside one another.
+    unknown = [session for session in sessions if session.recipe_name not in gathered.recipes]
     with ThreadPoolExecutor(_PLANNERS) as pool:
-        return list(pool.map(lambda session: session.plan(), sessions))
+        plans = dict(zip(map(id, unknown), pool.map(lambda session: session.plan(), unknown), strict=True))
+    return [plans[id(session)] if id(session) in plans else session.plan() for session in sessions]
 
 
 def _sessions(
