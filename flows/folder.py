@@ -25,8 +25,9 @@ from recipes.errors import RecipeError
 from recipes.pools import portable_host
 from tasks.fleet import is_stale
 from tasks.forms import Jobs, StoreAddress, form
-from tasks.freshness import Freshness
-from tasks.parameters import recipes_in, worker_session
+from tasks.freshness import Freshness, portable_plans
+from tasks.parameters import RETRIES, recipes_in, worker_session, worker_store
+from tasks.patience import patiently
 from tasks.server import Line
 from tasks.toolchain import probe_host
 
@@ -47,10 +48,13 @@ async def build_folder(
     The builds go on after this flow has ended. A recipe that cannot be planned is asked for too: its run tells why. Where a build
     of it waits for a worker already (of a person, or of a night before), that one is returned: its checkout will be newer.
     """
-    asked, line = [], Line(get_run_logger().warning)
+    log = get_run_logger().warning
+    asked, line = [], Line(log)
     waiting = await line.ask(partial(_waiting, store))
-    for path in recipes_in(Path(folder)):
-        if not await _has_work(str(path), store, jobs):
+    paths = recipes_in(Path(folder))
+    known = await asyncio.to_thread(patiently, lambda: portable_plans(paths, worker_store(store)), RETRIES, warn=log)
+    for path in paths:
+        if not (await is_stale(*known[path]) if path in known else await _has_work(str(path), store, jobs)):
             asked.append({"recipe": str(path), "flow_run": None})
             continue
         if str(path) in waiting:

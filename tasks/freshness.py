@@ -11,25 +11,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from artifacts.catalog import host_path
 from artifacts.errors import IntegrityError
+from artifacts.gathered import Gathered, gather
 from artifacts.host import Host
 from artifacts.hosts import VANISHED_SECONDS, host_ages, read_host
 from artifacts.store import Store
-from recipes.plan import EnginePlan
-from recipes.pools import pools_of
+from recipes.plan import EnginePlan, Plan
+from recipes.pools import pools_of, portable_host
+from tasks.remembered import PlanMemory
 from tasks.session import open_session
-from tasks.toolchain import BACKENDS
+from tasks.toolchain import BACKENDS, probe_host
 
 
 @dataclass(frozen=True)
 class Freshness:
-    """What of one recipe is fresh elsewhere. `versions` are those of the packages that portable stages were planned with."""
+    """What of one recipe is fresh elsewhere. `versions` are those of the packages that portable stages were planned with.
+
+    Of many recipes, `kinds` are the hosts that are known, and what was `gathered` of the store spares requests.
+    """
 
     recipe: Path
     store: Store
     versions: Mapping[str, str | None]
+    kinds: Sequence[Host] | None = None
+    gathered: Gathered | None = None
 
     def published(self, runtime: str, gpu: str, pool: str) -> tuple[str, ...]:
         """Return the paths of a target's engines where each is published and fresh for each host of a pool; else none.
@@ -51,18 +59,51 @@ class Freshness:
     @cached_property
     def _plans(self) -> list[tuple[Host, tuple[EnginePlan, ...]]]:
         """The engines, as hosts of each kind would plan them."""
-        kinds = known_kinds(self.store)
-        return [(host, engines_on(self.recipe, self.store, host, self.versions)) for host in kinds]
+        kinds = known_kinds(self.store) if self.kinds is None else self.kinds
+        return [
+            (host, engines_on(self.recipe, self.store, host, self.versions, gathered=self.gathered)) for host in kinds
+        ]
 
 
 def engines_on(
-    recipe: Path, store: Store, host: Host, versions: Mapping[str, str | None], targets: Sequence[str] = ()
+    recipe: Path,
+    store: Store,
+    host: Host,
+    versions: Mapping[str, str | None],
+    targets: Sequence[str] = (),
+    *,
+    gathered: Gathered | None = None,
 ) -> tuple[EnginePlan, ...]:
     """Return the engines of a recipe as another host would plan them. Raises RecipeError, StoreError."""
     runtimes = {BACKENDS[name]: found for name, found in host.runtimes.items() if name in BACKENDS}
     portable = {name: found for name, found in versions.items() if not name.startswith("tensorrt")}
     session = open_session(recipe, store, targets=tuple(targets), host=host, versions={**runtimes, **portable})
+    if gathered is not None:
+        session.see(gathered)
     return session.plan().engines
+
+
+def portable_plans(recipes: Sequence[Path], store: Store) -> dict[Path, tuple[Plan, Freshness]]:
+    """Return the plans that are known to be fresh on this host as one of the portable pool, and what is fresh elsewhere.
+
+    Raises StoreError.
+    """
+    found = PlanMemory(store, host=portable_host(probe_host())).recall(recipes)
+    if not found:
+        return {}
+    far, kinds = not store.uri.startswith("file:"), known_kinds(store)
+    gathered = gather(store, {one.report["recipe"] for one in found.values()}) if far and kinds else None
+    return {path: (_planned(one.report), Freshness(path, store, {}, kinds, gathered)) for path, one in found.items()}
+
+
+def _planned(report: Mapping[str, Any]) -> Plan:
+    """Return what a fresh plan's report says of engines that wait for other hosts; its steps are done."""
+    waiting = [
+        EnginePlan(one["target"], one["runtime"], one["runtime_version"], one["gpu"], "fp32", None, "waiting")
+        for one in report["engines"]
+        if one["state"] == "waiting"
+    ]
+    return Plan(report["recipe"], (), tuple(waiting))
 
 
 def known_host(store: Store, name: str) -> Host:

@@ -7,7 +7,8 @@ from artifacts.catalog import host_path
 from artifacts.folder import FolderStore
 from artifacts.hosts import VANISHED_SECONDS, see_host, seen_path
 from recipes.pools import pool_name, portable_host
-from tasks.freshness import Freshness, known_kinds
+from tasks.freshness import Freshness, known_kinds, portable_plans
+from tasks.remembered import leave_plan
 from tasks.session import open_session
 from tasks.toolchain import probe_host
 from tests.simulated_builds import simulate_build, write_recipe
@@ -52,6 +53,30 @@ def test_a_target_is_fresh_where_every_host_of_its_pool_would_plan_it_so(tmp_pat
     assert published()
     (tmp_path / "one.onnx").write_bytes(b"another graph")
     assert not published()
+
+
+def test_a_build_of_a_folder_is_given_what_builds_that_spread_have_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")  # this machine remembers nothing
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    simulate_build(recipe, store, tmp_path)
+    seen(store, replace(HERE, name="a"))
+    assert portable_plans([recipe], store) == {}
+    for path in store.root.rglob("*"):
+        os.utime(path, (path.stat().st_mtime - 100,) * 2)
+    session = open_session(recipe, store, host=portable_host(HERE))
+    leave_plan(session)
+    ((planned, freshness),) = portable_plans([recipe], store).values()
+    waiting = [(one.runtime, one.runtime_version, one.gpu) for one in session.plan().engines if one.state == "waiting"]
+    assert [(one.runtime, one.runtime_version, one.gpu) for one in planned.engines] == waiting
+    assert not planned.ready
+    assert len(freshness.published("tensorrt-rtx", "sm89", POOL)) == 1
+    assert not freshness.published("tensorrt-rtx", "sm89", "gpu-sm89-rtx0.9")
+    next(store.root.glob("engines/one/*sm89*/*/model.plan")).unlink()
+    ((_planned, freshness),) = portable_plans([recipe], store).values()  # which knows nothing of GPUs
+    assert not freshness.published("tensorrt-rtx", "sm89", POOL)
+    next(store.root.glob("cache/actions/simplify/*")).unlink()
+    assert portable_plans([recipe], store) == {}
 
 
 def test_what_was_planned_with_other_packages_is_not_made_here(tmp_path):
