@@ -23,6 +23,13 @@ START_SECONDS: Final = 120.0
 _STOP_SECONDS: Final = 5.0
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _EMBEDDED: Final = b"embedded\n"
+# The working folder comes first, with -m too: a recipes.py or tasks.py there must not hide ours.
+_SERVE: Final = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+from enginery.prefect_server import main
+main()
+"""
 
 
 class EmbeddedServer:
@@ -35,7 +42,7 @@ class EmbeddedServer:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self._port = listener.getsockname()[1]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "enginery.prefect_server", str(listener.fileno()), str(os.getpid())],
+                [sys.executable, "-c", _SERVE, str(listener.fileno()), str(os.getpid())],
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -108,8 +115,6 @@ def main() -> None:
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # `-m` puts the working folder first: there, nothing may hide a module.
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", str(Path.cwd()))]
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
@@ -124,7 +129,3 @@ def main() -> None:
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     server.run(sockets=[socket.socket(fileno=descriptor)])
-
-
-if __name__ == "__main__":
-    main()

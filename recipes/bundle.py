@@ -24,6 +24,8 @@ from recipes.nodes import beside, near
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 512 << 20
 _BLOCK: Final = 512
+# Names that Python finds Enginery's own packages under where a recipe's code runs, whatever lies beside that code.
+_TAKEN: Final = frozenset({"artifacts", "enginery", "flows", "recipes", "tasks"})
 
 
 def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence[str] = ()) -> CodeBundle:
@@ -44,6 +46,7 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
     for pattern in include:
         walk.include(pattern, recipe_root)
     members = dict(sorted(walk.members.items()))
+    _require_own_names(members)
     digest, size = hashlib.sha256(), 0
     for chunk in _tar_chunks(members, walk.sizes):
         digest.update(chunk)
@@ -58,6 +61,23 @@ def collect(path: Path, callable_name: str, recipe_root: Path, include: Sequence
         looked_for=walk.looked_for,
         globs=tuple((pattern, _absolute(recipe_root)) for pattern in include),
     )
+
+
+def _require_own_names(members: Mapping[str, Path]) -> None:
+    """Refuse modules that would be hidden. Raises RecipeError, a fault for each name."""
+    hidden: dict[str, Path] = {}
+    for name, path in members.items():
+        top = name.split("/")[0].removesuffix(".py")
+        if top in _TAKEN:
+            hidden.setdefault(top, path)
+    faults = [
+        Fault(
+            str(path), 0, "", f"a package of Enginery is named {top!r}, and hides this module where it runs: rename it"
+        )
+        for top, path in sorted(hidden.items())
+    ]
+    if faults:
+        raise RecipeError(faults)
 
 
 def write_tar(bundle: CodeBundle, target: Path) -> None:

@@ -34,7 +34,7 @@ STAGE_VERSIONS: Mapping[str, int] = {
     "outliers": 1,
     "sensitivity": 2,
     "check": 1,
-    "type": 6,
+    "type": 7,
     "compile": 1,
     "refit": 1,
     "verify": 3,

@@ -100,7 +100,7 @@ def check_graph(path: Path) -> None:
             raise BackendError(
                 "version mismatch",
                 f"onnx.checker {onnx.__version__}: {words}",
-                "ask for a lower export.opset in the recipe, or install a newer onnx",
+                "export the model at an earlier opset (export.opset, where an exporter writes it), or install a newer onnx",
             ) from err
         raise BackendError("bad data", f"onnx.checker: {words}", "the graph is not valid ONNX; export it anew") from err
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,7 +43,8 @@ def run(request: StageRequest) -> StageResult:
     Facts: structure (the digest of the typed graph without the values of its weights, where it was asked for), nodes, casts, quantized, kept, and inputs and outputs as {name: dtype}; with "outliers.json" `outliers` (tensors that float16 cannot hold: the nodes that give or take them are kept in fp32); for half precisions `clamped` (constants
     that stood for infinity), `overflowing` (weights whose nodes stay fp32) and `counted` (nodes kept fp32 because they
     compute on counted values); for int8 `quantizable` (how many nodes could be, kept ones too) and `constant` (nodes kept fp32 because an input was zero on all calibration data).
-    With "keep.json" ({node: why}) its nodes stay too, and facts say `why_kept` of all nodes that do.
+    With "keep.json" ({node: why}) its nodes stay too, and facts say `why_kept` of all nodes that do; so they do where there is control flow,
+    of which nothing is typed that is inside.
     Raises BackendError("bad data") for a glob of `keep` that matches no node.
     """
     params, inputs = request.params, request.inputs
@@ -66,7 +68,7 @@ def run(request: StageRequest) -> StageResult:
     if KEEP in inputs:
         facts["why_kept"] = _reasons(model, params["keep"], facts.get("outliers", ()), _found(inputs))
         keep |= facts["why_kept"].keys()
-    facts["kept"] = sorted(keep)
+    facts |= _with_control_flow(model, keep, facts, params["keep"])
     request.report(None, f"typing {len(model.graph.node)} nodes as {precision}")
     pairs = precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")
     if pairs:
@@ -100,6 +102,22 @@ def run(request: StageRequest) -> StageResult:
     outputs = save_graph(model, request.output_dir, external=external)
     check_graph(request.output_dir / GRAPH)
     return StageResult(outputs, facts)
+
+
+def _with_control_flow(
+    model: onnx.ModelProto, keep: AbstractSet[str], facts: Mapping[str, Any], globs: Sequence[str]
+) -> dict[str, Any]:
+    """Return what is kept, with the nodes that have graphs inside (If, Loop, Scan), since these stay as they are."""
+    bodies = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    control = {
+        node.name: f"{node.op_type}: what is inside of control flow stays fp32"
+        for node in model.graph.node
+        if any(attribute.type in bodies for attribute in node.attribute)
+    }
+    if not control:
+        return {"kept": sorted(keep)}
+    why = facts.get("why_kept") or _reasons(model, globs, facts.get("outliers", ()), {})
+    return {"kept": sorted(keep | control.keys()), "why_kept": {**control, **why}}
 
 
 def _found(inputs: Mapping[str, Path]) -> dict[str, str]:

@@ -65,6 +65,7 @@ def save(request: StageRequest) -> StageResult:
     model = load_graph(path, weights=False)
     check_graph(path)
     given = [value.name for value in model.graph.output]
+    _require_single(given)
     outputs = given if wanted is None else list(wanted)
     _require_outputs(given, outputs)
     if has_external_data(model):
@@ -84,8 +85,10 @@ def export(request: StageRequest) -> StageResult:
     """
     params = request.params
     path = request.inputs[GRAPH]
-    external = has_external_data(load_graph(path, weights=False))
+    given = load_graph(path, weights=False)
+    external = has_external_data(given)
     check_graph(path)
+    _require_single([value.name for value in given.graph.output])
     model = load_streamed(path) if external else load_graph(path)
     _lift_initialisers(model)
     _require_full(model)
@@ -178,6 +181,17 @@ def _agree(model: Any, params: Mapping[str, Any]) -> None:
         ordered = [type(values[name]).FromString(values[name].SerializeToString()) for name in params["outputs"]]
         del model.graph.output[:]
         model.graph.output.extend(ordered)
+
+
+def _require_single(outputs: list[str]) -> None:
+    """Refuse outputs of one name, which onnx's checker admits."""
+    twice = sorted({name for name in outputs if outputs.count(name) > 1})
+    if twice:
+        raise BackendError(
+            "bad data",
+            f"the file has several outputs of one name: {', '.join(map(repr, twice))}",
+            "give each output a name of its own, with an Identity node where they are one value",
+        )
 
 
 def _require_outputs(found: list[str], wanted: list[str]) -> None:

@@ -321,6 +321,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     top = tmp_path_factory.mktemp("embedded")
     copy_digits(top / "work", one_engine)
     (top / "hook").mkdir()
+    for name in ("recipes", "tasks"):  # which hide nothing of ours
+        (top / "work" / f"{name}.py").write_text("")
     (top / "hook" / "sitecustomize.py").write_text(LISTENER)
     env = {"PREFECT_HOME": str(top / "prefect")}
     heard = {"PYTHONPATH": f"{top / 'hook'}:{ROOT}", "TEST_CONNECTIONS": str(top / "connections")}

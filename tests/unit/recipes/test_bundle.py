@@ -196,6 +196,17 @@ def test_faults_of_the_code(tmp_path, text, message):
     )
 
 
+@pytest.mark.parametrize(("name", "entry"), [("tasks", "model.py"), ("recipes__model", "recipes/model.py")])
+def test_a_module_that_enginerys_own_would_hide_is_a_fault(tmp_path, name, entry):
+    """Python would import Enginery's package of that name, which is loaded already where the code runs."""
+    root, _, rest = name.partition("__")
+    init = {f"{root}___init": ""} if rest else {}
+    project(tmp_path, **{"model": f"import {root}\n{BUILD}", name: BUILD, **init})
+    file = f"{root}.py" if not rest else f"{root}/__init__.py"
+    found = fault(tmp_path, entry=entry)
+    assert found == f"{file}: a package of Enginery is named {root!r}, and hides this module where it runs: rename it"
+
+
 def test_an_expression_too_deep_for_the_parser(tmp_path):
     project(tmp_path, model="x = " + "-" * 100_000 + "1")
     assert "model.py" in fault(tmp_path)

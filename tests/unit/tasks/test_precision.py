@@ -355,6 +355,8 @@ def test_constants_control_flow_and_constant_outputs(tmp_path):
     )
     result, facts = typed(tmp_path, model, "fp16")
     assert facts["outputs"] == {"y": "float32", "w": "float32"}
+    assert facts["kept"] == ["choice"]  # told, since it is no half that was asked for
+    assert facts["why_kept"] == {"choice": "If: what is inside of control flow stays fp32"}
     for flag in (True, False):
         feeds = {"x": np.array([[1, 2, 3, 4]], np.float32), "flag": np.array(flag)}
         assert evaluate(emulated(result), feeds)["y"].tolist() == evaluate(model, feeds)["y"].tolist()

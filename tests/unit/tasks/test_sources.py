@@ -591,6 +591,13 @@ def test_an_invalid_graph_is_refused_in_the_checkers_words(tmp_path):
         export_graph(tmp_path, graph(nodes=nodes, initializers=weights))
 
 
+def test_outputs_of_one_name_are_refused_before_anything_is_made_of_them(tmp_path):
+    model = graph()
+    model.graph.output.append(model.graph.output[0])
+    with pytest.raises(BackendError, match=r"(?s)several outputs of one name: 'y'.*Identity"):
+        export_graph(tmp_path, model)
+
+
 def test_custom_operators_are_kept_and_reported(tmp_path):
     model = graph(nodes=[helper.make_node("Magic", ["x", "w"], ["y"], domain="acme")])
     model.opset_import.append(helper.make_opsetid("acme", 1))
