@@ -67,4 +67,7 @@ def _register(module: str) -> None:
 
 
 if __name__ == "__main__":
+    # `-m` puts the working folder first, where a recipes.py of the user's would hide ours; unless that is where we are.
+    if sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH109, PTH120 - pathlib imports more
+        del sys.path[0]
     main()

@@ -126,6 +126,8 @@ def judge_by(facts: Mapping[str, Any], bounds: ParityBounds, gate: MetricBounds 
             reasons += [f"{reason}{where}" for reason in _out_of_bounds(parity, bounds)]
     if gate is not None:
         reasons += _metric_reasons(facts.get("metric"), gate)
+    if reasons:  # what is wrong with the source itself
+        reasons += facts.get("told", ())
     return Verdict(passed=not reasons, reasons=tuple(reasons))
 
 

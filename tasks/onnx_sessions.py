@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from tasks.errors import BackendError
-from tasks.onnx_files import brief
+from tasks.onnx_files import brief, load_graph
 from tasks.seeded import Array
+
+_TOLD: Final = 10  # nodes that are named of those that are refused
 
 
 class GraphRunner:
@@ -30,11 +32,12 @@ class GraphRunner:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as err:  # its exceptions share no base of their own
-            words = brief(err)
+            words = brief(err).replace(f"{path.parent}/", "")
             newer = "IR version" in words or "opset" in words.lower()
             raise BackendError(
                 "version mismatch" if newer else "unsupported operator",
-                f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}: {words}",
+                f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}: {words}"
+                + ("" if newer else _refused(path, words)),
                 "ask for a lower export.opset in the recipe"
                 if newer
                 else "use operators of the ONNX standard; parity cannot be measured without running the graph",
@@ -52,3 +55,13 @@ class GraphRunner:
                 "change the profile, or the model so that it takes this shape (an exporter may have frozen a size)",
             ) from err
         return {name: np.asarray(array) for name, array in zip(self.outputs, found, strict=True)}
+
+
+def _refused(path: Path, words: str) -> str:
+    """Return the nodes that ONNX Runtime does not know, a line for each, with where it is."""
+    from tasks.support.session_query import refused
+
+    nodes = refused(load_graph(path, weights=False), words)
+    lines = [f"{node['operator']} {node['name']!r} ({node['location']})" for node in nodes[:_TOLD]]
+    more = [f"and {len(nodes) - _TOLD} more: enginery inspect tells all of a file's"] if len(nodes) > _TOLD else []
+    return "".join(f"\n  {line}" for line in [*lines, *more])

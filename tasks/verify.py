@@ -27,6 +27,7 @@ from tasks.references import CASE_KEY, HELD_OUT, described_outputs
 from tasks.stage import StageRequest, StageResult
 
 REPORT: Final = "report.json"
+_FAR: Final = 0.01
 _EMULATED: Final = "fp32 kernels, every result rounded to the half type"
 _TF32: Final = "fp32 kernels, factors of Conv, MatMul and Gemm rounded to TF32"
 
@@ -69,6 +70,9 @@ def run(request: StageRequest) -> StageResult:
         facts["data_of"] = "held-out calibration data"
     if "saved" in params.get("measured", {}):  # whose outputs no exporter has described
         facts["outputs"] = described_outputs(request.inputs["reference.safetensors"], params["tensors"])
+    told = _told(request, facts["parity"])
+    if told:
+        facts["told"] = told
     report = {
         "cases": [
             {"name": name, "outputs": {output: _measures(found) for output, found in outputs.items()}}
@@ -81,6 +85,30 @@ def run(request: StageRequest) -> StageResult:
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
     (request.output_dir / REPORT).write_text(text + "\n", "utf-8")
     return StageResult({REPORT: JSON}, facts)
+
+
+def _told(request: StageRequest, parity: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the source itself, where a graph is so far from it that its types cannot be why."""
+    from safetensors import safe_open
+
+    from tasks.support.nodes import DRAWING, located
+
+    if parity["relative_l2"] is not None and parity["relative_l2"] <= _FAR:
+        return []
+    told = []
+    if parity["non_finite"]:
+        with safe_open(str(request.inputs["reference.safetensors"]), framework="numpy") as reference:
+            found = [case for key in sorted(reference.keys()) if (case := CASE_KEY.fullmatch(key)) and case[2] == "out"]
+            bad = [f"{one[3]} at {one[1]}" for one in found if not np.isfinite(reference.get_tensor(one[0])).all()]
+        told += [f"the source's own outputs have them too ({', '.join(bad)})"] if bad else []
+    if GRAPH in request.inputs:
+        nodes = [
+            f"{node.op_type} {node.name!r}, {place}"
+            for _index, node, place in located(load_graph(request.inputs[GRAPH], weights=False))
+            if node.op_type in DRAWING
+        ]
+        told += [f"it draws random numbers ({'; '.join(nodes)}): let it take them as an input"] if nodes else []
+    return told
 
 
 class Subject(Protocol):

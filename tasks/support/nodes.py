@@ -12,10 +12,13 @@ _VALUES: Final = (
     "the size of its output depends on values: use a mask (Where, Mul) or TopK, or move it out of the model"
 )
 _RANDOM: Final = "it draws random numbers: export the model after eval(), without dropout or sampling"
+# Operators that draw numbers: no two runs agree.
+DRAWING: Final = frozenset(
+    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
+)
 _ADVICE: Final = {
-    "Bernoulli": _RANDOM,
+    **dict.fromkeys(sorted(DRAWING), _RANDOM),
     "Compress": _VALUES,
-    "Multinomial": _RANDOM,
     "NonMaxSuppression": _VALUES,
     "NonZero": _VALUES,
     "Unique": _VALUES,

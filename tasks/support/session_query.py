@@ -30,7 +30,7 @@ def run(request: StageRequest) -> StageResult:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:  # noqa: BLE001  # its exceptions share no base of their own
         words = brief(err).replace(f"{path.parent}/", "")
-    nodes = _refused(load_graph(path, weights=False), words) if words else []
+    nodes = refused(load_graph(path, weights=False), words) if words else []
     newer = "opset" in words.lower() or "ir version" in words.lower()
     advice = "export with a lower opset (export.opset)" if newer else "see the nodes, or export the model anew"
     facts = {
@@ -44,7 +44,8 @@ def run(request: StageRequest) -> StageResult:
     return StageResult({}, facts)
 
 
-def _refused(model: Any, words: str) -> list[dict[str, Any]]:
+def refused(model: Any, words: str) -> list[dict[str, Any]]:
+    """Return every node whose operator ONNX Runtime lacks, and the one that its words name, as `nodes.refusal` does."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     known = {(schema.domain, schema.name) for schema in state.get_all_operator_schema()}

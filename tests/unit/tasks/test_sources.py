@@ -603,6 +603,12 @@ def test_custom_operators_are_kept_and_reported(tmp_path):
     model.opset_import.append(helper.make_opsetid("acme", 1))
     result, _ = export_graph(tmp_path, model)
     assert result.facts["domains"] == {"acme": ["Magic"]}
+    path = fresh(tmp_path, "author") / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(BackendError) as caught:
+        GraphRunner(path)
+    assert "acme::Magic '' (node 0 of 1, makes y)" in caught.value.message
+    assert str(path.parent) not in caught.value.message
 
 
 def test_a_case_that_the_file_does_not_run_at_is_named(tmp_path):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from recipes.gates import judge
+from recipes.schema import Acceptance
 from tasks import verify
 from tasks.errors import BackendError, ModelCodeError
 from tests.unit.tasks.bundles import frames
@@ -78,6 +80,24 @@ def test_nan_is_counted_and_stated_as_null(tmp_path):
         "non_finite": 4,
         "worst": "a/min/y",
     }
+
+
+def test_what_is_wrong_with_the_source_itself_is_told_where_a_graph_fails(tmp_path):
+    model = graph([node("Log", ["x"], ["y"])], {})
+    arrays = {"a/min/in/x": np.full((1, 4), -1, np.float32), "a/min/out/y": np.full((1, 4), np.nan, np.float32)}
+    facts, _report = run(tmp_path, model, arrays)
+    assert judge(facts, Acceptance(), "fp32").reasons == (
+        "4 NaN or Inf in the outputs",
+        "relative_l2 not finite > 0.0001",
+        "the source's own outputs have them too (y at a/min)",
+    )
+    drawing = graph([node("RandomNormalLike", ["x"], ["r"], "noise"), node("Add", ["x", "r"], ["y"])], {})
+    x = np.zeros((2, 4), np.float32)
+    facts, _report = run(tmp_path, drawing, {"a/min/in/x": x, "a/min/out/y": x + 1})
+    told = judge(facts, Acceptance(), "fp32").reasons[-1]
+    assert told == "it draws random numbers (RandomNormalLike 'noise', node 0 of 2): let it take them as an input"
+    calm = graph([node("Identity", ["x"], ["y"])], {})
+    assert "told" not in run(tmp_path, calm, {"a/min/in/x": x, "a/min/out/y": x})[0]
 
 
 def test_outputs_are_paired_by_name(tmp_path):
