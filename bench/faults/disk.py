@@ -286,8 +286,15 @@ def new_world(kind: str, *, apart: bool) -> Iterator[World]:
         yield World(base, disk, place)
 
 
-def harm(kind: str, action: str, faults: list[str], levels: int, chance: random.Random) -> dict[str, Tally]:
-    """Try one action under every fault on one kind of store."""
+def harm(
+    kind: str,
+    action: str,
+    faults: list[str],
+    levels: int,
+    chance: random.Random,
+    tell: Callable[[dict[str, Tally]], None] = lambda _tallies: None,
+) -> dict[str, Tally]:
+    """Try one action under every fault on one kind of store; `tell` gets what came of it until then after each attempt."""
     tallies: dict[str, Tally] = {}
     with new_world(kind, apart=action == "pull") as world:
         world.publish(90_000)
@@ -304,6 +311,7 @@ def harm(kind: str, action: str, faults: list[str], levels: int, chance: random.
             spaces = [0, 4096, *(chance.randrange(2 * taken) for _ in range(levels - 2))] if fault == "full" else [0]
             for space in spaces:
                 attempt(world, action, fault, space, tally)
+                tell(tallies)
     return tallies
 
 
@@ -327,12 +335,15 @@ def main() -> None:
                 faults = [fault for fault in faults if FAULTS[fault]]
             if kind == "s3":  # whose disk is another's; only a pull writes to one here
                 faults = [fault for fault in faults if action == "pull" or not FAULTS[fault]]
-            for name, tally in harm(kind, action, faults, given.levels, chance).items():
-                tallies[name] = vars(tally)
+
+            def tell(found: dict[str, Tally]) -> None:
+                # A long run that is stopped has told what it came to until then.
+                tallies.update({name: vars(tally) for name, tally in found.items()})
+                write_json(given.result, _summary(given, time.perf_counter() - begin, tallies))
+
+            for name, tally in harm(kind, action, faults, given.levels, chance, tell).items():
                 print(f"{name}: {vars(tally)}", flush=True)
-            document = _summary(given, time.perf_counter() - begin, tallies)
-            write_json(given.result, document)
-    if document["violations"]:
+    if any(tally["violations"] for tally in tallies.values()):
         raise SystemExit(1)
 
 
