@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from artifacts.errors import ArtifactError
-from artifacts.gathered import Pack, keep_packs
+from artifacts.gathered import Pack, gather, keep_packs
 from artifacts.host import Host
 from artifacts.observed import Sight
 from artifacts.refs import digest_bytes
@@ -84,6 +84,8 @@ def leave_plan(session: BuildSession) -> None:
     if built and not _is_versioned(session.store.uri):
         return
     memory, again = PlanMemory(session.store, session.selection.targets, session.host), session.anew()
+    if _is_versioned(session.store.uri):  # what another target's build has packed need not be read again
+        again.see(gather(session.store, {session.recipe_name}))
     try:
         planned = again.plan()
         again.finish(planned)
