@@ -27,7 +27,7 @@ from recipes.refitting import Bases, Refits
 from recipes.schema import EXACTNESS, FLOAT16, INT8, QUANTIZED, Asked, Precision, Recipe, Target
 from recipes.searching import Search
 from recipes.steps import Lookup, Step, Steps
-from recipes.support import refused_nodes, told_of_sample
+from recipes.support import refused_nodes, source_fails, told_of_sample
 from recipes.targets import refusal, typed_refusal
 from recipes.together import TogetherStages
 
@@ -156,8 +156,11 @@ class _Engines:
             if failed or (verdict is not None and not verdict.passed):
                 what = "exported" if exported else "simplified"
                 reasons = ", ".join(verdict.reasons) if verdict is not None else "; ".join(step.why)
-                explained = self.stages.pipeline.explain if exported else None
-                told = told_of_sample(explained.facts, recipe.source.framework) if explained is not None else ""
+                itself = source_fails(step.facts, recipe.acceptance)
+                explained = self.stages.pipeline.explain if exported and itself is None else None
+                told = (
+                    told_of_sample(explained.facts, recipe.source.framework) if explained is not None else itself or ""
+                )
                 return replace(base, state="failed", why=f"the {what} graph fails: {reasons}{told}")
         waiting = self.stages.waits(target, gpu)
         lacking = next((why for _option, why in refusals(options, target.runtime, gpu, version or None)), None)

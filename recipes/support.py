@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from recipes.gates import judge_by, parity_bounds
 from recipes.options import stated_plugins
 from recipes.pipeline import Pipeline, graph_files
-from recipes.schema import Target
+from recipes.schema import Acceptance, Target
 from recipes.steps import Output, Step
 from recipes.targets import opset_ceiling
 
@@ -71,6 +72,18 @@ def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
     if not nodes:
         lines.append(f"    next: {facts['advice']}")
     return "\n".join(lines)
+
+
+def source_fails(facts: Mapping[str, Any] | None, acceptance: Acceptance) -> str | None:
+    """Return what to say of a graph that equals its source and fails the metric's gate all the same; None of any other."""
+    metric = facts.get("metric") if facts is not None else None
+    if facts is None or metric is None or not judge_by(facts, parity_bounds(acceptance, "fp32"), None, "fp32").passed:
+        return None
+    value = "not finite" if metric["source"] is None else f"{metric['source']:.4g}"
+    return (
+        f"\nthe graph equals its source, whose own {metric['name']} is {value}\n"
+        "    next: look at the model's weights, the data and its labels (acceptance.metric), and the bound"
+    )
 
 
 def told_of_sample(facts: Mapping[str, Any] | None, framework: str) -> str:

@@ -281,6 +281,16 @@ def test_an_export_that_differs_from_its_source_is_compiled_for_nothing():
     assert not any(step.startswith("compile") for step in ran)
 
 
+def test_a_source_that_fails_its_gate_itself_is_told_and_no_exporter_is_blamed():
+    """Of a graph that equals its source: wrong labels or weights, and nothing that more exports would explain."""
+    poor = {**GOOD, "metric": {"name": "top1", "value": 0.1, "source": 0.1}}
+    ran, planned = World(facts={"verify:export": poor}).build(recipe())
+    assert planned.engines[0].why.startswith(
+        "the exported graph fails: top1 0.1 < floor 0.97\nthe graph equals its source, whose own top1 is 0.1\n"
+    )
+    assert "explain:export" not in ran
+
+
 def test_an_engine_that_fails_when_executed_gives_way_too():
     world = World(facts={"verify:onnxruntime:cpu:int8": failing(relative_l2=0.9)})
     _ran, planned = world.build(recipe(), targets=("onnxruntime",))
