@@ -75,7 +75,12 @@ def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
 
 
 def source_fails(facts: Mapping[str, Any] | None, acceptance: Acceptance) -> str | None:
-    """Return what to say of a graph that equals its source and fails the metric's gate all the same; None of any other."""
+    """Return what to say of a graph whose source is at fault, where no reason says it: it equals one that fails the metric's gate itself.
+
+    None where the exporter may be.
+    """
+    if facts is not None and facts.get("told"):
+        return ""
     metric = facts.get("metric") if facts is not None else None
     if facts is None or metric is None or not judge_by(facts, parity_bounds(acceptance, "fp32"), None, "fp32").passed:
         return None

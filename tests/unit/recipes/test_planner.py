@@ -289,6 +289,10 @@ def test_a_source_that_fails_its_gate_itself_is_told_and_no_exporter_is_blamed()
         "the exported graph fails: top1 0.1 < floor 0.97\nthe graph equals its source, whose own top1 is 0.1\n"
     )
     assert "explain:export" not in ran
+    drawing = {**failing(relative_l2=1.2), "told": ["it draws random numbers"]}
+    ran, planned = World(facts={"verify:export": drawing}).build(recipe())
+    assert planned.engines[0].why.endswith("it draws random numbers")
+    assert "explain:export" not in ran
 
 
 def test_an_engine_that_fails_when_executed_gives_way_too():
