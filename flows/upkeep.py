@@ -20,7 +20,7 @@ async def verify(
     store: StoreAddress = None,
 ) -> Any:
     """Read every byte of published engines and compare it with their manifests."""
-    return await run_command("verify", *(engines or ()), *(("--execute",) if execute else ()), store=store)
+    return await run_command("verify", *(("--execute",) if execute else ()), store=store, names=engines or ())
 
 
 @flow(name="promote", flow_run_name="promote {engine} to {channel}", persist_result=False, validate_parameters=True)
@@ -47,10 +47,10 @@ async def promote(
     store: StoreAddress = None,
 ) -> Any:
     """Make a channel name an engine, after its gates, its execution and its speed are looked at."""
-    words = ["promote", engine, "--channel", channel]
+    words = ["promote", "--channel", channel]
     words += [*(("--reason", reason) if reason else ()), *(("--by", by) if by else ())]
     words += [*(("--allow-unexecuted",) if allow_unexecuted else ()), *(("--allow-slower",) if allow_slower else ())]
-    return await run_command(*words, store=store)
+    return await run_command(*words, store=store, names=[engine])
 
 
 @flow(name="gc", persist_result=False, validate_parameters=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +26,13 @@ class CommandError(RuntimeError):
         super().__init__(f"{command}: status {status} ({_MEANING.get(status, 'ended by a signal')})\n{said}".strip())
 
 
-async def run_command(*arguments: str, store: str | None) -> Any:
-    """Run `enginery ARGUMENTS --json`, its stderr in the run's log and what it prints as an artifact; return that.
+async def run_command(*arguments: str, store: str | None, names: Sequence[str] = ()) -> Any:
+    """Run `enginery ARGUMENTS --json -- NAMES`, its stderr in the run's log and what it prints as an artifact; return that.
 
     Raises CommandError. The child ends with this flow when that is cancelled.
     """
-    words = [*arguments, *(("--store", store) if store else ()), "--json"]
+    # What a person has written into a form as a name is no option, whatever it begins with.
+    words = [*arguments, *(("--store", store) if store else ()), "--json", "--", *names]
     code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from enginery.__main__ import main; sys.exit(main())"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
