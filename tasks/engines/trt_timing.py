@@ -1,14 +1,16 @@
 """TensorRT's timing cache: what kernels took on this device, given to a build and taken from it.
 
 A cache is of one TensorRT version and one kind of device; a mismatch is never ignored: such a cache "may lead to functional or
-performance bugs" (ITimingCache.combine). 8.6 refuses some of what it wrote itself, in another process ("Myelin error from
-unknown graph", seen on an H200; KataGo's issues 739 and 945 report it of 8.5 and 8.6, mended in 10.2).
+performance bugs" (ITimingCache.combine). Of a cache that 8.6 wrote itself it does not read the graph compiler's part ("Myelin
+error from unknown graph"; KataGo's issues 739 and 945 report it of 8.5 and 8.6, mended in 10.2), and says that the cache will not
+be used; what kernels took it has read before that ("Loaded 622 timing cache entries"), and uses: see docs/tensorrt.md.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,9 @@ TIMING_CACHE: Final = "timing.cache"
 _OTHER: Final = "made by another version or on another device"
 # 8.6 says as an error that it does not use a cache; TensorRT-RTX 1.7, whose code is that of 10 and 11, as a warning, and goes
 # on with an empty one. (Strings of the libraries; seen with both.)
+# What 8.6 says where it has read the timings of kernels, and nothing of the graph compiler's: its advice is of that part alone.
+_WITHOUT_MYELIN: Final = re.compile(r"myelinCache\.h.*deserializeFromBuffer")
+_ADVICE_OF_8: Final = re.compile(r"timing cache will not be used")
 _REFUSED: Final = re.compile(
     r"timing cache will not be used|deserialize timing cache|incoming (cache|ITimingCache)|Timing cache header mismatch"
 )
@@ -30,8 +35,9 @@ _REFUSED: Final = re.compile(
 class TimingCache:
     """The timing cache of one build: the one that was given, or an empty one.
 
-    `facts`: given; used, or what was said when it was `refused`; size_before and size_after in bytes; reloads, whether what
-    is kept loads again; and of a reproducible build with an editable cache, tactics: how many the table holds.
+    `facts`: given; used, or what was said when it was `refused`; without, what was said of a part that is not used; size_before
+    and size_after in bytes; reloads, whether what is kept loads again; and of a reproducible build with an editable cache,
+    tactics: how many the table holds.
     """
 
     def __init__(self, trt: Any, log: Log, given: Path | None) -> None:
@@ -54,9 +60,10 @@ class TimingCache:
             self.facts["refused"] = "optimisation level 0 takes no timing cache"
             return None
         if self._data is not None:
-            cache, refused = self._set(config, self._data)
+            cache, attempt = self._set(config, self._data)
+            refused = attempt.refused
             if refused is None:
-                self.facts["used"] = True
+                self.facts |= {"used": True, **attempt.facts}
                 if params.get("reproducible") and is_editable(self._trt):
                     self._table = pin_tactics(cache)
                     self.facts["tactics"] = len(self._table)
@@ -83,14 +90,14 @@ class TimingCache:
         if data is None:
             return
         written = bytes(memoryview(data))
-        refused = _refusal(self._log, lambda: config.create_timing_cache(written) is not None)
+        refused = _attempt(self._log, lambda: config.create_timing_cache(written) is not None).refused
         self.facts |= {"size_after": len(written), "reloads": refused is None}
         if refused is not None:
             self.facts["reload_refused"] = refused
         (folder / TIMING_CACHE).write_bytes(written)
 
-    def _set(self, config: Any, data: bytes) -> tuple[Any, str | None]:
-        """Return a cache of these bytes that the configuration uses from now on, and why it does not use it, if so."""
+    def _set(self, config: Any, data: bytes) -> tuple[Any, _Attempt]:
+        """Return a cache of these bytes that the configuration uses from now on, and what came of it."""
         cache = None
 
         def take() -> bool:
@@ -98,8 +105,8 @@ class TimingCache:
             cache = config.create_timing_cache(data)
             return cache is not None and config.set_timing_cache(cache, False)
 
-        refused = _refusal(self._log, take)
-        return cache, refused
+        attempt = _attempt(self._log, take)
+        return cache, attempt
 
 
 def merge(request: StageRequest) -> StageResult:
@@ -116,6 +123,7 @@ def merge(request: StageRequest) -> StageResult:
 def merge_with(trt: Any, base: Path, more: Path, folder: Path) -> str | None:
     """Merge two cache files with one TensorRT module into "timing.cache" in a folder; return why not, or None.
 
+    8.6 merges what kernels took, says no because of the graph compiler's part, and nothing else: that is a merge too.
     Raises BackendError("no device") where TensorRT does not start.
     """
     log = Log(lambda _fraction, _text: None)
@@ -130,7 +138,7 @@ def merge_with(trt: Any, base: Path, more: Path, folder: Path) -> str | None:
         caches.extend(config.create_timing_cache(one) for one in data)
         return None not in caches and bool(caches[0].combine(caches[1], False))
 
-    refused = _refusal(log, combine)
+    refused = _attempt(log, combine, takes_without=True).refused
     if refused is not None:
         return refused
     merged = caches[0].serialize()
@@ -140,11 +148,30 @@ def merge_with(trt: Any, base: Path, more: Path, folder: Path) -> str | None:
     return None
 
 
-def _refusal(log: Log, attempt: Callable[[], bool]) -> str | None:
-    """Return why an attempt to use a cache failed, or None; what it logged of that is taken out of the log."""
+@dataclass(frozen=True)
+class _Attempt:
+    """What came of an attempt to use a cache: why it was refused, or what was said of a part that is not used; None: nothing."""
+
+    refused: str | None
+    without: str | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {"without": self.without} if self.without is not None else {}
+
+
+def _attempt(log: Log, attempt: Callable[[], bool], *, takes_without: bool = False) -> _Attempt:
+    """Try to use a cache; what is logged of that is taken out of the log.
+
+    takes_without: an answer of no counts for nothing where all that is said is of the graph compiler's part.
+    """
     errors, warnings = len(log.errors), len(log.warnings)
     done = attempt()
     new = log.warnings[warnings:]
     log.warnings[warnings:] = [words for words in new if not _REFUSED.search(words)]
     said = [*log.take_errors(errors), *(words for words in new if _REFUSED.search(words))]
-    return None if done and not said else "; ".join(said) or _OTHER
+    without = [words for words in said if _WITHOUT_MYELIN.search(words)]
+    of_that_alone = all(_WITHOUT_MYELIN.search(words) or _ADVICE_OF_8.search(words) for words in said)
+    if without and of_that_alone and (done or takes_without):
+        return _Attempt(None, without[0])
+    return _Attempt("; ".join(said) or (None if done else _OTHER))

@@ -159,7 +159,7 @@ def test_a_timing_cache_is_used_and_a_foreign_one_is_not(compiler):
     cache = (output / "timing.cache").read_bytes()
     again, _output = compiler(cnn(), cache=cache)
     used = again.facts["timing_cache"]
-    assert used["used"] or "Myelin" in used["refused"]  # 8.6 refuses its own cache where nothing went to Myelin
+    assert used["used"] is True  # by 8.6 without what the graph compiler measured
     foreign, _output = compiler(cnn(), cache=b"not a timing cache" * 100)
     assert foreign.facts["timing_cache"]["used"] is False
     assert any("timing cache is not used" in words for words in foreign.facts["warnings"])

@@ -264,6 +264,100 @@ def test_a_cache_that_tensorrt_does_not_load_is_told_from_one_that_it_uses(on_rt
     assert facts["at level 0"] is False
 
 
+# As 8.6.0 says it, on an H100: of a cache of its own, and of one that it cannot read.
+MYELIN = "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin (Myelin error from unknown graph)"
+ADVICE = "4: The timing cache will not be used!"
+UNREADABLE = "1: [stdArchiveReader.cpp::StdArchiveReaderInitCommon::59] Error Code 1: Serialization (Serialization assertion failed)"
+
+
+class SaysOnSetting:
+    """A builder configuration that takes every cache, and logs errors while it does."""
+
+    def __init__(self, log, said, *, takes=True):
+        self._log, self._said, self._takes = log, said, takes
+
+    def create_timing_cache(self, data):
+        if data:
+            self._log.errors += self._said
+        return data
+
+    def set_timing_cache(self, _cache, _ignore_mismatch):
+        return self._takes
+
+
+@pytest.mark.parametrize(
+    ("said", "takes", "used", "words"),
+    [
+        ([], True, True, {}),
+        ([MYELIN, ADVICE], True, True, {"without": MYELIN}),
+        ([MYELIN, ADVICE], False, False, {"refused": f"{MYELIN}; {ADVICE}"}),
+        ([UNREADABLE, ADVICE], True, False, {"refused": f"{UNREADABLE}; {ADVICE}"}),
+        ([MYELIN, UNREADABLE, ADVICE], True, False, {"refused": f"{MYELIN}; {UNREADABLE}; {ADVICE}"}),
+        ([ADVICE], True, False, {"refused": ADVICE}),
+    ],
+)
+def test_a_cache_without_the_graph_compilers_part_is_used_and_an_unreadable_one_is_not(
+    tmp_path, said, takes, used, words
+):
+    (tmp_path / "given.cache").write_bytes(b"kernels")
+    log = Log(lambda _fraction, _text: None)
+    timing = TimingCache(None, log, tmp_path / "given.cache")
+    timing.attach(SaysOnSetting(log, said, takes=takes), {})
+    assert {key: timing.facts[key] for key in ("used", "without", "refused") if key in timing.facts} == {
+        "used": used,
+        **words,
+    }
+    assert log.errors == []  # a later failure is not blamed on them
+    assert bool(log.warnings) is not used
+
+
+class Kernels:
+    """TensorRT 8.6 as `merge_with` uses it: it merges what kernels took, logs what it says, and answers no."""
+
+    __version__ = "8.6.0"
+
+    def __init__(self, said):
+        self._said, self.data = said, b""
+
+    def Builder(self, logger):  # noqa: N802  TensorRT's name
+        self._logger = logger
+        return self
+
+    def create_builder_config(self):
+        return self
+
+    def create_timing_cache(self, data):
+        cache = Kernels(self._said)
+        cache._logger, cache.data = self._logger, data
+        return cache
+
+    def combine(self, other, _ignore_mismatch):
+        self.data += other.data
+        for words in self._said:
+            self._logger.errors.append(words)
+        return False
+
+    def serialize(self):
+        return self.data
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ([MYELIN], None),
+        ([], "made by another version or on another device"),
+        ([MYELIN, UNREADABLE], f"{MYELIN}; {UNREADABLE}"),
+    ],
+)
+def test_8_merges_kernels_and_answers_no(tmp_path, monkeypatch, said, refused):
+    monkeypatch.setattr(Log, "for_runtime", lambda self, _trt: self)
+    (tmp_path / "base").write_bytes(b"one, ")
+    (tmp_path / "more").write_bytes(b"two")
+    assert merge_with(Kernels(said), tmp_path / "base", tmp_path / "more", tmp_path) == refused
+    merged = tmp_path / "timing.cache"
+    assert (merged.read_bytes() if merged.exists() else None) == (b"one, two" if refused is None else None)
+
+
 def test_caches_that_tensorrt_does_not_load_are_not_merged(on_rtx):
     facts, output = on_rtx(merge_caches)
     assert "timing cache" in facts["refused"]
