@@ -8,7 +8,7 @@ bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same
 of CPU of the command itself and of the S3 server, which share the machine:
 
 * `records`: nothing is known of these recipes: a folder's records are read one by one; in S3 (only where asked for), too;
-* `packs` (S3): no plan is remembered anywhere, but builds have packed what planning reads (docs/adr/0014-packs.md);
+* `packs` (S3): no plan is remembered anywhere, but builds have packed what planning reads (docs/adr/0015-packs.md);
 * `shared`: nothing is remembered here, and a build (elsewhere) has left its fresh plans in the store;
 * `build`: as `shared`, of `enginery build FOLDER --json`, which finds nothing to do;
 * `again`: this machine has planned them before.
