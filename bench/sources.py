@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def measure(recipe: Path, store: Path) -> dict[str, Any]:
         "recipe_sha256": digest(recipe),
         "stage_versions": dict(STAGE_VERSIONS),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "status": done.returncode,
         "load_before": load,
         "seconds": round(sum(stages.values()), 1),
@@ -74,9 +75,8 @@ def digest(recipe: Path) -> str:
     return hashlib.sha256(json.dumps(yaml.safe_load(recipe.read_text())).encode()).hexdigest()
 
 
-def stale() -> list[Path]:
-    """Return the recipes whose entry is not of today's stages and of the recipe as it is."""
-    measured = entries()
+def stale(measured: Mapping[str, Any]) -> list[Path]:
+    """Return the recipes whose entry is not of today's stages and of the recipe's text as it is; of its code, nothing is known."""
     return [
         recipe
         for recipe in shipped()
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="keep the store there, and take what it has (default: an empty one)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    for recipe in [] if arguments.docs else arguments.recipes or (stale() if arguments.stale else shipped()):
+    for recipe in [] if arguments.docs else arguments.recipes or (stale(entries()) if arguments.stale else shipped()):
         with tempfile.TemporaryDirectory() as folder:
             entry = measure(recipe, arguments.store or Path(folder, "store"))
         name = entry["recipe"] + (f"#{arguments.variant}" if arguments.variant else "")

@@ -1,4 +1,4 @@
-"""What a timing cache saves on a GPU host, by the product's own compile stage and merging. About five minutes:
+"""What a timing cache saves on a GPU host, by the product's own compile stage and merging. Nine minutes at most:
 
     python -m bench.timing_cache RESULT.json [--seconds 560] [--only convolutions,attention,resnet50,vit]
 
@@ -45,7 +45,7 @@ class Bench:
         self.deadline = time.monotonic() + seconds
         self.device = device_properties()
         self.result: dict[str, Any] = {
-            "command": " ".join(["python -m bench.timing_cache", *sys.argv[1:]]),
+            "command": " ".join(["python -m bench.timing_cache RESULT.json", *sys.argv[2:]]),
             "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
             "device": self.device,
             "cuda": driver_version(),

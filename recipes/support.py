@@ -77,12 +77,15 @@ def refused_nodes(facts: Mapping[str, Any] | None) -> str | None:
 def source_fails(facts: Mapping[str, Any] | None, acceptance: Acceptance) -> str | None:
     """Return what to say of a graph whose source is at fault, where no reason says it: it equals one that fails the metric's gate itself.
 
-    None where the exporter may be.
+    None where the exporter may be: its graph is away from the source, or the source passes.
     """
     if facts is not None and facts.get("told"):
         return ""
     metric = facts.get("metric") if facts is not None else None
-    if facts is None or metric is None or not judge_by(facts, parity_bounds(acceptance, "fp32"), None, "fp32").passed:
+    bounds = parity_bounds(acceptance, "fp32")
+    if facts is None or metric is None or not judge_by(facts, bounds, None, "fp32").passed:
+        return None
+    if judge_by({**facts, "metric": {**metric, "value": metric["source"]}}, bounds, acceptance.metric, "fp32").passed:
         return None
     value = "not finite" if metric["source"] is None else f"{metric['source']:.4g}"
     return (

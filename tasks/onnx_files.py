@@ -74,8 +74,8 @@ def save_graph(model: Any, folder: Path, *, external: bool = False) -> dict[str,
 def infer_shapes(folder: Path) -> Any:
     """Infer the shapes of `model.onnx` in place and return it without its external data.
 
-    Notes of shapes inside of the graph (value_info), which bind no runtime, are dropped where they are wrong: onnxsim 0.7.3
-    leaves such of a Swin-Tiny that PyTorch 2.11 exported. Raises BackendError("bad data") where anything else contradicts.
+    Where notes of shapes inside of the graph (value_info), which bind no runtime, contradict, all of them are dropped and
+    inferred anew: onnxsim 0.7.3 leaves wrong ones of a Swin-Tiny that PyTorch 2.11 exported. Raises BackendError("bad data") where anything else contradicts.
     """
     import onnx
 

@@ -24,12 +24,12 @@ TIMING_CACHE: Final = "timing.cache"
 _OTHER: Final = "made by another version or on another device"
 # 8.6 says as an error that it does not use a cache; TensorRT-RTX 1.7, whose code is that of 10 and 11, as a warning, and goes
 # on with an empty one. (Strings of the libraries; seen with both.)
-# What 8.6 says where it has read the timings of kernels, and nothing of the graph compiler's: its advice is of that part alone.
-_WITHOUT_MYELIN: Final = re.compile(r"myelinCache\.h.*deserializeFromBuffer")
-_ADVICE_OF_8: Final = re.compile(r"timing cache will not be used")
 _REFUSED: Final = re.compile(
     r"timing cache will not be used|deserialize timing cache|incoming (cache|ITimingCache)|Timing cache header mismatch"
 )
+# What 8.6 says where it has read the timings of kernels, and nothing of the graph compiler's: its advice is of that part alone.
+_WITHOUT_MYELIN: Final = re.compile(r"myelinCache\.h.*deserializeFromBuffer")
+_ADVICE_OF_8: Final = re.compile(r"timing cache will not be used")
 
 
 class TimingCache:
@@ -134,11 +134,13 @@ def merge_with(trt: Any, base: Path, more: Path, folder: Path) -> str | None:
         raise log.failure(f"TensorRT {trt.__version__} does not start", otherwise="no device") from err
     data, caches = [base.read_bytes(), more.read_bytes()], list[Any]()
 
-    def combine() -> bool:
+    def create() -> bool:
         caches.extend(config.create_timing_cache(one) for one in data)
-        return None not in caches and bool(caches[0].combine(caches[1], False))
+        return None not in caches
 
-    refused = _attempt(log, combine, takes_without=True).refused
+    refused = _attempt(log, create).refused
+    if refused is None:
+        refused = _attempt(log, lambda: bool(caches[0].combine(caches[1], False)), takes_without=True).refused
     if refused is not None:
         return refused
     merged = caches[0].serialize()

@@ -203,6 +203,14 @@ def test_links_in_documents_lead_somewhere():
     assert dead == []
 
 
+def test_every_decision_has_a_number_of_its_own():
+    numbers = []
+    for record in sorted((ROOT / "docs" / "adr").glob("*.md")):
+        numbers.append(int(record.name[:4]))
+        assert record.read_text().startswith(f"# {numbers[-1]}. ")
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 def test_the_published_schema_of_recipes_is_up_to_date():
     published = json.loads((ROOT / "docs" / "recipe-v1.schema.json").read_text())
     assert published == json_schema(), "make docs"

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from bench.sources import digest, shipped, stale
-from bench.sources_table import DOCUMENT, LEFT_OUT, ROOT, TABLES, entries, table, written
+from bench.sources_table import DOCUMENT, LEFT_OUT, ROOT, entries, table, written
+from recipes.steps import STAGE_VERSIONS
 
 
 def test_the_tables_of_the_document_are_what_was_measured():
@@ -58,4 +59,12 @@ def test_a_recipe_whose_figures_are_of_another_text_is_stale(tmp_path):
     (tmp_path / "same.yaml").write_text("# a comment\n" + path.read_text())
     (tmp_path / "other.yaml").write_text(path.read_text().replace("opset: 18", "opset: 20"))
     assert digest(tmp_path / "same.yaml") == digest(path) != digest(tmp_path / "other.yaml")
-    assert {one.stem for one in stale()} <= {name for rows in TABLES.values() for name in rows}
+    today = {
+        recipe.stem: {"stage_versions": dict(STAGE_VERSIONS), "recipe_sha256": digest(ROOT / recipe)}
+        for recipe in shipped()
+    }
+    assert stale(today) == []
+    other = {"resnet50": {"stage_versions": {**STAGE_VERSIONS, "type": 0}}, "rtdetr": {"recipe_sha256": "0" * 64}}
+    assert [one.stem for one in stale(today | {name: today[name] | entry for name, entry in other.items()})] == [*other]
+    del today["digits-boxes"]
+    assert [one.stem for one in stale(today)] == ["digits-boxes"]

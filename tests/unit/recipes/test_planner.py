@@ -295,6 +295,24 @@ def test_a_source_that_fails_its_gate_itself_is_told_and_no_exporter_is_blamed()
     assert "explain:export" not in ran
 
 
+@pytest.mark.parametrize(
+    ("metric", "bounds"),
+    [
+        ({"value": 0.98, "source": 0.99}, {}),  # the floor holds, and the drop is too large
+        ({"value": 0.4, "source": 1.0}, {"fp32": {"relative_l2": 0.5, "cosine": 0.5}}),  # too far away, by wide bounds
+    ],
+)
+def test_a_source_that_passes_is_not_blamed_for_an_export_that_does_not(metric, bounds):
+    def strict(document):
+        document["acceptance"]["metric"]["max_drop"] = 0.0
+        document["acceptance"] |= {"parity": bounds} if bounds else {}
+
+    worse = {**GOOD, "metric": {"name": "top1", **metric}}
+    ran, planned = World(facts={"verify:export": worse}).build(recipe(strict))
+    assert "whose own" not in planned.engines[0].why
+    assert "explain:export" in ran
+
+
 def test_an_engine_that_fails_when_executed_gives_way_too():
     world = World(facts={"verify:onnxruntime:cpu:int8": failing(relative_l2=0.9)})
     _ran, planned = world.build(recipe(), targets=("onnxruntime",))

@@ -316,8 +316,8 @@ class Kernels:
 
     __version__ = "8.6.0"
 
-    def __init__(self, said):
-        self._said, self.data = said, b""
+    def __init__(self, said, created=()):
+        self._said, self._created, self.data = said, created, b""
 
     def Builder(self, logger):  # noqa: N802  TensorRT's name
         self._logger = logger
@@ -329,6 +329,7 @@ class Kernels:
     def create_timing_cache(self, data):
         cache = Kernels(self._said)
         cache._logger, cache.data = self._logger, data
+        self._logger.errors += self._created
         return cache
 
     def combine(self, other, _ignore_mismatch):
@@ -341,19 +342,25 @@ class Kernels:
         return self.data
 
 
+OTHER = "made by another version or on another device"
+
+
 @pytest.mark.parametrize(
-    ("said", "refused"),
+    ("created", "said", "refused"),
     [
-        ([MYELIN], None),
-        ([], "made by another version or on another device"),
-        ([MYELIN, UNREADABLE], f"{MYELIN}; {UNREADABLE}"),
+        ([MYELIN, ADVICE], [MYELIN], None),
+        ([], [MYELIN], None),
+        ([], [], OTHER),
+        ([MYELIN, ADVICE], [], OTHER),  # what was said before is no reason
+        ([MYELIN, ADVICE], [MYELIN, UNREADABLE], f"{MYELIN}; {UNREADABLE}"),
+        ([UNREADABLE, ADVICE], [MYELIN], "; ".join([UNREADABLE, ADVICE] * 2)),
     ],
 )
-def test_8_merges_kernels_and_answers_no(tmp_path, monkeypatch, said, refused):
+def test_8_merges_kernels_and_answers_no(tmp_path, monkeypatch, created, said, refused):
     monkeypatch.setattr(Log, "for_runtime", lambda self, _trt: self)
     (tmp_path / "base").write_bytes(b"one, ")
     (tmp_path / "more").write_bytes(b"two")
-    assert merge_with(Kernels(said), tmp_path / "base", tmp_path / "more", tmp_path) == refused
+    assert merge_with(Kernels(said, created), tmp_path / "base", tmp_path / "more", tmp_path) == refused
     merged = tmp_path / "timing.cache"
     assert (merged.read_bytes() if merged.exists() else None) == (b"one, two" if refused is None else None)
 
