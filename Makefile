@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/digits.yaml
-# A worker for each CPU, of which builds take much memory; a file's tests stay together, and so do its servers and stores.
-PARALLEL ?= -n logical --maxprocesses=4 --dist loadfile
+# A worker more than CPUs, since tests wait for servers a third of their time, and five at most, of which builds take much memory;
+# a file's tests stay together, and so do its servers and stores.
+PARALLEL ?= -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))) --maxprocesses=5 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On all CPUs, in place of pip on one; some packages ship files that no Python compiles. What is installed editable, pip leaves
