@@ -30,6 +30,7 @@ from artifacts.errors import StoreError
 from artifacts.files import make_folders, os_faults
 from artifacts.refs import digest_bytes
 from artifacts.s3_faults import Place, error_code, is_absent
+from artifacts.s3_limit import limit_seconds
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,6 +48,7 @@ _NO_ETAG: Final = '"enginery-no-such-version"'
 _REFUSED: Final = ("PreconditionFailed", "412")
 _CONFLICT: Final = ("ConditionalRequestConflict", "409")
 _UNKNOWN: Final = ("NotImplemented", "501")
+_REFUSING: Final = 4  # hundred and so much: HTTP's statuses of what was not carried out
 
 _found: dict[tuple[str, str, Condition], bool] = {}
 # Endpoints that want ETags without their quotes.
@@ -85,26 +87,37 @@ class ConditionalWriter:
             return True
 
     def _put_marked(self, mark: Path, key: str, data: bytes) -> None:
-        """Write under a lock; a process that is killed meanwhile leaves the mark, which says what was under way."""
-        with os_faults(str(mark)):
-            mark.write_text(hashlib.md5(data, usedforsecurity=False).hexdigest())
+        """Write under a lock; the mark says what is under way, and stays where it is not known whether that was carried out."""
+        from botocore.exceptions import ClientError
+
+        _leave(mark, f"{hashlib.md5(data, usedforsecurity=False).hexdigest()} {limit_seconds():g}")
         try:
             self.client.put_object(Bucket=self.place.bucket, Key=key, Body=data)
-        finally:
-            with os_faults(str(mark)):
-                mark.unlink(missing_ok=True)
+        except ClientError as err:
+            answer = err.response.get("ResponseMetadata", {})
+            # What was sent before another try may still arrive.
+            if answer.get("HTTPStatusCode", 0) // 100 == _REFUSING and not answer.get("RetryAttempts"):
+                _forget(mark)
+            raise
+        _forget(mark)
 
     def _wait_for(self, mark: Path, key: str) -> None:
         """Wait until what a killed writer had sent is there, or it was so long ago that it will not come any more."""
+        began = time.monotonic()
         with os_faults(str(mark)), suppress(FileNotFoundError):
-            sent, clock = mark.read_text(), mark.with_suffix(".now")
+            sent, _space, limit = mark.read_text().partition(" ")
+            # The mark is older than what was sent last by as much as all tries of a request may take.
+            longest = UNDER_WAY_SECONDS + (float(limit) if limit else limit_seconds())
+            clock = mark.with_suffix(".now")
             while (self._etag(key) or "").strip('"') != sent:
-                clock.touch()  # ages are told by the folder's clock
+                clock.unlink(missing_ok=True)  # of a process that was killed, maybe another user's
+                clock.touch()  # ages are told by the folder's clock, which somebody may set back
                 age = clock.stat().st_mtime - mark.stat().st_mtime
                 clock.unlink()
-                if age > UNDER_WAY_SECONDS:
-                    return
+                if max(age, time.monotonic() - began) > longest:
+                    break
                 time.sleep(_LOOK_SECONDS)
+            _forget(mark)
 
     def _put(self, key: str, data: bytes, condition: Condition, value: str) -> bool:
         from botocore.exceptions import ClientError
@@ -206,6 +219,27 @@ class ConditionalWriter:
                 make_folders(Path(folder).absolute())
                 stack.enter_context(FileLock(Path(folder).absolute() / f"{name}.lock", mode=0o666))
             yield Path(folder).absolute() / f"{name}.sent"
+
+
+def _leave(mark: Path, text: str) -> None:
+    """Write a mark whole or not at all, for every user that the folder is shared with. Raises StoreError."""
+    fresh = mark.with_suffix(".new")
+    with os_faults(str(mark)):
+        fresh.unlink(missing_ok=True)
+        try:
+            fresh.write_text(text)
+            fresh.chmod(0o666)
+            fresh.replace(mark)
+        except OSError:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+
+
+def _forget(mark: Path) -> None:
+    # One that cannot be removed costs who comes next a look or a wait; what was written is written.
+    with suppress(OSError):
+        mark.unlink(missing_ok=True)
 
 
 def back_off(attempt: int) -> None:

@@ -23,6 +23,7 @@ _TYPES: Final = {
     "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "float16": "TYPE_FP16",
     "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32", "float64": "TYPE_FP64", "string": "TYPE_STRING",
 }  # fmt: skip
+_CAPABILITY: Final = re.compile(r"sm[0-9]{2,3}")
 _INT64_SINCE: Final = 10  # major version of TensorRT; before, an int64 of the graph is an int32 of the engine
 
 
@@ -84,6 +85,8 @@ def _model(
     described, first = configs[0], graphs[0][1]
     for (whole, graph, _folder), config in zip(graphs[1:], configs[1:], strict=True):
         unlike = [f"{first.identity} has {_LABELS[field]}" for field in config if described.get(field) != config[field]]
+        if graph.profiles != first.profiles and described["instance_group"] == config["instance_group"]:
+            unlike.append(f"{first.identity} has other profiles")
         if graph.compatibility.runtime_version != first.compatibility.runtime_version:
             unlike.append(
                 f"{first.identity} is for another version of {graph.compatibility.runtime}, and a Triton has one"
@@ -123,6 +126,9 @@ def _plans(served: Sequence[Served]) -> dict[str, str]:
     plans, by = dict[str, str](), dict[str, Manifest]()
     for one in served:
         for gpu in one.gpus:
+            if not _CAPABILITY.fullmatch(gpu):
+                what = f"{gpu!r} is no compute capability such as sm89, by which alone Triton tells several plans apart"
+                raise _refused(one.engine, [what], "export a repository for each")
             digits = gpu.removeprefix("sm")
             capability = f"{digits[:-1]}.{digits[-1]}"
             if capability in by:
@@ -186,6 +192,8 @@ def _tensor(graph: Manifest, name: str, facts: TensorFacts, batch: int, reasons:
         reasons.append(f"{name} is of type {facts.dtype}, which Triton has not")
     if facts.shape is None:
         reasons.append(f"the shape of {name} is not known")
+    elif not facts.shape and not batch:
+        reasons.append(f"{name} is a scalar, which Triton serves only in a batch")
     dims = [size if isinstance(size, int) else -1 for size in (facts.shape or ())[1 if batch else 0 :]]
     described: dict[str, Any] = {"name": name, "data_type": Word(dtype or "TYPE_INVALID"), "dims": dims or [1]}
     return described if dims else described | {"reshape": {"shape": []}}

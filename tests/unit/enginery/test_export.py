@@ -18,7 +18,7 @@ from artifacts.manifest import Manifest
 from enginery import catalog_commands, export_commands, sign_commands
 from enginery.exporting import export_triton
 from enginery.triton import Served, Wishes, triton_models
-from tests.engines import digest, make_engine, make_manifest, parts_document
+from tests.engines import digest, make_engine, make_manifest, manifest_document, parts_document
 from tests.keys import make_key, write_policy
 from tests.triton import triton_config
 
@@ -134,6 +134,13 @@ def test_one_model_for_several_kinds_of_gpu(shell: Shell) -> None:
     assert shell.written()["digits/1/model.sm120.plan"] == b"fp16-d"
     assert shell.written()["digits/1/model.sm89.plan"] == b"fp16-e"
     manifests = [one for one in EngineCatalog(shell.store).manifests("digits") if "sm89" in one.compatibility.gpus]
+    for gpu in ("../sm89", "cpu", "sm89\n"):
+        with pytest.raises(RefusedError, match="no compute capability"):
+            triton_models([Served(manifests[0], ("sm80",)), Served(manifests[1], (gpu,))], Wishes())
+    fewer = make_manifest(classic("sm120", profiles=manifest_document()["profiles"][:1]))
+    both = [Served(make_manifest(classic()), ("sm89",)), Served(fewer, ("sm120",))]
+    with pytest.raises(RefusedError, match="has other profiles"):
+        triton_models(both, Wishes())
     with pytest.raises(RefusedError, match="is for sm89 too"):
         triton_models([Served(one, ("sm89",)) for one in manifests[:2]], Wishes())
 
@@ -142,6 +149,15 @@ def test_one_model_for_several_kinds_of_gpu(shell: Shell) -> None:
     ("changes", "told"),
     [
         ({"outputs": {"logits": {"dtype": "float32", "shape": None}}}, "the shape of logits is not known"),
+        (
+            {
+                "inputs": {
+                    "image": {"dtype": "float32", "shape": ["batch", 4]},
+                    "scale": {"dtype": "float32", "shape": []},
+                }
+            },
+            "scale is a scalar",
+        ),
         ({"inputs": {"image": {"dtype": "float8_e4m3fn", "shape": ["batch", 1, 8, 8]}}}, "which Triton has not"),
     ],
 )
@@ -165,13 +181,13 @@ def test_engines_of_tensorrt_rtx_are_told_apart(shell: Shell) -> None:
 
 def test_no_batch_without_one_free_axis_before_all_others() -> None:
     fixed = {"dtype": "int64", "shape": [1, 8]}
-    manifest = make_manifest(classic(inputs={"ids": fixed, "scale": {"dtype": "float32", "shape": []}}, profiles=[]))
+    manifest = make_manifest(classic(inputs={"ids": fixed, "scale": {"dtype": "float32", "shape": [1]}}, profiles=[]))
     (model,) = triton_models([Served(manifest, ())], Wishes())
     config = triton_config(model.config)
     assert "max_batch_size" not in config  # protobuf writes no zeros
     assert config["input"] == [
         {"name": "ids", "data_type": "TYPE_INT64", "dims": ["1", "8"]},
-        {"name": "scale", "data_type": "TYPE_FP32", "dims": ["1"], "reshape": {}},
+        {"name": "scale", "data_type": "TYPE_FP32", "dims": ["1"]},
     ]
     assert config["output"][0]["dims"] == ["-1", "10"]
     with pytest.raises(RefusedError, match="cannot be put together"):
