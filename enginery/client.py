@@ -103,13 +103,18 @@ def pull(
 
     Several processes may pull into one folder: one brings it, the others find it. What is there already is checked
     again, and brought again where it does not match. `channel` is the one that the engine was resolved by. Raises
-    NotFoundError, StoreError, IntegrityError, and TrustError before anything is brought.
+    NotFoundError, StoreError, IntegrityError, also where a Manifest is not what is published now (but for reports and what was
+    measured since, without a channel, which names one manifest alone), and TrustError before anything is brought.
     """
     name = EngineId.of(engine.identity) if isinstance(engine, Manifest) else engine
     judge = trust_of(trust)
     catalog = EngineCatalog(store)
     data = catalog.manifest_bytes(name)
     manifest = catalog.read_manifest(name, data)
+    if isinstance(engine, Manifest) and _matters(engine, whole=channel is not None) != _matters(
+        manifest, whole=channel is not None
+    ):
+        raise IntegrityError(f"{name} of {store.uri} was published anew since it was resolved; do it again")
     signatures = catalog.signatures(name, data)
     by = judge.check_engine(manifest, data, signatures, channel) if judge is not None else min(signatures, default=None)
     # Absolute at once: the working directory may change while the engine is in use.
@@ -216,6 +221,17 @@ def _signature(path: Path) -> bytes | None:
             return stream.read(SIGNATURE_BYTES)
     except OSError:
         return None
+
+
+def _matters(manifest: Manifest, *, whole: bool) -> object:
+    """Return what of a manifest may not change between its choice and its use: not `whole`, what is measured later may."""
+    if whole:
+        return manifest
+    runs = {part.plan for part in manifest.parts.values()} or {manifest.plan}
+    files = {file: entry for file, entry in manifest.files.items() if file in runs or not file.endswith(".json")}
+    described = manifest.model_dump(include={"identity", "compatibility", "inputs", "outputs", "profiles", "fallback"})
+    parts = {name: part.model_dump(include={"inputs", "outputs", "profiles"}) for name, part in manifest.parts.items()}
+    return described, runs, files, parts
 
 
 def _engine_folder(path: Path) -> Path:

@@ -20,7 +20,17 @@ from enginery.asking import (
     policy_of,
     request_of,
 )
-from enginery.output import DEFAULT_STORE, FAILED, JsonOption, StoreOption, explains_errors, note, print_json
+from enginery.output import (
+    DEFAULT_STORE,
+    FAILED,
+    WRONG,
+    JsonOption,
+    StoreOption,
+    explains_errors,
+    note,
+    print_json,
+    stop,
+)
 
 if TYPE_CHECKING:
     from artifacts.catalog import EngineCatalog
@@ -66,9 +76,15 @@ def triton(
     dynamic_batching: Annotated[
         int | None,
         typer.Option(
-            "--dynamic-batching", metavar="MICROSECONDS", min=0, help="Put requests together, waiting so long for more."
+            "--dynamic-batching",
+            metavar="MICROSECONDS",
+            min=0,
+            help="Put requests together along the axis that leads all inputs and outputs, waiting so long for more.",
         ),
     ] = None,
+    no_batch: Annotated[
+        bool, typer.Option("--no-batch", help="That leading axis is no batch (but frames, points): max_batch_size 0.")
+    ] = False,
     graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Capture each profile's best shape.")] = False,
     trust: TrustOption = None,
     insecure: InsecureOption = False,
@@ -86,6 +102,8 @@ def triton(
     from enginery.exporting import export_triton
     from enginery.triton import Wishes
 
+    if no_batch and dynamic_batching is not None:
+        stop(WRONG, "--dynamic-batching puts requests into one batch, and --no-batch says that there is none; give one")
     catalog = open_catalog(store)
     none: list[str | None] = [None]
     requests = [
@@ -100,7 +118,7 @@ def triton(
         catalog.store,
         chosen,
         out,
-        wishes=Wishes(graphs=graphs, queue_delay_us=dynamic_batching),
+        wishes=Wishes(graphs=graphs, batch=not no_batch, queue_delay_us=dynamic_batching),
         channel=channel,
         trust=judge,
         pulled=lambda engine: _say_plugins(engine, out),

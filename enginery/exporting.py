@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from enginery.trusting import Unchecked
 
 CONFIG: Final = "config.pbtxt"
+_OLD: Final = "old-"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def export_triton(
 
     Every engine is pulled first, so all that `pull` refuses is refused here, and nothing is written then. A repository that is
     not there appears as a whole; in one that is, each model is exchanged as a whole, and models of others stay. Raises what
-    `pull` does, RefusedError where Triton cannot serve an engine, and StoreError.
+    `pull` does, RefusedError where Triton cannot serve an engine, and StoreError; IntegrityError where an engine was published anew
+    since it was resolved.
     """
     models = [model for served in recipes for model in triton_models(served, wishes or Wishes())]
     twice = {model.name for model in models if sum(other.name == model.name for other in models) > 1}
@@ -56,11 +59,16 @@ def export_triton(
         raise StoreError(
             f"two models would be named {', '.join(sorted(twice))}; export them into repositories of their own"
         )
-    to = to.absolute()
+    to = to.resolve() if to.is_symlink() else to.absolute()  # what is renamed has to be on one disk
+    if to.is_mount():
+        raise StoreError(
+            f"{to} is a mount point, which no folder can take the place of: give one in it ({to / 'repository'})"
+        )
     try:
         make_folders(to.parent)
         # Beside the repository, on its disk: Triton takes each folder in it for a model.
         with locked_folder(to.parent / f".{to.name}.exporting", "export") as private:
+            _put_back(private, to)
             sweep(private)
             with held_folder(private) as temporary:
                 engines = {str(one.engine.identity): one.engine for served in recipes for one in served}
@@ -119,21 +127,46 @@ def _place(fresh: Path, to: Path, models: Sequence[TritonModel], temporary: Path
         sync_folder(to.parent)
         return [ExportedModel(to / model.name, _engines(model), kept=False) for model in models]
     for model in models:
-        if (to / model.name).exists() and not (to / model.name / PAPERS).is_dir():
+        papers, recipe = to / model.name / PAPERS, _engines(model)[0].partition("/")[0]
+        if not papers.parent.exists():
+            continue
+        if not papers.is_dir():
+            raise StoreError(f"{papers.parent} was not written by enginery export; move it away, or give another --out")
+        others = {other for path in papers.glob(f"*/{MANIFEST_NAME}") if (other := _recipe(path)) != recipe}
+        if others:
             raise StoreError(
-                f"{to / model.name} was not written by enginery export; move it away, or give another --out"
+                f"{papers.parent} is of {', '.join(sorted(others))}, not of {recipe}; move it away, or give another --out"
             )
     done = []
     for model in models:
         place = to / model.name
         kept = place.is_dir() and _alike(place, fresh / model.name)
         if not kept:
-            if place.exists():
-                place.rename(temporary / f"old-{model.name}")
-            (fresh / model.name).rename(place)
+            try:
+                if place.exists():
+                    place.rename(temporary / f"{_OLD}{model.name}")
+                (fresh / model.name).rename(place)
+            except BaseException:
+                _put_back(temporary.parent, to)
+                raise
         done.append(ExportedModel(place, _engines(model), kept))
     sync_folder(to)
     return done
+
+
+def _put_back(private: Path, to: Path) -> None:
+    """Put models back that were taken out of a repository where nothing came in their place: an export was interrupted."""
+    for old in private.glob(f"*/{_OLD}*"):
+        place = to / old.name.removeprefix(_OLD)
+        if to.is_dir() and not place.exists():
+            old.rename(place)
+
+
+def _recipe(manifest: Path) -> str:
+    try:
+        return str(json.loads(manifest.read_bytes())["identity"]["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"an unknown recipe ({manifest.relative_to(manifest.parents[2])} cannot be read)"
 
 
 def _engines(model: TritonModel) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ class Wishes:
     """What a model repository is asked to have beyond what manifests say."""
 
     graphs: bool = False
+    batch: bool = True
+    """Whether an axis that leads all inputs and outputs is a batch, which manifests do not say; else it is one of `dims`."""
     queue_delay_us: int | None = None
     """Microseconds that Triton waits for more requests to put into one batch; None: it puts none together."""
 
@@ -150,7 +152,7 @@ def _config(name: str, graph: Manifest, wishes: Wishes) -> dict[str, Any]:
         reasons.append(f"Triton has no backend for {needs.runtime}; it serves {' and '.join(BACKENDS)}")
     elif not (graph.inputs and graph.outputs):
         reasons.append("its inputs and outputs are not known")
-    batch = _greatest_batch(graph)
+    batch = _greatest_batch(graph) if wishes.batch else 0
     described: dict[str, Any] = {
         "name": name,
         "platform": BACKENDS.get(needs.runtime, ""),

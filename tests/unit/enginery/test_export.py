@@ -105,6 +105,11 @@ def test_a_repository_for_triton(shell: Shell) -> None:
         },
     }
     # What was not asked for is not there; and what is there stays, in one piece, with the same arguments.
+    assert "give one" in shell.export("--no-batch", "--dynamic-batching", "1", status=2).stderr
+    shell.export("--no-batch")
+    apart = triton_config((shell.out / "digits" / "config.pbtxt").read_text())
+    assert "max_batch_size" not in apart
+    assert apart["input"][0]["dims"] == ["-1", "1", "-1", "-1"]
     shell.export()
     plain = triton_config((shell.out / "digits" / "config.pbtxt").read_text())
     assert not {"dynamic_batching", "optimization"} & plain.keys()
@@ -276,6 +281,10 @@ def test_models_of_others_stay_and_models_are_exchanged_whole(shell: Shell) -> N
     shell.publish("fp16-c", recipe="swin")
     done = shell("export", "triton", "swin", *ASK, "--out", str(shell.out), status=1)
     assert "was not written by enginery export" in done.stderr
+    (shell.out / "digits").rename(shell.out / "dogs")
+    shell.publish("fp16-d", recipe="dogs")
+    done = shell("export", "triton", "dogs", *ASK, "--out", str(shell.out), status=1)
+    assert "dogs is of digits, not of dogs; move it away" in done.stderr
     assert (shell.out / "swin" / "1" / "model.onnx").read_bytes() == b"theirs"
 
 
@@ -295,3 +304,62 @@ def test_what_fails_on_the_way_leaves_nothing(shell: Shell, tmp_path: Path) -> N
         export_triton(shell.store, served[:1], tmp_path / "file" / "models")
     with pytest.raises(IntegrityError):
         export_triton(shell.store, served[1:], shell.out)
+
+
+def test_a_model_that_was_taken_out_is_put_back(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell.publish("fp16-a")
+    shell.export()
+    before, rename = shell.written(), Path.rename
+    # Killed between its two renames: what it had taken out lies where the next export sweeps.
+    dead = shell.folder / ".models.exporting" / "0123"
+    dead.mkdir()
+    dead.with_suffix(".lock").touch()
+    (shell.out / "digits").rename(dead / "old-digits")
+    assert "(was there already)" in shell.export().stderr
+    shell.publish("fp16-b", identity__created="2030-01-01T00:00:00Z")
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.parent.name == "repository":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    served = [
+        Served(one, ()) for one in EngineCatalog(shell.store).manifests("digits") if one.identity.build == "fp16-b"
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        export_triton(shell.store, [served], shell.out)
+    assert shell.written() == before
+
+
+def test_a_mount_point_is_told_before_anything_is_fetched(shell: Shell) -> None:
+    shell.publish("fp16-a")
+    served = [Served(one, ()) for one in EngineCatalog(shell.store).manifests("digits")]
+    with pytest.raises(ArtifactError, match=r"/proc is a mount point.*/proc/repository"):
+        export_triton(shell.store, [served], Path("/proc"), pulled=pytest.fail)
+    assert not Path("/.proc.exporting").exists()
+    # Behind a link the repository may lie on another disk.
+    real = shell.folder / "real" / "models"
+    real.mkdir(parents=True)
+    shell.out.symlink_to(real)
+    export_triton(shell.store, [served], shell.out)
+    assert (real / "digits" / "config.pbtxt").exists()
+    assert (real.parent / ".models.exporting").exists()
+
+
+def test_only_what_was_resolved_is_exported(shell: Shell) -> None:
+    engine = shell.publish("fp16-a")
+    (manifest,) = EngineCatalog(shell.store).manifests("digits")
+    document = json.loads(manifest.to_bytes())
+    later, other = json.loads(manifest.to_bytes()), json.loads(manifest.to_bytes())
+    later["verification"]["engine"]["reason"] = "told anew"
+    other["profiles"] = document["profiles"][:1]
+    served = [[Served(manifest, ())]]
+    for document, channel in ((later, "production"), (other, None)):
+        shell.store.write(f"{engine.path}/manifest.json", json.dumps(document).encode())
+        with pytest.raises(IntegrityError, match="was published anew since it was resolved"):
+            export_triton(shell.store, served, shell.out, channel=channel)
+    assert not shell.out.exists()
+    # What is measured meanwhile changes nothing of what is served.
+    shell.store.write(f"{engine.path}/manifest.json", json.dumps(later).encode())
+    export_triton(shell.store, served, shell.out)
