@@ -99,7 +99,7 @@ def triton(
     Example: enginery export triton digits --gpu sm80 --gpu sm89 --runtime tensorrt==10.13.3.9 --out models
     """
     from enginery.catalog_commands import recipe_name
-    from enginery.exporting import export_triton
+    from enginery.exporting import export_triton, left_models
     from enginery.triton import Wishes
 
     if no_batch and dynamic_batching is not None:
@@ -123,6 +123,8 @@ def triton(
         trust=judge,
         pulled=lambda engine: _say_plugins(engine, out),
     )
+    for folder in left_models(exported):
+        note(f"{folder} is of the same recipe, and was not written now: remove it, if it is not to be served")
     if as_json:
         models = [
             {"name": one.folder.name, "folder": str(one.folder), "engines": list(one.engines), "kept": one.kept}

@@ -88,6 +88,20 @@ def export_triton(
         raise StoreError(f"{to}: {err.strerror or err}; free some space, or give another folder") from err
 
 
+def left_models(exported: Sequence[ExportedModel]) -> list[Path]:
+    """Return models beside these that are of a recipe of theirs, and were not written now: of a part that it lost, maybe."""
+    recipes = {engine.partition("/")[0] for one in exported for engine in one.engines}
+    written = {one.folder for one in exported}
+    return sorted(
+        {
+            path.parents[2]
+            for root in {folder.parent for folder in written}
+            for path in root.glob(f"*/{PAPERS}/*/{MANIFEST_NAME}")
+            if path.parents[2] not in written and _recipe(path) in recipes
+        }
+    )
+
+
 def _write(folder: Path, model: TritonModel, found: Mapping[str, PulledEngine]) -> None:
     """Write one model's folder; files are linked from the engines that were pulled, on the same disk."""
     folder.mkdir()

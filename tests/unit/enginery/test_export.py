@@ -285,6 +285,7 @@ def test_models_of_others_stay_and_models_are_exchanged_whole(shell: Shell) -> N
     shell.publish("fp16-d", recipe="dogs")
     done = shell("export", "triton", "dogs", *ASK, "--out", str(shell.out), status=1)
     assert "dogs is of digits, not of dogs; move it away" in done.stderr
+    assert f"{shell.out / 'dogs'} is of the same recipe, and was not written now" in shell.export().stderr
     assert (shell.out / "swin" / "1" / "model.onnx").read_bytes() == b"theirs"
 
 
