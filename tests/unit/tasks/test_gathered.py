@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from artifacts.folder import FolderStore
 from artifacts.fresh_plans import FreshPlans
-from artifacts.gathered import RECORDS_OF, gather, keep_packs
-from artifacts.store import Store, open_store
+from artifacts.gathered import RECORDS_OF, Gathered, gather, keep_packs
+from artifacts.store import ObjectInfo, Store, open_store
 from tasks.remembered import PlanMemory
 from tasks.report import plan_report
 from tasks.session import BuildSession, open_session
@@ -115,3 +116,10 @@ def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(s3_store_uri: st
     keep_packs(store, {"m": {step: pack[step]}})
     keep_packs(store, {"m": {"other": {}}})  # as two hosts do that build different targets
     assert set(pack[step]) <= gather(store, ["m"]).asked
+
+
+def test_half_a_character_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    info = ObjectInfo("a", 3, 1.0, "v")
+    monkeypatch.setattr(FreshPlans, "read", lambda *_names: {"m": {"export": {"a": [3, "v", "\ud800"]}}})
+    monkeypatch.setattr(FolderStore, "infos", lambda *_paths: {"a": info})
+    assert gather(FolderStore(tmp_path), ["m"]) == Gathered()
