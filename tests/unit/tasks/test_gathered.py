@@ -68,13 +68,11 @@ OBJECTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["s3_store_uri", "careless_s3_store_uri"])
 def test_a_plan_from_packs_is_the_plan_whatever_is_lost_or_written_over(
-    server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    careless_s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    uri = request.getfixturevalue(server)
     monkeypatch.setenv("ENGINERY_S3_LOCKS", str(tmp_path))
-    recipe, store = built(tmp_path, uri), open_store(uri)
+    recipe, store = built(tmp_path, careless_s3_store_uri), open_store(careless_s3_store_uri)
 
     def fresh() -> bool:
         """Plan with the packs; where that says so, the plan that is made without says the same."""
@@ -104,8 +102,11 @@ def test_a_plan_from_packs_is_the_plan_whatever_is_lost_or_written_over(
 
 
 @pytest.mark.slow
-def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(s3_store_uri: str, tmp_path: Path):
-    recipe, store = built(tmp_path, s3_store_uri), open_store(s3_store_uri)
+def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(
+    careless_s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ENGINERY_S3_LOCKS", str(tmp_path))
+    recipe, store = built(tmp_path, careless_s3_store_uri), open_store(careless_s3_store_uri)
     packs = FreshPlans(store, RECORDS_OF)
     ((name, pack),) = [*packs._all([f"{number:02x}" for number in range(64)]).items()]
     step = next(iter(pack))
