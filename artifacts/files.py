@@ -27,12 +27,13 @@ _ADVICE: Final = {
     errno.EOPNOTSUPP: "this file system has no hard links; use a --store on another one",
     errno.ENOTDIR: "a file lies where a folder is expected; move it away",
     errno.EISDIR: "a folder lies where a file is expected; move it away",
+    errno.ESHUTDOWN: "the file system has shut this host out, which was silent for too long (CephFS: evicted); mount it anew",
     errno.ENOTEMPTY: "a folder lies where a file is expected; move it away",
 }
 # What a file system on a network says while its server is away (NFS: nfs(5), soft mounts).
 _AWAY: Final = (
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
-    errno.ENETUNREACH, errno.ECONNRESET, errno.EAGAIN,
+    errno.ENETUNREACH, errno.ECONNRESET, errno.EAGAIN, errno.ESHUTDOWN,
 )  # fmt: skip
 
 

@@ -214,7 +214,10 @@ class FolderStore:
 
     @contextmanager
     def lock(self, name: str, *, give_up: Callable[[], bool] | None = None) -> Iterator[None]:
-        """Hold an exclusive lock; waits for its holder, until `give_up`, and never for a dead one. Raises StoreError."""
+        """Hold an exclusive lock; waits for its holder, until `give_up`, and never for a dead one.
+
+        Raises StoreError, at the end too, where the lock's server is away: another host may have had the lock meanwhile.
+        """
         from filelock import FileLock, Timeout
 
         with ExitStack() as stack:
@@ -228,7 +231,15 @@ class FolderStore:
                         stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
                     if not lock.is_locked and give_up is not None and give_up():
                         raise StoreError(f"{self.uri}: gave up waiting for {name}, which another process holds")
-            yield
+            try:
+                yield
+            except BaseException:
+                # Of a file system that went away, what was done under the lock tells more.
+                with suppress(OSError):
+                    stack.close()
+                raise
+            with self._faults(f"locks/{name}"):
+                stack.close()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

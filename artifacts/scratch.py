@@ -41,11 +41,13 @@ def held_name(folder: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             _remove(path)
-        # The guard outlives what could not be removed, so that a later sweep tries again.
-        if not os.path.lexists(path):
-            lock.unlink(missing_ok=True)
-        fresh.unlink(missing_ok=True)
-        os.close(descriptor)
+        # The guard outlives what could not be removed (a network's disk may be away), so that a later sweep tries again.
+        with suppress(OSError):
+            if not os.path.lexists(path):
+                lock.unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Many processes use one store at once, for minutes, and every invariant holds at every instant and at the end.
 
-    python -m bench.faults.crowd RESULT.json [--seconds 200] [--members 8] [--seed N] [--stores folder,s3,radosgw] [--no-builds]
+    python -m bench.faults.crowd RESULT.json [--seconds 200] [--members 8] [--seed N] [--stores folder,s3,radosgw,cephfs] [--no-builds]
 
 Each member publishes engines (the same ones as others, and its own; alone and several together, watching that these become visible at
 once), promotes, rolls back, pins, keeps records, pulls, follows
@@ -279,7 +279,7 @@ def crowd(place: Place, seconds: float, members: int, seed: int, *, builds: bool
     running = []
     for number in range(members):
         ours, theirs = context.Pipe()
-        arguments = (place, f"m{number}", seed, seconds, builds and number < _BUILDERS, theirs)
+        arguments = (place.seen_by(number), f"m{number}", seed, seconds, builds and number < _BUILDERS, theirs)
         process = context.Process(target=_live, args=arguments)
         process.start()
         theirs.close()

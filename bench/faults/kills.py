@@ -288,9 +288,10 @@ def left_in_tmp(place: Place) -> list[str]:
 
 @contextmanager
 def places_of(kind: str, folder: Path, page: int = S3_PAGE) -> Iterator[Iterator[Place]]:
-    """Yield an endless supply of new stores, in folders or in one S3 server: moto's (`s3`) or Ceph's (`radosgw`)."""
+    """Yield an endless supply of new stores: in folders, in one S3 server, moto's (`s3`) or Ceph's (`radosgw`), in a CephFS (`cephfs`)."""
     with ExitStack() as stack:
         environment: Mapping[str, str] = {}
+        mounts = list[Path]()
         if kind == "s3":
             from bench.faults.servers import s3_with_bucket
 
@@ -301,6 +302,11 @@ def places_of(kind: str, folder: Path, page: int = S3_PAGE) -> Iterator[Iterator
             # Paths of its sockets have to be short.
             short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-")))
             environment = stack.enter_context(radosgw_with_bucket(_BUCKET, short))
+        elif kind == "cephfs":
+            from tests.ceph import cephfs_mounts
+
+            short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-")))
+            mounts = list(stack.enter_context(cephfs_mounts(short)))
 
         def supply() -> Iterator[Place]:
             number = 0
@@ -308,7 +314,8 @@ def places_of(kind: str, folder: Path, page: int = S3_PAGE) -> Iterator[Iterator
                 number += 1
                 here = folder / f"{kind}-{number}"
                 uri = str(here / "store") if kind == "folder" else f"s3://{_BUCKET}/{folder.name}-{number}"
-                place = make_place(here, uri, environment)
+                uri, *others = [str(mount / f"{folder.name}-{number}") for mount in mounts] or [uri]
+                place = make_place(here, uri, environment, others=others)
                 place.enter()
                 yield place
                 shutil.rmtree(here, ignore_errors=True)

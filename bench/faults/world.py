@@ -12,9 +12,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,11 +52,15 @@ _MEASURED: Final = {
 
 @dataclass(frozen=True)
 class Place:
-    """A store, and what a process needs to reach it and to sign; `folder` holds key.pem, key.pub and scratch files."""
+    """A store, and what a process needs to reach it and to sign; `folder` holds key.pem, key.pub and scratch files.
+
+    `others` are addresses by which other hosts have the same store.
+    """
 
     uri: str
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def store(self) -> Store:
@@ -81,6 +85,10 @@ class Place:
             "allow": [{"keys": ["k"]}],
         }
         return Trust(TrustPolicy.from_document(document, "trust.yaml", Path.read_bytes))
+
+    def seen_by(self, number: int) -> Place:
+        """Return the place as the process of this number has it: the hosts take turns."""
+        return replace(self, uri=(self.uri, *self.others)[number % (1 + len(self.others))])
 
     def enter(self) -> None:
         """Make this process's environment the one that leads to the store."""
@@ -325,14 +333,21 @@ def _act(action: Action, place: Place, answers: Connection) -> None:
     answers.send(answer)
 
 
-def make_place(folder: Path, uri: str, environment: Mapping[str, str] | None = None, *, signed: bool = True) -> Place:
+def make_place(
+    folder: Path,
+    uri: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    signed: bool = True,
+    others: Iterable[str] = (),
+) -> Place:
     """Make a place, with a key pair unless it is not to be signed."""
     folder.mkdir(parents=True, exist_ok=True)
     if signed:
         from tests.keys import make_key
 
         make_key(folder)
-    return Place(uri, folder, dict(environment or {}))
+    return Place(uri, folder, dict(environment or {}), tuple(others))
 
 
 def manifest_of(place: Place, name: EngineId) -> Manifest:

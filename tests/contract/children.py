@@ -11,6 +11,7 @@ from typing import Any
 
 from artifacts.cache import blob_path
 from artifacts.channels import Channel, move_channel
+from artifacts.errors import StoreError
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.store import open_store
 
@@ -72,6 +73,20 @@ def hold_lock(uri: str, answer: Connection) -> None:
         (folder / "sub" / "left").write_bytes(b"left")
         answer.send(str(folder))
         answer.recv()
+
+
+def write_late(uri: str, answer: Connection) -> None:
+    """Hold a lock, and write under it when told to; answer what came of that: an error's text, if any."""
+    store, said = open_store(uri), ""
+    store.write("document", b"before")
+    try:
+        with store.lock("held"):
+            answer.send("held")
+            answer.recv()
+            store.write("document", b"late")
+    except StoreError as err:
+        said = str(err)
+    answer.send(said)
 
 
 def store_until_killed(uri: str, seed: int, answer: Connection) -> None:

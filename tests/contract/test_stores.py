@@ -73,6 +73,11 @@ class StoreContract:
 
     kills = 6
 
+    def seen_by(self, number: int, uri: str) -> str:
+        """Return by which address a test's further process of this number, from 0, opens the store."""
+        del number
+        return uri
+
     @pytest.fixture
     def store(self, uri: str) -> Store:
         return open_store(uri)
@@ -399,7 +404,7 @@ class StoreContract:
 
     def test_what_a_killed_process_leaves_is_removed(self, store: Store) -> None:
         here, there = SPAWN.Pipe()
-        child = SPAWN.Process(target=children.hold_lock, args=(store.uri, there))
+        child = SPAWN.Process(target=children.hold_lock, args=(self.seen_by(0, store.uri), there))
         with started(child):
             folder = Path(here.recv())
             with store.scratch():
@@ -434,8 +439,8 @@ class StoreContract:
         writers, races = 5, 6
         start, pipes = SPAWN.Barrier(writers), [SPAWN.Pipe() for _ in range(writers)]
         processes = [
-            SPAWN.Process(target=children.write_if_absent, args=(store.uri, races, mark, start, pipes[mark][1]))
-            for mark in range(writers)
+            SPAWN.Process(target=children.write_if_absent, args=(uri, races, mark, start, pipes[mark][1]))
+            for mark, uri in enumerate(self.seen_by(mark, store.uri) for mark in range(writers))
         ]
         with started(*processes):
             won = [here.recv() for here, _there in pipes]
@@ -450,7 +455,9 @@ class StoreContract:
         store.write("log", b"", if_absent=True)
         start = SPAWN.Barrier(writers)
         processes = [
-            SPAWN.Process(target=children.append_by_version, args=(store.uri, f"{mark}", updates, start))
+            SPAWN.Process(
+                target=children.append_by_version, args=(self.seen_by(mark, store.uri), f"{mark}", updates, start)
+            )
             for mark in range(writers)
         ]
         with started(*processes):
@@ -465,7 +472,9 @@ class StoreContract:
         movers, moves = 3, 4
         start = SPAWN.Barrier(movers)
         processes = [
-            SPAWN.Process(target=children.move_channel_often, args=(store.uri, f"p{mark}", moves, start))
+            SPAWN.Process(
+                target=children.move_channel_often, args=(self.seen_by(mark, store.uri), f"p{mark}", moves, start)
+            )
             for mark in range(movers)
         ]
         with started(*processes):
@@ -479,12 +488,15 @@ class StoreContract:
     def test_readers_see_whole_versions(self, store: Store) -> None:
         versions = [bytes([mark]) * 300_000 for mark in range(4)]
         store.write("a", versions[0])
+        writing = open_store(self.seen_by(0, store.uri))
         done, torn, reads = threading.Event(), [], 0
 
         def write() -> None:
-            for number in range(60):
-                store.write("a", versions[number % 4])
-            done.set()
+            try:
+                for number in range(60):
+                    writing.write("a", versions[number % 4])
+            finally:
+                done.set()
 
         writer = threading.Thread(target=write)
         writer.start()
@@ -500,7 +512,7 @@ class StoreContract:
         choose = random.Random(7)
         for seed in range(self.kills):
             here, there = SPAWN.Pipe()
-            child = SPAWN.Process(target=children.store_until_killed, args=(store.uri, seed, there))
+            child = SPAWN.Process(target=children.store_until_killed, args=(self.seen_by(0, store.uri), seed, there))
             with started(child):
                 assert here.recv() == 1
                 done = here.poll(choose.uniform(0, 0.15)) and here.recv()
@@ -548,7 +560,8 @@ class StoreContract:
         store.write("counter", b"0")
         start = SPAWN.Barrier(3)
         processes = [
-            SPAWN.Process(target=children.add_under_lock, args=(store.uri, self.locks, start)) for _ in range(3)
+            SPAWN.Process(target=children.add_under_lock, args=(self.seen_by(number, store.uri), self.locks, start))
+            for number in range(3)
         ]
         with started(*processes):
             finish(*processes)
@@ -557,7 +570,7 @@ class StoreContract:
     def test_lock_dies_with_its_holder(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ENGINERY_CLAIM_SECONDS", "2")  # of a store whose locks are claims
         here, there = SPAWN.Pipe()
-        child = SPAWN.Process(target=children.hold_lock, args=(store.uri, there))
+        child = SPAWN.Process(target=children.hold_lock, args=(self.seen_by(0, store.uri), there))
         with started(child):
             here.recv()
             held = threading.Event()

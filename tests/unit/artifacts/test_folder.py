@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.errors import NotFoundError, StoreError
+from artifacts.errors import NotFoundError, StoreError, UnavailableError
 from artifacts.folder import FolderStore
 from artifacts.refs import BYTES, ArtifactRef, digest_bytes
 from artifacts.scratch import sweep, system_scratch, temporary_folder
@@ -239,6 +240,32 @@ def test_a_listing_survives_what_vanishes(store: FolderStore) -> None:
     store.delete("b")
     shutil.rmtree(store.root / "c")
     assert [found.path for found in listing] == ["e"]
+
+
+def test_a_disk_that_goes_away_under_a_lock_is_told_in_words(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_file = fcntl.flock
+
+    def shut_out(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_UN:
+            raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+        lock_file(descriptor, operation)
+
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as away:
+        away.setattr("fcntl.flock", shut_out)
+        with pytest.raises(UnavailableError, match=r"locks/a: .*shut this host out.*mount it anew"), store.lock("a"):
+            pass
+        with pytest.raises(ZeroDivisionError), store.lock("b"):
+            raise ZeroDivisionError
+    with monkeypatch.context() as away, store.scratch() as folder:
+        away.setattr(Path, "unlink", fail)
+    assert not folder.exists()
+    with store.scratch() as mine:
+        assert {path.name for path in mine.parent.iterdir()} == {mine.name, f"{mine.name}.lock"}
 
 
 def in_child(code: str, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
