@@ -24,7 +24,8 @@ from artifacts.store import Store
 PLANS: Final = "cache/plans/"
 SHARDS: Final = 64
 MAX_PLANS: Final = 1024  # of one shard; beyond that the oldest go
-_MAX_BYTES: Final = 256 << 20  # of one shard, unpacked
+_MAX_BYTES: Final = 256 << 20  # of one shard, unpacked, that is read
+_ROOM: Final = _MAX_BYTES // 4  # for plans of one shard that is written
 _SCHEMA: Final = 1
 _TRIES: Final = 8
 _LONGEST_WAIT: Final = 0.05  # seconds, times the tries before
@@ -102,10 +103,22 @@ class FreshPlans:
 
 
 def pack(plans: Mapping[str, Any]) -> bytes:
-    """Return a shard's bytes."""
-    text = json.dumps({"schema": _SCHEMA, "plans": dict(plans)}, ensure_ascii=False, separators=(",", ":"))
+    """Return a shard's bytes; where there is no room for all plans, without the oldest."""
+    texts: list[str] = []
+    room = _ROOM
+    for name, plan in reversed(list(plans.items())):
+        text = f"{_json(name)}:{_json(plan)}"
+        size = len(text.encode()) + 1
+        if size <= room:
+            texts.append(text)
+            room -= size
+    text = f'{{"schema":{_SCHEMA},"plans":{{{",".join(reversed(texts))}}}}}'
     data = zlib.compress(text.encode(), 6)
     return digest_bytes(data).encode() + b"\n" + data
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def unpack(data: bytes) -> dict[str, Any]:

@@ -82,16 +82,16 @@ def gather(store: Store, recipes: Collection[str]) -> Gathered:
         packs = FreshPlans(store, RECORDS_OF).read([_name(recipe) for recipe in recipes])
         stamps = dict(_stamps(packs.values()))
         infos = store.infos(stamps)
-    except ArtifactError:
+        texts = {
+            path: text.encode()
+            for path, (size, version, text) in stamps.items()
+            if isinstance(text, str)
+            and (info := infos.get(path)) is not None
+            and version
+            and _stamp(info) == (size, version)
+        }
+    except (ArtifactError, ValueError):  # a text of half a character is none that was read
         return Gathered()
-    texts = {
-        path: text.encode()
-        for path, (size, version, text) in stamps.items()
-        if isinstance(text, str)
-        and (info := infos.get(path)) is not None
-        and version
-        and _stamp(info) == (size, version)
-    }
     known = frozenset(recipe for recipe in recipes if _name(recipe) in packs)
     return Gathered(frozenset(stamps), infos, texts, known)
 

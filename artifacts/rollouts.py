@@ -3,8 +3,8 @@
 rollouts/<id>.json      one change (a runtime's version, a driver), the hosts that have it, and what each has to rebuild
 
 Hosts with one kind of GPU that became the same share a rollout. The first with something to rebuild is the canary: it rebuilds
-alone. When all of its engines have passed their gates, or `enough` of them, the others follow, and no two build the same engine at
-once; what takes long begins first, so that no GPU waits for another's last one. An engine that fails, of any host, halts the rollout with the reason: nothing more begins until a person
+alone. When all of its engines have passed their gates, or `enough` of them, the others follow, and none begins what another builds
+while it has anything else to do; then it waits for that one. What takes long begins first, so that no GPU waits for another's last one. An engine that fails, of any host, halts the rollout with the reason: nothing more begins until a person
 resumes it (what failed is tried again, or accepted as it is) or abandons it. A host that vanishes leaves, so that nobody
 waits for it, and is in again when it is back; if it was the canary, another host becomes it.
 """
@@ -34,7 +34,9 @@ ASK_AGAIN_SECONDS: Final = 120.0
 LOST_SECONDS: Final = 600.0
 CANARY_ENGINES: Final = 20
 _SCHEMA: Final = 1
+_STORED: Final = 2  # as `to_stored` has it; releases that know version 1 alone refuse it
 _MOST_TRIES: Final = 40
+_LONGEST_PAUSE: Final = 1.0  # seconds
 _MOST_LOG: Final = 200
 
 RebuildState = Literal["pending", "requested", "building", "passed", "failed"]
@@ -138,7 +140,7 @@ class Rollout:
         """Return what a host begins next: what one recipe has to rebuild there, of what is due or asked for, and not `done`.
 
         The canary goes by the digest of a name, which makes what it proves first a sample. Later what took longest is first. What
-        another host builds now, or has built, comes last: then it is found made.
+        another host has built comes after that: it is found made. What one builds now comes last: whoever begins it then waits for it.
         """
         member = self.members.get(host)
         if member is None or not self.may_build(host):
@@ -159,11 +161,14 @@ class Rollout:
         return tuple(one for one in wanted if one.file == first.file and order(one)[0] == order(first)[0])
 
     def alive(self, host: str, keys: Collection[tuple[str, str, str]], now: float) -> Rollout:
-        """Say that a host builds these, and that whoever does it has not forgotten what else was asked of it."""
+        """Say that a host builds these, and that whoever does it has not forgotten what else was asked of it.
+
+        A verdict stays: a sign of life may come late.
+        """
         member = self.members[host]
 
         def sign(one: Rebuild) -> Rebuild:
-            if one.key in keys and one.state != "passed":
+            if one.key in keys and one.state not in ("passed", "failed"):
                 return replace(one, state="building", since=now)
             return replace(one, since=now) if one.state == "requested" else one
 
@@ -265,7 +270,7 @@ class Rollout:
             members[host] = {"left": member.left, "rebuilds": " ".join(rows)}
         own = asdict(replace(self, members={}))
         return {
-            "schema": _SCHEMA,
+            "schema": _STORED,
             **own,
             "members": members,
             "rebuilds": list(places),
@@ -275,19 +280,19 @@ class Rollout:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Rollout:
-        """Read back what `to_stored` wrote, or `to_json`. Raises KeyError, TypeError, ValueError or AttributeError else."""
-        if value["schema"] != _SCHEMA:
-            raise ValueError(f"schema {value['schema']!r}, this release reads {_SCHEMA}")
+        """Read back what `to_stored` wrote, or `to_json`. Raises LookupError, TypeError, ValueError or AttributeError else."""
+        if value["schema"] not in (_SCHEMA, _STORED):
+            raise ValueError(f"schema {value['schema']!r}, this release reads {_SCHEMA} and {_STORED}")
         words = value.get("words", ())
         shared = [Rebuild(**dict(zip(_SHARED, row, strict=True))) for row in value.get("rebuilds", ())]
 
         def rebuild(row: str) -> Rebuild:
             place, *told = row.split(":")
-            one = shared[int(place)]
+            one = shared[_place(place)]
             if not told:
                 return one
             since, *places = told
-            state, engine, reason = (words[int(index)] for index in places)
+            state, engine, reason = (words[_place(index)] for index in places)
             recipe, file, target, asked, why, replaces, seconds = _shared(one)
             return Rebuild(recipe, file, target, asked, why, replaces, state, float(since), engine, reason, seconds)
 
@@ -341,6 +346,13 @@ class Rollout:
         return replace(self, proven=True).said(at, f"the canary {self.canary} {told}; the other hosts follow")
 
 
+def _place(text: str) -> int:
+    place = int(text)
+    if place < 0:
+        raise ValueError(f"{text} is no place")
+    return place
+
+
 def _is_due(one: Rebuild, now: float) -> bool:
     limits = {"pending": 0.0, "requested": ASK_AGAIN_SECONDS, "building": LOST_SECONDS}
     # A clock that was put back must not make a host wait for it to catch up.
@@ -389,7 +401,7 @@ def change_rollout(store: Store, rollout: str, change: Callable[[Rollout | None]
     Raises StoreError, IntegrityError, and what `change` raises.
     """
     path = rollout_path(rollout)
-    for _try in range(_MOST_TRIES):
+    for attempt in range(_MOST_TRIES):
         found: Rollout | None
         try:
             found, version = _read(store, path)
@@ -401,7 +413,7 @@ def change_rollout(store: Store, rollout: str, change: Callable[[Rollout | None]
         data = dump_checked(wanted.to_stored())
         if store.write(path, data, if_absent=True) if found is None else store.write(path, data, if_version=version):
             return wanted
-        time.sleep(uniform(0, 0.05))
+        time.sleep(uniform(0, min(0.05 * (attempt + 1), _LONGEST_PAUSE)))
     raise StoreError(f"{store.uri}: {path}: others changed it {_MOST_TRIES} times; try again")
 
 
@@ -409,5 +421,5 @@ def _read(store: Store, path: str) -> tuple[Rollout, str]:
     data, version = store.read_versioned(path)
     try:
         return Rollout.from_json(parse_checked(data)), version
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as err:
         raise IntegrityError(f"{store.uri}: {path}: not a rollout: {type(err).__name__}: {err}") from err

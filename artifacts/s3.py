@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property, partial
@@ -52,9 +53,13 @@ if TYPE_CHECKING:
 
 _ASKERS: Final = 16
 # Up to so many objects are asked for one by one: a listing has 1000 on a page, of which few may be those that are meant.
-_LISTED: Final = 250
+_LISTED: Final = 1000
 # What begins alike is listed together, in up to two pages of 1000.
 _TOGETHER: Final = 2000
+# Where a page passes fewer than so many that are meant, the next ones are asked for one by one, twice as many each time: a listing
+# of Amazon's costs what a dozen of these do, and pages between them may be thousands.
+_WORTH: Final = 16
+_LEAP: Final = 64
 # A key has at most 1024 bytes (Amazon S3 User Guide, "Naming Amazon S3 objects"); a path takes up to 900 of them.
 _PREFIX_BYTES: Final = 120
 # Belongs to the store itself, stays where it is, and is read by nobody.
@@ -218,8 +223,12 @@ class S3Store:
         with ThreadPoolExecutor(_ASKERS) as pool:
             if len(wanted) <= _LISTED:
                 return {info.path: info for info in pool.map(self.info, wanted) if info is not None}
-            listed = pool.map(self._among, list(groups_of(wanted)))
-            return {path: info for found in listed for path, info in found.items()}
+            found: dict[str, ObjectInfo] = {}
+            alone: Sequence[str] = ()
+            for listed, rest in pool.map(self._among, list(groups_of(wanted))):
+                found |= listed
+                alone = [*alone, *rest]
+            return found | {info.path: info for info in pool.map(self.info, alone) if info is not None}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose path starts with `prefix`, sorted by path. Raises StoreError."""
@@ -426,17 +435,43 @@ class S3Store:
             else:
                 return
 
-    def _among(self, group: Sequence[str]) -> dict[str, ObjectInfo]:
-        """List what lies among sorted paths, keeping those alone; times in whole seconds, as a HEAD tells them."""
-        first, last, wanted = group[0], group[-1], frozenset(group)
+    def _among(self, group: Sequence[str]) -> tuple[dict[str, ObjectInfo], Sequence[str]]:
+        """List what lies among sorted paths, keeping those alone; times in whole seconds, as a HEAD tells them.
+
+        Returns also those that are to be asked for one by one, as too much lies between them.
+        """
+        prefix, wanted = _shared(group[0], group[-1]), frozenset(group)
         found: dict[str, ObjectInfo] = {}
-        for path, item in self._items(_shared(first, last), after=first[:-1]):
-            if path > last:
+        alone: Sequence[str] = ()
+        at, leap, after = 0, _LEAP, ""
+        while at < len(group):
+            items, more = self._page(prefix, max(after, group[at][:-1]))
+            for path, item in items:
+                if path in wanted:
+                    modified = float(int(item["LastModified"].timestamp()))
+                    found[path] = ObjectInfo(path, item["Size"], modified, item.get("ETag", ""))
+            if not more:
                 break
-            if path in wanted:
-                modified = float(int(item["LastModified"].timestamp()))
-                found[path] = ObjectInfo(path, item["Size"], modified, item.get("ETag", ""))
-        return found
+            begun, after = at, items[-1][0] if items else after
+            at = max(at, bisect_right(group, after))
+            if at - begun >= _WORTH:
+                leap = _LEAP
+                continue
+            alone = [*alone, *group[at : at + leap]]
+            at += leap
+            leap *= 2
+        return found, alone
+
+    def _page(self, prefix: str, after: str) -> tuple[Sequence[tuple[str, Any]], bool]:
+        """Return path and entry of what a listing has after a path, up to a page, and whether there is more."""
+        base = f"{self.prefix}/" if self.prefix else ""
+        with self._faults(prefix or "/"):
+            page = (
+                self._client.list_objects_v2(Bucket=self.bucket, Prefix=base + prefix, StartAfter=base + after)
+                if base + after
+                else self._client.list_objects_v2(Bucket=self.bucket, Prefix=base + prefix)
+            )
+        return [(item["Key"].removeprefix(base), item) for item in page.get("Contents", ())], page["IsTruncated"]
 
     def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
         for path, item in self._items(prefix):
@@ -444,17 +479,13 @@ class S3Store:
             if is_relative_path(path) and path.split("/", 1)[0] not in RESERVED:
                 yield ObjectInfo(path, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
 
-    def _items(self, prefix: str, *, after: str = "") -> Iterator[tuple[str, Any]]:
+    def _items(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Yield path and entry of all that a listing has, sorted by path."""
         base = f"{self.prefix}/" if self.prefix else ""
         with self._faults(prefix or "/"):
-            lister = self._client.get_paginator("list_objects_v2")
-            pages = (
-                lister.paginate(Bucket=self.bucket, Prefix=base + prefix, StartAfter=base + after)
-                if after
-                else lister.paginate(Bucket=self.bucket, Prefix=base + prefix)
-            )
-            for page in pages:
+            for page in self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=base + prefix
+            ):
                 for item in page.get("Contents", ()):
                     yield item["Key"].removeprefix(base), item
 

@@ -1,9 +1,10 @@
 """Measure what it takes to plan a folder of recipes in which nothing is stale, from a folder store and from S3.
 
-    python bench/scale_plan.py [RESULT.json] [--sizes 100 300 1000] [--stores folder s3]
+    python bench/scale_plan.py [RESULT.json] [--sizes 100 300 1000] [--stores folder s3 radosgw]
 
 Every recipe has a graph of its own and eight engines; records, blobs and engines are those that a build leaves, of made-up
-bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same folder. Each figure is of a process of its own,
+bytes. S3 is rclone's server (`rclone serve s3`), on this machine, over the same folder, or Ceph's radosgw (Debian's packages),
+to which the folder is copied. Each figure is of a process of its own,
 `enginery plan FOLDER --json` or a build, whose wall seconds are taken (median of three, where more than one is run), with seconds
 of CPU of the command itself and of the S3 server, which share the machine:
 
@@ -26,12 +27,15 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import boto3
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,11 +48,13 @@ from artifacts.store import ObjectInfo, open_store  # noqa: E402
 from recipes.plan import Plan  # noqa: E402
 from tasks.session import BuildSession, open_session  # noqa: E402
 from tasks.shared_plans import SharedPlans  # noqa: E402
+from tests.ceph import radosgw_server  # noqa: E402
 from tests.servers import careless_s3_server, s3_environment  # noqa: E402
 from tests.simulated_builds import simulate_build, write_recipe  # noqa: E402
 
 RUNS = 3
 BUCKET = "scale"
+SERVERS = ("rclone", "radosgw", "ceph-osd", "ceph-mon")
 
 
 def run(what: str, top: Path, store: str, environment: dict[str, str], recipes: int) -> dict[str, float]:
@@ -68,13 +74,13 @@ def run(what: str, top: Path, store: str, environment: dict[str, str], recipes: 
 
 
 def server_seconds() -> float:
-    """Return the seconds of CPU that rclone's servers, children of this process, have had."""
+    """Return the seconds of CPU that S3 servers, children of this process, have had."""
     ticks = 0
     for process in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             name, _end, rest = process.read_text().rpartition(")")
             fields = rest.split()
-            if name.endswith("(rclone") and int(fields[1]) == os.getpid():
+            if name.rpartition("(")[2] in SERVERS and int(fields[1]) == os.getpid():
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -166,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("result", nargs="?", type=Path, default=ROOT / "bench" / "results" / "scale_plan.json")
     parser.add_argument("--sizes", nargs="+", type=int, default=[125, 250, 500, 1000])
-    parser.add_argument("--stores", nargs="+", choices=["folder", "s3"], default=["folder", "s3"])
+    parser.add_argument("--stores", nargs="+", choices=["folder", "s3", "radosgw"], default=["folder", "s3"])
     parser.add_argument("--records", nargs="*", default=["folder"], help="Of which stores records are read, too.")
     parser.add_argument("--top", type=Path, help="A folder for recipes and stores, kept, and gone on with.")
     options = parser.parse_args()
@@ -196,13 +202,37 @@ def main() -> None:
                 if kind == "folder":
                     found = measure(top, str(top / "s3" / BUCKET), base, planned, paths, records)
                 else:
-                    with careless_s3_server(top / "s3") as endpoint:
+                    with careless_s3_server(top / "s3") if kind == "s3" else ceph(top / "s3") as endpoint:
                         os.environ.update(s3_environment(endpoint))
                         base |= s3_environment(endpoint)
                         found = measure(top, f"s3://{BUCKET}", base, planned, paths, records)
                 rows[kind][str(size)] = {"load_before": load} | found
                 print(size, kind, rows[kind][str(size)], flush=True)
                 options.result.write_text(json.dumps(document, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def ceph(buckets: Path) -> Iterator[str]:
+    """Serve the bucket by Ceph's radosgw, to which its objects are copied by rclone; yield its address."""
+    with tempfile.TemporaryDirectory() as folder, radosgw_server(Path(folder)) as endpoint:
+        os.environ.update(s3_environment(endpoint))
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        keys = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}
+        remote = {"TYPE": "s3", "PROVIDER": "Ceph", "ENDPOINT": endpoint, **keys}
+        environment = {**os.environ, **{f"RCLONE_CONFIG_CEPH_{name}": value for name, value in remote.items()}}
+        rclone = str(Path(sysconfig.get_path("scripts")) / "rclone")
+        options = [
+            "--config",
+            os.devnull,
+            "--transfers",
+            "24",
+            "--no-check-dest",
+            "--s3-no-head",
+            "--s3-no-check-bucket",
+        ]
+        command = [rclone, "copy", *options, str(buckets / BUCKET), f"ceph:{BUCKET}"]
+        subprocess.run(command, env=environment, check=True)
+        yield endpoint
 
 
 def fill(top: Path, size: int) -> None:

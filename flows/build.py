@@ -6,6 +6,8 @@ On a fleet, this is done for the portable stages alone; then every target is com
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,15 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from artifacts.catalog import EngineCatalog
+from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.manifest import Manifest
+from artifacts.store import Store
 from recipes.pools import portable_host
 from tasks.cache import run_session
 from tasks.forms import HostName, Jobs, RecipePath, StoreAddress, Targets, form
-from tasks.parameters import worker_session
-from tasks.report import engine_report, pooled_report
+from tasks.parameters import RETRIES, worker_session
+from tasks.patience import patiently
+from tasks.report import engine_report, lacking, pooled_report
 from tasks.session import active_session
 from tasks.shown import leave_engines
 from tasks.toolchain import probe_host
@@ -59,18 +64,26 @@ async def build(
             document["engines"] = [engine_report(engine) for engine in planned]
         document["pools"] = [one.to_json() for one in asked]
         if there is None:
-            catalog = EngineCatalog(session.store)
-            rows = await asyncio.to_thread(pooled_report, document["engines"], document["pools"], catalog)
-            document["engines"] = rows
-        failed = document["status"] == 1 or any(one.state == "failed" for one in asked)
+            read = _reader(session.store)
+            document["engines"] = await asyncio.to_thread(pooled_report, document["engines"], document["pools"], read)
+        states = [*(one.state for one in asked), *(engine["state"] for engine in document["engines"])]
+        failed = document["status"] == 1 or "failed" in states
         document["status"] = 1 if failed else 3 if any(one.state == "waiting" for one in asked) else 0
     if spread:
         await leave_engines(document, session.store, get_run_logger().log)
     if document["status"] == 1:
         failures = [step["id"] for step in document["steps"] if step["state"] == "failed"]
-        failures += [f"{one['target']} ({one['why']})" for one in document.get("pools", ()) if one["state"] == "failed"]
+        pools = document.get("pools", ())
+        failures += [f"{one['target']} ({one['why']})" for one in pools if one["state"] == "failed"]
+        failures += lacking(document["engines"], pools)
         return Failed(message=f"failed: {', '.join(failures) or 'no precision passed its gates'}", data=document)
     if spread and document["status"] == 3:
         names = [f"{one['target']}: {one['why']}" for one in document["pools"] if one["state"] == "waiting"]
         return Completed(name="Waiting", message=f"waiting: {'; '.join(names)}", data=document)
     return document
+
+
+def _reader(store: Store) -> Callable[[EngineId], Manifest]:
+    """Return what reads manifests, and again where the store does not answer: nobody is to lose a build's report by that."""
+    catalog, warn = EngineCatalog(store), get_run_logger().warning
+    return lambda engine: patiently(partial(catalog.effective, engine), RETRIES, warn=warn)

@@ -98,6 +98,7 @@ async def _waiting(store: str | None) -> dict[str, str]:
         for run in runs
         if run.parameters.get("store") == store
         and run.parameters.get("targets") is None
+        and run.parameters.get("on") is None
         and run.parameters.get("spread")
     }
 

@@ -1,7 +1,8 @@
 """What a build asks of a Prefect server: which pools have workers, and compilations on them, until they have ended.
 
 A compilation is a run of the deployment `compile/<pool>`, which is the deployment `compile/target` for that pool. A
-run that nobody can take yet stays scheduled, and is found again by later builds instead of being asked for twice.
+run that nobody can take yet stays scheduled, and is found again by later builds instead of being asked for twice; one that
+had begun already, maybe with an older checkout, is waited for, and another is asked for when it has ended.
 A worker that is not heard of any more (Prefect: three of its heartbeats) has lost its run: that is marked crashed, which frees
 its place in the pool, and another is asked for. Should the lost one live after all, the store's locks keep both apart.
 """
@@ -122,8 +123,13 @@ async def _compile(
     deployment = await line.ask(partial(_deployment, client, pool))
     log = get_run_logger()
     queue = host_queue(parameters["host"]) if "host" in parameters else None
+    ask = partial(_run, client, deployment, target, pool, parameters, queue)
     for attempt in range(_TRIES):
-        run = await line.ask(partial(_run, client, deployment, target, pool, parameters, queue))
+        run = await line.ask(ask)
+        if _begun(run) and not attempt:
+            # Another build asked for it, maybe with an older checkout: what is asked for after it finds all cached, or builds it.
+            await _ended(client, line, run, pool, queue)
+            run = await line.ask(ask)
         run = await _ended(client, line, run, pool, queue)
         state = run.state
         if state is not None and state.is_scheduled():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from artifacts.hosts import VANISHED_SECONDS, host_ages, read_host
 from artifacts.store import Store
 from recipes.plan import EnginePlan, Plan
 from recipes.pools import pools_of, portable_host
+from tasks.parameters import RETRIES
+from tasks.patience import patiently
 from tasks.remembered import PlanMemory
 from tasks.session import open_session
 from tasks.toolchain import BACKENDS, probe_host
@@ -59,7 +61,7 @@ class Freshness:
     @cached_property
     def _plans(self) -> list[tuple[Host, tuple[EnginePlan, ...]]]:
         """The engines, as hosts of each kind would plan them."""
-        kinds = known_kinds(self.store) if self.kinds is None else self.kinds
+        kinds = patiently(partial(known_kinds, self.store), RETRIES) if self.kinds is None else self.kinds
         return [
             (host, engines_on(self.recipe, self.store, host, self.versions, gathered=self.gathered)) for host in kinds
         ]
@@ -74,10 +76,14 @@ def engines_on(
     *,
     gathered: Gathered | None = None,
 ) -> tuple[EnginePlan, ...]:
-    """Return the engines of a recipe as another host would plan them. Raises RecipeError, StoreError."""
+    """Return the engines of a recipe as another host would plan them; a store that does not answer is asked again.
+
+    Raises RecipeError, StoreError.
+    """
     runtimes = {BACKENDS[name]: found for name, found in host.runtimes.items() if name in BACKENDS}
     portable = {name: found for name, found in versions.items() if not name.startswith("tensorrt")}
-    session = open_session(recipe, store, targets=tuple(targets), host=host, versions={**runtimes, **portable})
+    made = {**runtimes, **portable}
+    session = open_session(recipe, store, targets=tuple(targets), host=host, versions=made, retries=RETRIES)
     if gathered is not None:
         session.see(gathered)
     return session.plan().engines
@@ -91,19 +97,23 @@ def portable_plans(recipes: Sequence[Path], store: Store) -> dict[Path, tuple[Pl
     found = PlanMemory(store, host=portable_host(probe_host())).recall(recipes)
     if not found:
         return {}
+    plans = {path: planned for path, one in found.items() if (planned := _planned(one.report)) is not None}
     far, kinds = not store.uri.startswith("file:"), known_kinds(store)
-    gathered = gather(store, {one.report["recipe"] for one in found.values()}) if far and kinds else None
-    return {path: (_planned(one.report), Freshness(path, store, {}, kinds, gathered)) for path, one in found.items()}
+    gathered = gather(store, {planned.recipe for planned in plans.values()}) if far and kinds else None
+    return {path: (planned, Freshness(path, store, {}, kinds, gathered)) for path, planned in plans.items()}
 
 
-def _planned(report: Mapping[str, Any]) -> Plan:
-    """Return what a fresh plan's report says of engines that wait for other hosts; its steps are done."""
-    waiting = [
-        EnginePlan(one["target"], one["runtime"], one["runtime_version"], one["gpu"], "fp32", None, "waiting")
-        for one in report["engines"]
-        if one["state"] == "waiting"
-    ]
-    return Plan(report["recipe"], (), tuple(waiting))
+def _planned(report: Mapping[str, Any]) -> Plan | None:
+    """Return what a fresh plan's report says of engines that wait for other hosts; its steps are done. None: it is no report."""
+    try:
+        waiting = [
+            EnginePlan(one["target"], one["runtime"], one["runtime_version"], one["gpu"], "fp32", None, "waiting")
+            for one in report["engines"]
+            if one["state"] == "waiting"
+        ]
+        return Plan(str(report["recipe"]), (), tuple(waiting))
+    except (KeyError, TypeError):
+        return None
 
 
 def known_host(store: Store, name: str) -> Host:

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from artifacts.catalog import EngineCatalog, EngineId
 from artifacts.errors import IntegrityError, NotFoundError, StoreError
@@ -15,6 +15,10 @@ from artifacts.promotion import compare_speed, objections
 from artifacts.rollouts import Rebuild, Rollout, read_rollout
 from artifacts.store import Store
 from tasks.drift import change_there, instant
+from tasks.parameters import RETRIES
+from tasks.patience import patiently
+
+T = TypeVar("T")
 
 _ALIVE_SECONDS: Final = 60.0
 # Builds the targets of a recipe (file, targets) and returns the report of that build.
@@ -29,10 +33,10 @@ async def rebuild_due(store: Store, rollout: str, host: str, build: Build) -> di
     """
     done: set[tuple[str, str, str]] = set()
     judged: list[_Judged] = []
-    while together := await asyncio.to_thread(_go_on, store, rollout, host, done, judged):
+    while together := await _surely(partial(_go_on, store, rollout, host, done, judged)):
         done |= {one.key for one in together}
         judged = await _together(store, rollout, host, together, build)
-    member = (await asyncio.to_thread(read_rollout, store, rollout)).members.get(host)
+    member = (await _surely(partial(read_rollout, store, rollout))).members.get(host)
     rebuilds = member.rebuilds if member is not None else ()
     return {
         "rebuilt": [
@@ -66,14 +70,18 @@ async def _together(store: Store, rollout: str, host: str, rebuilds: list[Rebuil
     try:
         async with _alive(store, rollout, host, rebuilds):
             report = await build(rebuilds[0].file, targets)
+            catalog = EngineCatalog(store)
+            return [(one, await _surely(partial(verdict, catalog, one, report))) for one in rebuilds]
     except BaseException:
         keys = {one.key for one in rebuilds}
         with contextlib.suppress(Exception):
             change_there(store, rollout, lambda found: found.requested(host, keys, time.time()))
         raise
 
-    catalog = EngineCatalog(store)
-    return await asyncio.to_thread(lambda: [(one, verdict(catalog, one, report)) for one in rebuilds])
+
+async def _surely(call: Callable[[], T]) -> T:
+    """Call in a thread, and again where the store does not answer: hours of compilation are not to be lost by that."""
+    return await asyncio.to_thread(patiently, call, RETRIES)
 
 
 @contextlib.asynccontextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from artifacts.catalog import EngineCatalog, EngineId
+from artifacts.catalog import EngineId
+from artifacts.errors import ArtifactError
 from artifacts.timings import timing_summary
 from recipes.gates import telling_parity
 from recipes.plan import EnginePlan, Plan
@@ -14,7 +15,7 @@ from recipes.steps import Step
 from tasks.session import BuildSession
 
 if TYPE_CHECKING:
-    from artifacts.manifest import Manifest
+    from artifacts.manifest import Manifest, PartFacts
     from recipes.schema import Precision
 
 
@@ -141,11 +142,11 @@ def _parted_report(engine: EnginePlan) -> dict[str, Any]:
 
 
 def pooled_report(
-    engines: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], catalog: EngineCatalog
+    engines: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], read: Callable[[EngineId], Manifest]
 ) -> list[dict[str, Any]]:
     """Return the engines of a report with what pools did: published ones by their manifests, others by what became of them.
 
-    `pools` are those of `tasks.fleet.Asked`, as JSON. Raises StoreError, NotFoundError, IntegrityError.
+    `pools` are those of `tasks.fleet.Asked`, as JSON. An engine whose manifest `read` refuses (ArtifactError) is told as failed.
     """
     asked = {one["target"]: one for one in pools}
     found: list[dict[str, Any]] = []
@@ -154,20 +155,48 @@ def pooled_report(
         if pool is None:
             found.append(dict(engine))
             continue
-        published = (catalog.effective(EngineId(*path.split("/")[1:])) for path in pool["engines"])
-        mine = next((one for one in published if one.precision.asked == engine["precision"]["asked"]), None)
-        found.append({**engine, **(_published(mine) if mine is not None else _unpublished(pool))})
+        mine, faults = None, []
+        for path in pool["engines"]:
+            try:
+                manifest = read(EngineId(*path.split("/")[1:]))
+            except ArtifactError as err:
+                faults.append(str(err))
+                continue
+            if manifest.precision.asked == engine["precision"]["asked"]:
+                mine = manifest
+                break
+        found.append({**engine, **(_published(mine) if mine is not None else _unpublished(pool, faults))})
     return found
 
 
+def lacking(engines: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return in words which engines a report tells as failed though their pools did not fail."""
+    done = {one["target"] for one in pools if one["state"] in ("built", "cached")}
+    return [
+        f"{one['target']} {one['precision']['asked']} ({one['why']})"
+        for one in engines
+        if one["state"] == "failed" and f"{one['runtime']}:{one['gpu']}" in done
+    ]
+
+
 def figures(manifest: Manifest) -> tuple[int, float | None, float | None]:
-    """Return what a manifest says of an engine: bytes of its plan, relative L2, milliseconds at the median."""
-    measured = manifest.verification.engine if manifest.verification.engine.executed else manifest.verification.graph
-    given: Any = manifest.precision.given
-    precision: Precision = given
-    parity = telling_parity(measured.model_dump(), precision) or {}
+    """Return what a manifest says of an engine: bytes of its plan, relative L2, milliseconds at the median.
+
+    Of several parts: the sum of their plans, and the largest relative L2.
+    """
+    described: list[Manifest | PartFacts] = [*manifest.parts.values()] or [manifest]
+    parities = [parity for one in described if (parity := _parity(one)) is not None]
+    parity = max(parities) if len(parities) == len(described) else None
     timing = timing_summary(manifest.benchmark.model_dump()) if manifest.benchmark is not None else None
-    return manifest.files[manifest.plan].size, parity.get("relative_l2"), timing["p50_ms"] if timing else None
+    return sum(manifest.files[one.plan].size for one in described), parity, timing["p50_ms"] if timing else None
+
+
+def _parity(one: Manifest | PartFacts) -> float | None:
+    measured = one.verification.engine if one.verification.engine.executed else one.verification.graph
+    given: Any = one.precision.given
+    precision: Precision = given
+    parity: float | None = (telling_parity(measured.model_dump(), precision) or {}).get("relative_l2")
+    return parity
 
 
 def _published(manifest: Manifest) -> dict[str, Any]:
@@ -187,9 +216,10 @@ def _published(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _unpublished(pool: Mapping[str, Any]) -> dict[str, Any]:
-    state = pool["state"] if pool["state"] in ("failed", "waiting") else "failed"
-    return {"state": state, "why": pool["why"] if state == pool["state"] else "its pool has published none"}
+def _unpublished(pool: Mapping[str, Any], faults: Sequence[str]) -> dict[str, Any]:
+    if pool["state"] in ("failed", "waiting"):
+        return {"state": pool["state"], "why": pool["why"]}
+    return {"state": "failed", "why": "; ".join(faults) or "its pool has published none"}
 
 
 _NOTHING = Step("nothing", "nothing", "blocked")

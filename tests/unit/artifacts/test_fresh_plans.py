@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from artifacts import fresh_plans
 from artifacts.errors import IntegrityError
 from artifacts.folder import FolderStore
-from artifacts.fresh_plans import MAX_PLANS, SHARDS, FreshPlans, unpack
+from artifacts.fresh_plans import MAX_PLANS, SHARDS, FreshPlans, pack, unpack
 from artifacts.refs import digest_bytes
 from artifacts.s3 import S3Store
 from artifacts.store import open_store
@@ -88,3 +89,9 @@ def test_what_is_no_shard_is_refused(text: bytes):
     data = zlib.compress(text)
     with pytest.raises(IntegrityError):
         unpack(digest_bytes(data).encode() + b"\n" + data)
+
+
+def test_a_shard_has_no_more_than_can_be_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fresh_plans, "_ROOM", 200)
+    plans = {"a": "x" * 90, "b": "y" * 90, "c": "z" * 300, "d": "w" * 80}
+    assert unpack(pack(plans)) == {"b": plans["b"], "d": plans["d"]}

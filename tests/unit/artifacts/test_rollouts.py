@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifacts.checked import dump_checked
 from artifacts.errors import IntegrityError, NotFoundError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu
@@ -56,6 +57,7 @@ def test_a_failure_halts_until_somebody_resumes_or_abandons():
     assert failed.halted == "the canary one: digits tensorrt-rtx:sm89 fp16: 12 % slower"
     assert failed.due("one", 0) == failed.due("two", 0) == ()
     assert failed.resumed("me", "t").due("one", 0) == (A, B)
+    assert failed.alive("one", [A.key], 1.0) == failed  # a sign of life that comes late
     accepted = failed.resumed("me", "t", accept=True)
     assert (accepted.state, accepted.due("one", 0)) == ("canary", (B,))
     assert accepted.marked("one", B.key, "t", state="passed").due("two", 0) == (A,)
@@ -234,6 +236,14 @@ def test_rollouts_are_changed_by_compare_and_swap(tmp_path):
     assert rollouts(store) == [read_rollout(store, "rtx")]
     with pytest.raises(NotFoundError):
         read_rollout(store, "another")
+    stored = read_rollout(store, "rtx").to_stored()
+    store.write("rollouts/rtx.json", dump_checked({**stored, "schema": 1}))  # as an earlier release wrote it
+    assert (stored["schema"], read_rollout(store, "rtx").to_stored()) == (2, stored)
+    for place in ("9", "-1", "0:1.0:0:0:9", "0:1.0:0:0:-1"):
+        members = {"one": {"left": "", "rebuilds": place}}
+        store.write("rollouts/rtx.json", dump_checked({**stored, "members": members, "words": ["passed"]}))
+        with pytest.raises(IntegrityError, match="not a rollout"):
+            read_rollout(store, "rtx")
     store.write("rollouts/rtx.json", b'{"schema": 9}')
-    with pytest.raises(IntegrityError, match="not a rollout"):
+    with pytest.raises(IntegrityError, match="this release reads 1 and 2"):
         read_rollout(store, "rtx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from typing import Any
 
@@ -12,7 +13,8 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.s3 import groups_of
+from artifacts import s3
+from artifacts.s3 import S3Store, groups_of
 from artifacts.s3_listing import read_listings_fast
 
 NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
@@ -87,3 +89,45 @@ def test_every_path_is_in_one_group_that_a_listing_finds_and_has_room_for(paths:
         alike = os.path.commonprefix(group)  # noqa: RUF071  characters are meant
         within = [path for path in paths if path.startswith(alike) and group[0] <= path <= group[-1]]
         assert within == group
+
+
+class Listed(S3Store):
+    """A store of which a page has three objects, and that counts pages."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__("bucket")
+        self.paths, self.pages = sorted(paths), 0
+
+    def _page(self, prefix: str, after: str) -> Any:
+        self.pages += 1
+        there = [path for path in self.paths if path.startswith(prefix) and path > after]
+        entry = {"LastModified": dt.datetime.now(dt.timezone.utc), "Size": 1}
+        return [(path, entry) for path in there[:3]], len(there) > 3
+
+
+PATHS = st.lists(st.text("ab/", min_size=1, max_size=5), min_size=1, unique=True)
+
+
+@given(PATHS, PATHS)
+def test_what_is_there_is_listed_or_asked_for_and_no_page_is_for_nothing(there: list[str], wanted: list[str]):
+    wanted.sort()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "_WORTH", 2)
+        patch.setattr(s3, "_LEAP", 1)
+        store = Listed(there)
+        found, alone = store._among(wanted)
+    assert set(found) | (set(alone) & set(there)) == set(wanted) & set(there)
+    assert set(alone) <= set(wanted)
+    assert store.pages <= 1 + len([path for path in there if wanted[0][:-1] < path <= wanted[-1]]) // 3
+
+
+def test_few_among_many_are_asked_for_and_many_are_listed():
+    there = [f"cache/{number:05}" for number in range(6000)]
+    few = Listed(there)
+    _found, alone = few._among(there[::300])
+    assert (few.pages, len(alone)) == (1, 19)
+    most = Listed(there[:300])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "_WORTH", 2)
+        found, alone = most._among(there[:300])
+    assert (most.pages, len(found), len(alone)) == (100, 300, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,3 +39,19 @@ def test_a_retried_run_asks_for_other_builds(tmp_path: Path, monkeypatch: pytest
         assert found == [{"recipe": "one.yaml", "flow_run": "r"}, {"recipe": "two.yaml", "flow_run": "there"}]
     assert len(keys) == 3
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_waits_for_one_host_alone_is_no_build_of_the_recipe(monkeypatch: pytest.MonkeyPatch):
+    whole = {"recipe": "a.yaml", "store": "s", "spread": True}
+    asked = [whole, {**whole, "recipe": "b.yaml", "on": "gpu-17"}, {**whole, "recipe": "c.yaml", "targets": ["cpu"]}]
+    runs = [SimpleNamespace(id=index, parameters=parameters) for index, parameters in enumerate(asked)]
+
+    async def read(*, offset: int, **_where: object) -> list[SimpleNamespace]:
+        return runs[offset:]
+
+    @contextlib.asynccontextmanager
+    async def client() -> AsyncIterator[SimpleNamespace]:
+        yield SimpleNamespace(read_flow_runs=read)
+
+    monkeypatch.setattr(folder, "get_client", client)
+    assert asyncio.run(folder._waiting("s")) == {"a.yaml": "0"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.catalog import EngineCatalog, host_path
+from artifacts.errors import UnavailableError
 from artifacts.folder import FolderStore
 from artifacts.host import Gpu, Host
 from artifacts.hosts import VANISHED_SECONDS, read_host, see_host, seen_path
@@ -225,7 +226,7 @@ def test_a_host_whose_card_was_exchanged_for_good_shares_later_rollouts_with_oth
     assert read_host(store, host_path("one"))[0].owed is not None
 
 
-def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
+def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched, monkeypatch):
     recipes, store = watched
     look(store, recipes, host=HERE)
     new = upgraded(HERE, tensorrt_rtx="9.9.9.9")
@@ -255,7 +256,28 @@ def test_rebuilds_are_asked_for_again_when_the_build_itself_breaks(watched):
         ]
         return {"engines": engines}
 
+    # A verdict that cannot be given leaves what it is about asked for; a store that does not answer at once is asked again.
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.rebuilding.verdict", lambda *_asked: {}["no verdict"])
+        with pytest.raises(KeyError, match="no verdict"):
+            asyncio.run(rebuild_due(store, name, new.name, refused))
+    assert {one.state for one in read_rollout(store, name).members[new.name].rebuilds} == {"requested"}
+    monkeypatch.setattr("tasks.patience._FIRST_SECONDS", 0.0)
+    away, judge_one = ["verdict", "write"], verdict
+
+    def sometimes(what, call):
+        def refusing(*asked, **more):
+            if what in away and (what != "write" or b"no kernel" in asked[2]):
+                away.remove(what)
+                raise UnavailableError("not now")
+            return call(*asked, **more)
+
+        return refusing
+
+    monkeypatch.setattr("tasks.rebuilding.verdict", sometimes("verdict", judge_one))
+    monkeypatch.setattr(FolderStore, "write", sometimes("write", FolderStore.write))
     done = asyncio.run(rebuild_due(store, name, new.name, refused))
+    assert away == []
     assert {one["reason"] for one in done["rebuilt"]} == {"no kernel"}
     assert read_rollout(store, name).state == "halted"
     assert look(store, recipes, host=new).due == {}

@@ -67,3 +67,34 @@ def test_a_worker_that_is_not_heard_for_long_has_lost_its_run():
 def test_a_run_that_this_build_saw_begin_is_lost_as_soon_as_its_worker_is():
     state, seconds = ended(Server(Scheduled(), Pending(), Running()))
     assert (state, seconds < 0.3) == ("Crashed", True)
+
+
+def test_a_run_that_had_begun_before_this_build_is_waited_for_and_another_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """It may be of an older checkout. What waits still is the run of this build too: it will read the newest."""
+    engine = "engines/m/t/b"
+
+    def asked(*states: Any) -> tuple[fleet.Asked, int]:
+        servers = [Server(state, Completed(message=said)) for state, said in zip(states, ("old", engine), strict=True)]
+        runs = [server.run for server in servers]
+
+        class Both(Server):
+            async def read_flow_run(self, run: object) -> FlowRun:
+                return await next(one for one in servers if one.run.id == run).read_flow_run(run)
+
+        async def run(*_asked: object) -> FlowRun:
+            return runs.pop(0)
+
+        async def deployment(*_asked: object) -> str:
+            return "d"
+
+        monkeypatch.setattr(fleet, "_run", run)
+        monkeypatch.setattr(fleet, "_deployment", deployment)
+        monkeypatch.setattr(fleet, "get_run_logger", lambda: None)
+        client = Both(Running(), heard_after=0.0)
+        found = asyncio.run(fleet._compile(client, Line(pytest.fail), "tensorrt:sm90", "p", {}))
+        return found, len(runs)
+
+    found, left = asked(Running(), Scheduled())
+    assert (found.state, found.engines, left) == ("built", (engine,), 0)
+    found, left = asked(Scheduled(), Scheduled())
+    assert (found.engines, left) == ((), 1)

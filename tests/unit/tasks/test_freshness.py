@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 
 from artifacts.catalog import host_path
+from artifacts.errors import UnavailableError
 from artifacts.folder import FolderStore
 from artifacts.hosts import VANISHED_SECONDS, see_host, seen_path
 from recipes.pools import pool_name, portable_host
-from tasks.freshness import Freshness, known_kinds, portable_plans
+from tasks import patience
+from tasks.freshness import Freshness, _planned, engines_on, known_kinds, portable_plans
 from tasks.remembered import leave_plan
 from tasks.session import open_session
 from tasks.toolchain import probe_host
@@ -88,3 +90,30 @@ def test_what_was_planned_with_other_packages_is_not_made_here(tmp_path):
     outcome = session.ensure(step, planned)
     assert outcome.state == "failed"
     assert "is planned with onnxruntime 0.0.1, here is" in outcome.message
+
+
+def test_a_store_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_SECONDS", 0.0)
+    recipe, store = write_recipe(tmp_path, "one"), FolderStore(tmp_path / "store")
+    seen(store, replace(HERE, name="a"))
+    away, read_versioned, listed = ["list", "plan"], FolderStore.read_versioned, FolderStore.list
+
+    def refusing(what, call):
+        def refused(*asked):
+            if what in away:
+                away.remove(what)
+                raise UnavailableError("not now")
+            return call(*asked)
+
+        return refused
+
+    monkeypatch.setattr(FolderStore, "list", refusing("list", listed))
+    (host,) = [host for host, _engines in Freshness(recipe, store, {})._plans]
+    monkeypatch.setattr(FolderStore, "read_versioned", refusing("plan", read_versioned))
+    assert engines_on(recipe, store, host, {})
+    assert away == []
+
+
+def test_what_is_no_report_is_not_known():
+    reports = [{}, {"recipe": "a", "engines": [{"state": "waiting"}]}, {"recipe": "a", "engines": 1}, None]
+    assert [_planned(report) for report in reports] == [None] * 4

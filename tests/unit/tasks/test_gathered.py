@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from artifacts.folder import FolderStore
 from artifacts.fresh_plans import FreshPlans
-from artifacts.gathered import RECORDS_OF, gather, keep_packs
-from artifacts.store import Store, open_store
+from artifacts.gathered import RECORDS_OF, Gathered, gather, keep_packs
+from artifacts.store import ObjectInfo, Store, open_store
 from tasks.remembered import PlanMemory
 from tasks.report import plan_report
 from tasks.session import BuildSession, open_session
@@ -67,13 +68,11 @@ OBJECTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["s3_store_uri", "careless_s3_store_uri"])
 def test_a_plan_from_packs_is_the_plan_whatever_is_lost_or_written_over(
-    server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    careless_s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    uri = request.getfixturevalue(server)
     monkeypatch.setenv("ENGINERY_S3_LOCKS", str(tmp_path))
-    recipe, store = built(tmp_path, uri), open_store(uri)
+    recipe, store = built(tmp_path, careless_s3_store_uri), open_store(careless_s3_store_uri)
 
     def fresh() -> bool:
         """Plan with the packs; where that says so, the plan that is made without says the same."""
@@ -103,8 +102,11 @@ def test_a_plan_from_packs_is_the_plan_whatever_is_lost_or_written_over(
 
 
 @pytest.mark.slow
-def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(s3_store_uri: str, tmp_path: Path):
-    recipe, store = built(tmp_path, s3_store_uri), open_store(s3_store_uri)
+def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(
+    careless_s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ENGINERY_S3_LOCKS", str(tmp_path))
+    recipe, store = built(tmp_path, careless_s3_store_uri), open_store(careless_s3_store_uri)
     packs = FreshPlans(store, RECORDS_OF)
     ((name, pack),) = [*packs._all([f"{number:02x}" for number in range(64)]).items()]
     step = next(iter(pack))
@@ -115,3 +117,10 @@ def test_packs_that_are_damaged_or_of_another_kind_harm_nothing(s3_store_uri: st
     keep_packs(store, {"m": {step: pack[step]}})
     keep_packs(store, {"m": {"other": {}}})  # as two hosts do that build different targets
     assert set(pack[step]) <= gather(store, ["m"]).asked
+
+
+def test_half_a_character_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    info = ObjectInfo("a", 3, 1.0, "v")
+    monkeypatch.setattr(FreshPlans, "read", lambda *_names: {"m": {"export": {"a": [3, "v", "\ud800"]}}})
+    monkeypatch.setattr(FolderStore, "infos", lambda *_paths: {"a": info})
+    assert gather(FolderStore(tmp_path), ["m"]) == Gathered()
