@@ -393,6 +393,21 @@ def test_the_commit_and_whether_anything_differs_from_it_are_stated(builder, mon
     assert publish_again(builder).dirty
 
 
+def killed_builds(tmp_path, build, step):
+    """Run `build(folder, limit)` in processes killed at later and later instants, until one completes; yield folders, and which did."""
+    context = multiprocessing.get_context("fork")
+    for limit in itertools.count(1, step):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        child = context.Process(target=build, args=(folder, limit))
+        child.start()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        yield folder, child.exitcode == 0
+        if child.exitcode == 0:
+            return
+
+
 def build_and_die(folder, limit):
     """Build two engines, and die by SIGKILL when the name of a file changes for the `limit`-th time."""
     changes = itertools.count(1)
@@ -409,23 +424,16 @@ def build_and_die(folder, limit):
 
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_instant_nothing_half_published_is_visible_and_the_next_build_completes(tmp_path, step):
-    context = multiprocessing.get_context("fork")
     kills = 0
-    for limit in itertools.count(1, step):
-        folder = tmp_path / str(limit)
-        folder.mkdir()
-        child = context.Process(target=build_and_die, args=(folder, limit))
-        child.start()
-        child.join()
+    for folder, completed in killed_builds(tmp_path, build_and_die, step):
         catalog = EngineCatalog(FolderStore(folder / "store"), pytest.fail)
         visible = catalog.manifests()
         for manifest in visible:
             for name, entry in manifest.files.items():
                 assert digest_bytes(catalog.store.read(f"engines/{manifest.identity}/{name}")) == entry.digest
-        if child.exitcode == 0:
+        if completed:
             assert len(visible) == 2
-            break
-        assert child.exitcode == -signal.SIGKILL
+            continue
         kills += 1
         again = Builder(folder=folder)
         again.build(again.loaded.recipe, targets=("tensorrt-rtx:sm89",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from artifacts.catalog import EngineCatalog
 from artifacts.folder import FolderStore
 from artifacts.refs import digest_bytes
 from tests.unit.recipes.simulated import FILES
-from tests.unit.tasks.test_publish import Builder
+from tests.unit.tasks.test_publish import Builder, killed_builds
 
 RECIPE = """
 enginery: 1
@@ -98,20 +97,13 @@ def test_parts_share_fetched_weights_and_those_that_are_one_graph_are_one_blob(t
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_between_its_parts_an_engine_is_not_visible_and_the_next_build_publishes_all(tmp_path, step):
-    context = multiprocessing.get_context("fork")
     kills = 0
-    for limit in itertools.count(1, step):
-        folder = tmp_path / str(limit)
-        folder.mkdir()
-        child = context.Process(target=build_and_die, args=(folder, limit))
-        child.start()
-        child.join()
+    for folder, completed in killed_builds(tmp_path, build_and_die, step):
         found = visible(folder)
         assert found in ([], [ALL])
-        if child.exitcode == 0:
+        if completed:
             assert found == [ALL]
-            break
-        assert child.exitcode == -signal.SIGKILL
+            continue
         kills += not found
         Parted(folder=folder, text=RECIPE).build_all()
         assert visible(folder) == [ALL]
